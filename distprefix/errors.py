@@ -1,0 +1,79 @@
+"""Everything distprefix raises, below one base class."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DamagedNodeError",
+    "DistPrefixError",
+    "EmbeddedServerError",
+    "ForkedProcessError",
+    "InvalidInputError",
+    "NamespaceError",
+    "NoParentError",
+    "NotAttachedError",
+    "SchemaError",
+    "ScriptError",
+    "StaleEpochError",
+    "TraceError",
+    "UnavailableError",
+]
+
+
+class DistPrefixError(Exception):
+    """Base of every exception of this package."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or type(self).__doc__)
+
+
+class ConfigError(DistPrefixError, ValueError):
+    """A configuration value is not allowed; the message names the field, the value and what is allowed."""
+
+
+class InvalidInputError(DistPrefixError, ValueError):
+    """Tokens, chains or block ids that cannot be used; the message says what to pass instead."""
+
+
+class TraceError(DistPrefixError, ValueError):
+    """A trace file that is not a trace; the message names the file, the line and the reason."""
+
+
+class NamespaceError(DistPrefixError):
+    """The namespace was made with other settings; the message names them."""
+
+
+class EmbeddedServerError(DistPrefixError):
+    """The private server cannot be found or started; the message says what to install."""
+
+
+class ForkedProcessError(DistPrefixError):
+    """This cache was opened before a fork: its connections and threads belong to the parent. Open one in the child."""
+
+
+class UnavailableError(DistPrefixError):
+    """Redis did not give a usable answer in time. Look-ups become misses; only ``strict=True`` raises this."""
+
+
+class ScriptError(DistPrefixError):
+    """A script refused a call, or the server refused the script."""
+
+
+class SchemaError(ScriptError):
+    """The tree was written by another schema version (DPSCHEMA)."""
+
+
+class NotAttachedError(ScriptError):
+    """The namespace is gone from Redis, as after a FLUSHALL; it is attached again by itself (DPGONE)."""
+
+
+class NoParentError(ScriptError):
+    """The node that a chain goes on from is gone; it is published from the root instead (DPNOPARENT)."""
+
+
+class StaleEpochError(ScriptError):
+    """A newer process publishes under this worker id: stop this one, or give it a ``worker_id`` of its own (DPSTALE)."""
+
+
+class DamagedNodeError(ScriptError):
+    """A radix node in Redis does not hold what its key says (DPDAMAGED)."""

@@ -1,0 +1,330 @@
+"""L1: what this process knows of the shared tree. No Redis; the clock is passed in; the caller holds a lock.
+
+A tree for prompts that come as tokens, one for chains, one budget for both. Every node carries a snapshot of the L2
+node it was learned from. Nodes that name this worker's own blocks stay until the blocks go: they are what it must be
+able to take back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.radix import PrefixTree, RadixTreeNode
+
+__all__ = ["L1", "NO_BLOCK", "Found", "NodeView", "Snapshot"]
+
+NO_BLOCK = 0xFFFFFFFF
+# Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
+_NODE_BYTES = 900
+_BLOCK_REFERENCE_BYTES = 220
+
+
+class NodeView(NamedTuple):
+    """One L2 node on a chain's path, as a script tells it."""
+
+    start: int
+    """Depth of its head, in chunks."""
+    size: int
+    matched: int
+    accessed: int
+    hits: int
+    created: int
+    metadata: bytes
+    blocks: bytes
+    holders: dict[str, tuple[int, int]]
+    """Holder to (epoch, leading chunks covered)."""
+
+
+class Snapshot(NamedTuple):
+    """What L1 remembers of an L2 node. Shared by the L1 nodes that are parts of it."""
+
+    head: bytes
+    start: int
+    holders: dict[str, tuple[int, int]]
+    """Holder to (epoch, depth that it covers up to)."""
+    hits: int
+    accessed: int
+    created: int
+    metadata: bytes
+    at: float
+    """When it was taken, on the caller's monotonic clock; -inf when it was not confirmed by Redis."""
+
+
+Node = RadixTreeNode[Snapshot]
+Live = Callable[[str, int], bool]
+
+
+class Found(NamedTuple):
+    """A prompt's path in L1."""
+
+    path: list[Node]
+    chunks: int
+    fresh: int
+    """Leading chunks whose snapshots are young enough to be trusted."""
+    resume: int
+    """Depth of the L2 head that a walk has to begin at."""
+
+
+class L1:
+    """A tree of snapshots, bounded in bytes: leaves go first, hot ones last, each by age of use."""
+
+    def __init__(self, chunk_size: int, max_run: int, max_bytes: int, ttl_s: float, hot_threshold: int) -> None:
+        self.max_bytes = max_bytes
+        self.ttl_s = ttl_s
+        self.evicted_chunks = 0
+        self._hot_threshold = hot_threshold
+        self._trees: dict[bool, PrefixTree[Snapshot]] = {
+            False: PrefixTree(4 * chunk_size, max_run),
+            True: PrefixTree(HASH_BYTES, max_run),
+        }
+        self._queue: list[tuple[bool, float, int, Node, PrefixTree[Snapshot]]] = []
+        self._queued = 0
+        self._blocks: dict[int, list[tuple[Node, int]]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory in use, an estimate held to within a fifth of the truth."""
+        trees = self._trees.values()
+        return (
+            sum(len(tree) * (tree.stride + HASH_BYTES) + tree.nodes * _NODE_BYTES for tree in trees)
+            + len(self._blocks) * _BLOCK_REFERENCE_BYTES
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in both trees."""
+        return sum(len(tree) for tree in self._trees.values())
+
+    @property
+    def nodes(self) -> int:
+        """Nodes in both trees."""
+        return sum(tree.nodes for tree in self._trees.values())
+
+    def tree(self, prompt: Prompt) -> PrefixTree[Snapshot]:
+        """The tree that this kind of prompt is compared with."""
+        return self._trees[prompt.is_chain]
+
+    def iter_nodes(self) -> Iterable[Node]:
+        """Every node of both trees."""
+        for tree in self._trees.values():
+            yield from tree.iter_nodes()
+
+    def find(self, prompt: Prompt, now: float) -> Found:
+        """The longest known prefix, and how much of it may be trusted. Changes nothing."""
+        path, chunks = self._trees[prompt.is_chain].find_longest_prefix(prompt.view)
+        oldest = now - self.ttl_s
+        for node in path:
+            snapshot = node.value
+            if snapshot is None or snapshot.at < oldest:
+                return Found(path, chunks, node.start, snapshot.start if snapshot else node.start)
+        last = path[-1].value if path else None
+        return Found(path, chunks, chunks, last.start if last else 0)
+
+    def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
+        """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
+
+        Returns the path's nodes from the first view on; nothing when L1 forgot the way there meanwhile.
+        """
+        tree, stride = self._trees[prompt.is_chain], prompt.stride
+        whole = bytes(offset * HASH_BYTES) + hashes
+        known = tree.find_longest_prefix(prompt.view[: offset * stride])
+        if known.chunks < offset:
+            return []
+        below = known.path[-1] if known.path and known.path[-1].stop == offset else None
+        learned: list[Node] = []
+        for view in views:
+            at = (view.start - offset) * HASH_BYTES
+            snapshot = Snapshot(
+                hashes[at : at + HASH_BYTES],
+                view.start,
+                {name: (epoch, view.start + k) for name, (epoch, k) in view.holders.items()},
+                view.hits,
+                view.accessed,
+                view.created,
+                view.metadata,
+                now,
+            )
+            key = prompt.view[: (view.start + view.matched) * stride]
+            path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
+            fresh = [node for node in path if node.start >= view.start]
+            learned += fresh
+            for node in fresh:
+                node.accessed = max(node.accessed, now)
+                self._enqueue(node, tree)
+            below = fresh[-1]
+        return learned
+
+    def cut(self, prompt: Prompt, depth: int) -> None:
+        """Forget what L1 has of the prompt's path from `depth` on: Redis does not have it."""
+        tree = self._trees[prompt.is_chain]
+        for node in tree.find_longest_prefix(prompt.view).path:
+            if node.stop > depth:
+                parent = node.parent
+                tree.cut(node, max(depth, node.start))
+                self._requeue_leaf(parent, tree)
+                return
+
+    def coverage(self, path: list[Node], chunks: int, live: Live) -> dict[str, int]:
+        """How many leading chunks of the path each live holder has."""
+        reached: dict[str, int] = {}
+        running: dict[str, None] = {}
+        for node in path:
+            start, stop = node.start, min(node.stop, chunks)
+            holders = node.value.holders if node.value else {}
+            still: dict[str, None] = {}
+            for name in running if start else holders:
+                epoch, end = holders.get(name, (0, 0))
+                if end > start and live(name, epoch):
+                    reached[name] = min(end, stop)
+                    if end >= stop:
+                        still[name] = None
+            running = still
+            if not running:
+                break
+        return reached
+
+    def hashes(self, path: list[Node], start: int, stop: int) -> bytes:
+        """Chunk hashes [start, stop) of a path."""
+        parts = [node.hashes for node in path if node.stop > start and node.start < stop]
+        if not parts:
+            return b""
+        first = next(node.start for node in path if node.stop > start)
+        return b"".join(parts)[(start - first) * HASH_BYTES : (stop - first) * HASH_BYTES]
+
+    def touch(self, node: Node, now: float) -> None:
+        """The node was used: it and what lies above it stay longer."""
+        node.accessed = now
+        node.hits += 1
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for tree in self._trees.values():
+            for child in list(tree.root.children.values()):
+                tree.cut(child, child.start)
+        self._queue.clear()
+        self._blocks.clear()
+
+    def expire(self) -> None:
+        """Trust nothing until Redis has confirmed it again; own blocks stay known."""
+        for node in self.iter_nodes():
+            if node.value is not None:
+                node.value = node.value._replace(at=float("-inf"))
+
+    # Own blocks
+
+    def set_blocks(self, path: list[Node], blocks: bytes) -> None:
+        """This worker's blocks for the leading chunks of a path, from its first chunk (depth 0) on."""
+        ids = array("I", blocks)
+        for node in path:
+            size = node.stop - node.start
+            own = array("I", node.blocks or b"\xff" * (4 * size))
+            new = ids[node.start : node.stop]
+            for i, block in enumerate(new):
+                if own[i] != block:
+                    self._drop_reference(own[i], node, node.start + i)
+                    own[i] = block
+                    self._blocks.setdefault(block, []).append((node, node.start + i))
+            node.blocks = own.tobytes()
+
+    def own_blocks(self, path: list[Node], chunks: int) -> tuple[int, ...]:
+        """This worker's block ids for the leading chunks of a path, up to the first that it does not have."""
+        blocks: list[int] = []
+        for node in path:
+            own = array("I", node.blocks)[: chunks - node.start]
+            if NO_BLOCK in own:
+                blocks += own[: own.index(NO_BLOCK)]
+                break
+            blocks += own
+            if len(own) < node.stop - node.start:
+                break
+        return tuple(blocks)
+
+    def remove_blocks(self, block_ids: Iterable[int]) -> tuple[int, dict[Node, int]]:
+        """Forget own blocks. Returns how many were known, and per node the depth that coverage now ends at."""
+        removed, cuts = 0, dict[Node, int]()
+        for block in block_ids:
+            known = False
+            for reference, depth in self._blocks.pop(block, []):
+                node = self.node_at(reference, depth)
+                if node is None or not node.blocks:
+                    continue
+                own = array("I", node.blocks)
+                if own[depth - node.start] == block:
+                    own[depth - node.start] = NO_BLOCK
+                    node.blocks = own.tobytes() if any(other != NO_BLOCK for other in own) else b""
+                    cuts[node] = min(depth, cuts.get(node, depth))
+                    known = True
+            removed += known
+        return removed, cuts
+
+    @staticmethod
+    def node_at(node: Node, depth: int) -> Node | None:
+        """The node that has the chunk at `depth` on the way to `node`; None when it is gone."""
+        if node.parent is None or depth >= node.stop:
+            return None
+        current: Node | None = node
+        while current is not None and current.start > depth:
+            current = current.parent
+        return current
+
+    def _drop_reference(self, block: int, node: Node, depth: int) -> None:
+        references = self._blocks.get(block)
+        if references is None:
+            return
+        left = [(other, at) for other, at in references if at != depth or self.node_at(other, at) is not node]
+        if left:
+            self._blocks[block] = left
+        else:
+            del self._blocks[block]
+
+    # Budget
+
+    def shrink(self) -> int:
+        """Evict leaves until the budget holds. Returns the chunks evicted."""
+        before = self.chunks
+        while self._queue and self.bytes > self.max_bytes:
+            hot, accessed, _, node, tree = heapq.heappop(self._queue)
+            if node.parent is None or node.children or node.blocks:
+                continue  # gone, or not a leaf: queued again when it becomes one
+            if (node.hits >= self._hot_threshold, node.accessed) > (hot, accessed):
+                self._enqueue(node, tree)
+                continue
+            parent = node.parent
+            parent.accessed = max(parent.accessed, node.accessed)
+            tree.cut(node, node.start)
+            self._requeue_leaf(parent, tree)
+        evicted = before - self.chunks
+        self.evicted_chunks += evicted
+        return evicted
+
+    def _enqueue(self, node: Node, tree: PrefixTree[Snapshot]) -> None:
+        if node.children or node.parent is None:
+            return
+        self._queued += 1
+        hot = node.hits >= self._hot_threshold
+        heapq.heappush(self._queue, (hot, node.accessed, self._queued, node, tree))
+        if len(self._queue) > 64 + 4 * self.nodes:  # entries of nodes that are gone or were queued again
+            self._requeue_all()
+
+    def _requeue_leaf(self, node: Node | None, tree: PrefixTree[Snapshot]) -> None:
+        if node is not None and not node.children:
+            self._enqueue(node, tree)
+
+    def _requeue_all(self) -> None:
+        self._queue.clear()
+        for tree in self._trees.values():
+            for node in tree.iter_nodes():
+                if not node.children:
+                    self._queued += 1
+                    hot = node.hits >= self._hot_threshold
+                    self._queue.append((hot, node.accessed, self._queued, node, tree))
+        heapq.heapify(self._queue)
+
+    def hottest(self, threshold: int) -> list[Any]:
+        """Nodes with at least so many hits, most first."""
+        nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.hits >= threshold]
+        return sorted(nodes, key=lambda node: -(node.hits + (node.value.hits if node.value else 0)))

@@ -1,0 +1,95 @@
+"""What look-ups give back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+__all__ = ["CacheHitResult", "CacheTier", "Holder", "PrefixEntry"]
+
+
+class CacheTier(StrEnum):
+    """Where a prefix was found."""
+
+    HOT = "hot"
+    """In this process (L1)."""
+    WARM = "warm"
+    """In Redis (L2)."""
+    COLD = "cold"
+    """Compressed, in Redis or on a cheaper endpoint (L3)."""
+
+
+class Holder(NamedTuple):
+    """Who holds how many leading chunks of the prompt that was asked for."""
+
+    name: str
+    """``worker/rank@medium``, or a shared tier such as ``@warm``."""
+    chunks: int
+
+    @property
+    def worker(self) -> str:
+        """The worker's id; empty for a shared tier."""
+        return self.name.partition("@")[0].partition("/")[0]
+
+    @property
+    def medium(self) -> str:
+        """What the KV lies in: ``gpu``, ``cpu``, ``warm``, ..."""
+        return self.name.rpartition("@")[2]
+
+
+@dataclass(slots=True)
+class PrefixEntry:
+    """The deepest radix node that a look-up matched, and the prefix that ends there."""
+
+    prefix_hash: str
+    """Chunk hash of the last matched chunk, in hex. Names the whole prefix."""
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    """This worker's block ids for the leading chunks; empty when another worker holds them."""
+    tier: CacheTier
+    access_count: int
+    """Hits of the node, cluster-wide, as of the last time Redis was asked."""
+    created_at: float
+    """Seconds since the epoch."""
+    last_access: float
+    """Seconds since the epoch."""
+    metadata: Mapping[str, Any] | None = None
+    _on_touch: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def touch(self) -> None:
+        """Count one more use, now; Redis hears of it with the next batch. No Redis call."""
+        self.access_count += 1
+        self.last_access = time.time()
+        if self._on_touch is not None:
+            self._on_touch()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHitResult:
+    """The longest prefix of a prompt that a live worker or a shared tier holds."""
+
+    hit: bool
+    matched_tokens: int
+    matched_chunks: int
+    block_ids: tuple[int, ...]
+    """Block ids of the matched chunks, in order, as far as the worker that was asked for (this one) has them."""
+    entry: PrefixEntry | None
+    tier: CacheTier | None
+    holders: tuple[Holder, ...]
+    """Longest first."""
+    lookup_time_us: float
+    l1_chunks: int = 0
+    """How many of the matched chunks L1 answered for."""
+    redis_calls: int = 0
+    _tokens: Sequence[int] | memoryview = field(default=(), repr=False, compare=False)
+
+    @property
+    def remaining_tokens(self) -> Sequence[int] | memoryview:
+        """What is left to compute: a slice of the prompt as it was given, made when asked for.
+
+        Buffers give a view without a copy; bytes count four to a token; chains give the hashes left.
+        """
+        return self._tokens[self.matched_tokens :]

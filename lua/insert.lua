@@ -1,0 +1,69 @@
+#!lua
+-- insert: publish a chain. Splits where it leaves a run, extends a leaf that has room, creates nodes, sets coverage.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    now, ms
+-- ARGV[3]    the most chunks a run may have
+-- ARGV[4]    holder
+-- ARGV[5]    epoch of the holder
+-- ARGV[6]    depth of the chain's first chunk; above 0 that chunk must be a node's head
+-- ARGV[7]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
+-- ARGV[8]    block ids, 4 bytes a chunk, or ""
+-- ARGV[9]    metadata of the node that the chain ends in, msgpack, or ""
+-- returns    {nodes made, chunks made, nodes in the shard, chunks in the shard, then the path as walk tells it}
+-- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
+-- flags      none (writes; a server that is out of memory refuses it before anything has changed)
+-- cost       one HMGET, one HGETALL and a few HSET a node on the path; a split moves no child
+-- @include guard
+-- @include keys
+-- @include walk
+-- @include path
+-- @include edit
+-- @include create
+local now, max_run, holder, epoch = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+local depth, chain, blocks, metadata = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
+local leaves, total = base .. 'leaves', #chain / 16
+
+-- First only look, at every key that is going to change: what is wrong must show before anything is written.
+local path, pos = read_path(chain, holder, epoch)
+if not path then
+  return pos
+elseif pos == 0 and depth > 0 then
+  return redis.error_reply('DPNOPARENT the chain goes on from a node that is gone: publish it from the root')
+end
+local last = path[#path]
+local is_leaf = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) or '')) == 0
+redis.call('ZCARD', leaves)
+
+-- Then write.
+local nodes, chunks = 0, total - pos
+if last and chunks > 0 and last.matched < last.size then
+  split(last, last.matched, is_leaf)
+  nodes, is_leaf = 1, false
+elseif last and chunks > 0 and is_leaf and last.size < max_run then
+  pos = math.min(total, last.first + max_run)
+  last.matched = pos - last.first
+  redis.call('HSET', node_key(last.head), 'r', slice(chain, last.first, pos))
+end
+for _, node in ipairs(path) do
+  cover(node, holder, epoch, node.matched, blocks)
+end
+local tail = last and last.head
+if pos < total then
+  if tail then
+    redis.call('ZREM', leaves, tail)
+  end
+  local made
+  tail, made = create(chain, pos, depth, tail, max_run, { now = now, holder = holder, epoch = epoch }, blocks)
+  redis.call('ZADD', leaves, now, tail)
+  nodes = nodes + made
+else
+  redis.call('HSET', node_key(tail), 'a', ('%.0f'):format(math.max(tonumber(now), tonumber(last.accessed))))
+  redis.call('ZADD', leaves, 'XX', 'GT', now, tail)
+end
+if metadata ~= '' then
+  redis.call('HSET', node_key(tail), 'm', metadata)
+end
+local usage = { redis.call('HINCRBY', KEYS[1], 'nodes', nodes), redis.call('HINCRBY', KEYS[1], 'chunks', chunks) }
+return walk(chain, '', { nodes, chunks, usage[1], usage[2] })

@@ -1,0 +1,63 @@
+-- HSET in portions that unpack can take, however many holders a node has.
+local function set(key, values)
+  for i = 1, #values, 1000 do
+    redis.call('HSET', key, unpack(values, i, math.min(i + 999, #values)))
+  end
+end
+
+-- Cuts a node at chunk `at`. The upper half keeps the key, the lower half takes over the children by one field.
+local function split(node, at, is_leaf)
+  local key, last, lower_head = node_key(node.head), hex(slice(node.run, at - 1, at)), hex(slice(node.run, at, at + 1))
+  local upper, lower = { 'r', slice(node.run, 0, at) }, { 'p', last, 'r', slice(node.run, at, node.size) }
+  local function add(half, name, value)
+    half[#half + 1], half[#half + 2] = name, value
+  end
+  local fields = redis.call('HGETALL', key)
+  for i = 1, #fields, 2 do
+    local name, value = fields[i], fields[i + 1]
+    if name == 'd' then
+      add(lower, name, tonumber(value) + at)
+    elseif name:sub(1, 2) == 'h:' then
+      local epoch, covered = value:match('^(%d+):(%d+)$')
+      if tonumber(covered) > at then
+        add(upper, name, epoch .. ':' .. at)
+        add(lower, name, epoch .. ':' .. covered - at)
+      end
+    elseif name:sub(1, 2) == 'b:' then
+      if #value > at * 4 then
+        add(upper, name, value:sub(1, at * 4))
+        add(lower, name, value:sub(at * 4 + 1))
+      end
+    elseif name ~= 'p' and name ~= 'r' then
+      add(lower, name, value)
+    end
+  end
+  set(node_key(lower_head), lower)
+  set(key, upper)
+  redis.call('HDEL', key, 'm')
+  if is_leaf then
+    local score = redis.call('ZSCORE', base .. 'leaves', node.head) or node.accessed
+    redis.call('ZREM', base .. 'leaves', node.head)
+    redis.call('ZADD', base .. 'leaves', score, lower_head)
+  else
+    redis.call('HSET', junction_key(hex(node.run:sub(-16))), 'o', lower_head)
+  end
+  redis.call('HSET', junction_key(last), 'o', node.head, lower_head, '')
+  node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * 4)
+end
+
+-- The holder has the first k chunks of the node. Within an epoch coverage only grows here; trim is what shrinks it.
+local function cover(node, holder, epoch, k, blocks)
+  local ids = blocks:sub(node.first * 4 + 1, (node.first + k) * 4)
+  if node.epoch == epoch then
+    ids, k = ids .. node.ids:sub(#ids + 1), math.max(k, node.covered)
+  end
+  if node.epoch ~= epoch or k > node.covered then
+    redis.call('HSET', node_key(node.head), 'h:' .. holder, epoch .. ':' .. k)
+  end
+  if ids ~= '' and ids ~= node.ids then
+    redis.call('HSET', node_key(node.head), 'b:' .. holder, ids)
+  elseif ids == '' and node.ids ~= '' then
+    redis.call('HDEL', node_key(node.head), 'b:' .. holder)
+  end
+end

@@ -1,0 +1,28 @@
+-- The nodes on a chain's path as a change needs them, without changing any. Returns the path and the chunks matched,
+-- or nil and an error: a damaged node, or a holder that a newer process has taken over.
+local function read_path(chain, holder, epoch)
+  local path, first, total = {}, 0, #chain / 16
+  while first < total do
+    local head = hex(slice(chain, first, first + 1))
+    local run, accessed, held, ids =
+      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, 'b:' .. holder))
+    if not run then
+      break
+    end
+    local matched = #run % 16 == 0 and match(run, chain, first) or 0
+    if matched == 0 then
+      return nil, redis.error_reply('DPDAMAGED the run of node ' .. head .. ' does not begin with its head')
+    end
+    local held_epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
+    if tonumber(held_epoch) > epoch then
+      return nil, redis.error_reply('DPSTALE ' .. holder .. ' has been taken over: its epoch is ' .. held_epoch)
+    end
+    path[#path + 1] = { head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
+      accessed = accessed or '0', epoch = tonumber(held_epoch), covered = tonumber(covered), held = held }
+    first = first + matched
+    if matched * 16 < #run then
+      break
+    end
+  end
+  return path, first
+end

@@ -1,0 +1,54 @@
+-- How many leading chunks of `run` equal the chain from chunk `first` on: one comparison, or a bisection.
+local function match(run, chain, first)
+  local limit = math.min(#run / 16, #chain / 16 - first)
+  if slice(run, 0, limit) == slice(chain, first, first + limit) then
+    return limit
+  end
+  local low, high = 0, limit - 1
+  while low < high do
+    local middle = math.ceil((low + high) / 2)
+    if slice(run, low, middle) == slice(chain, first + low, first + middle) then
+      low = middle
+    else
+      high = middle - 1
+    end
+  end
+  return low
+end
+
+-- Describes the nodes on the chain's path in a flat array, 8 elements a node and then 2 a holder:
+-- size, matched, accessed, hits, created, metadata, block ids of `holder`, number of holders, (holder, epoch:k)...
+-- Stops at the end of the chain, where it leaves the tree, and at a hole or a damaged node.
+local function walk(chain, holder, reply)
+  local first, total = 0, #chain / 16
+  while first < total do
+    local fields = redis.pcall('HGETALL', node_key(hex(slice(chain, first, first + 1))))
+    local node, holders = {}, {}
+    for i = 1, #fields, 2 do
+      local name = fields[i]
+      if name:sub(1, 2) == 'h:' then
+        holders[#holders + 1] = name:sub(3)
+        holders[#holders + 1] = fields[i + 1]
+      else
+        node[name] = fields[i + 1]
+      end
+    end
+    local run = node.r or ''
+    local matched = #run % 16 == 0 and match(run, chain, first) or 0
+    if matched == 0 then
+      break
+    end
+    for _, value in ipairs({ #run / 16, matched, node.a or '0', node.n or '0', node.c or '0', node.m or '',
+      node['b:' .. holder] or '', #holders / 2 }) do
+      reply[#reply + 1] = value
+    end
+    for _, value in ipairs(holders) do
+      reply[#reply + 1] = value
+    end
+    first = first + matched
+    if matched < #run / 16 then
+      break
+    end
+  end
+  return reply
+end
