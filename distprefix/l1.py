@@ -18,6 +18,7 @@ from distprefix.radix import PrefixTree, RadixTreeNode
 __all__ = ["L1", "NO_BLOCK", "Found", "NodeView", "Snapshot"]
 
 NO_BLOCK = 0xFFFFFFFF
+_UNCONFIRMED = float("-inf")
 # Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
 _NODE_BYTES = 900
 _BLOCK_REFERENCE_BYTES = 220
@@ -116,13 +117,59 @@ class L1:
     def find(self, prompt: Prompt, now: float) -> Found:
         """The longest known prefix, and how much of it may be trusted. Changes nothing."""
         path, chunks = self._trees[prompt.is_chain].find_longest_prefix(prompt.view)
-        oldest = now - self.ttl_s
+        oldest, resume = now - self.ttl_s, 0
         for node in path:
             snapshot = node.value
-            if snapshot is None or snapshot.at < oldest:
-                return Found(path, chunks, node.start, snapshot.start if snapshot else node.start)
-        last = path[-1].value if path else None
-        return Found(path, chunks, chunks, last.start if last else 0)
+            if snapshot is None or not snapshot.head:
+                return Found(path, chunks, node.start, resume)
+            resume = snapshot.start
+            if snapshot.at < oldest:
+                return Found(path, chunks, node.start, resume)
+        return Found(path, chunks, chunks, resume)
+
+    def published_up_to(self, found: Found, holder: str, epoch: int, blocks: bytes) -> int:
+        """The L2 head that a publish can begin at, because Redis was just told of all that lies above it."""
+        begin = 0
+        for node in found.path:
+            snapshot = node.value
+            if snapshot is None or node.stop > found.fresh or snapshot.holders.get(holder, (0, 0))[0] != epoch:
+                break
+            if snapshot.holders[holder][1] < node.stop:
+                break
+            if blocks and node.blocks != blocks[4 * node.start : 4 * node.stop]:
+                break
+            begin = snapshot.start
+        return begin
+
+    def assume(self, prompt: Prompt, hashes: bytes, offset: int, holder: str, epoch: int) -> None:
+        """This worker has the prompt's chunks, but Redis could not be told: look-ups ask again when it can."""
+        tree = self._trees[prompt.is_chain]
+        path, chunks = tree.find_longest_prefix(prompt.view)
+        if chunks < offset:
+            return
+        for node in path:
+            if node.value is not None:
+                holders = {**node.value.holders, holder: (epoch, min(node.stop, chunks))}
+                node.value = node.value._replace(holders=holders, at=_UNCONFIRMED)
+        snapshot = Snapshot(b"", chunks, {holder: (epoch, prompt.chunks)}, 0, 0, 0, b"", _UNCONFIRMED)
+        whole = bytes(offset * HASH_BYTES) + hashes
+        for node in tree.insert(prompt.view, snapshot, hashes=whole, start=chunks):
+            self._enqueue(node, tree)
+
+    def recall(self, node: Node, depth: int) -> tuple[Prompt, bytes]:
+        """A known prefix as a prompt again, and its chunk hashes."""
+        path = PrefixTree.path_to(node)
+        run, hashes = b"".join(part.run for part in path), b"".join(part.hashes for part in path)
+        stride = len(run) // node.stop
+        view = memoryview(run)[: depth * stride]
+        is_chain = stride == HASH_BYTES and run == hashes
+        return Prompt(view, stride, depth, (), 1, is_chain, depth), hashes[: depth * HASH_BYTES]
+
+    def retract(self, node: Node, holder: str, depth: int) -> None:
+        """The holder's coverage of the node ends at `depth`."""
+        if node.value is not None and holder in node.value.holders:
+            epoch, end = node.value.holders[holder]
+            node.value = node.value._replace(holders={**node.value.holders, holder: (epoch, min(end, depth))})
 
     def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
@@ -212,7 +259,7 @@ class L1:
         """Trust nothing until Redis has confirmed it again; own blocks stay known."""
         for node in self.iter_nodes():
             if node.value is not None:
-                node.value = node.value._replace(at=float("-inf"))
+                node.value = node.value._replace(at=_UNCONFIRMED)
 
     # Own blocks
 

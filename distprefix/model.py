@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -84,12 +84,13 @@ class CacheHitResult:
     l1_chunks: int = 0
     """How many of the matched chunks L1 answered for."""
     redis_calls: int = 0
-    _tokens: Sequence[int] | memoryview = field(default=(), repr=False, compare=False)
+    _tokens: Any = field(default=(), repr=False, compare=False)
+    _matched_units: int = field(default=0, repr=False, compare=False)
 
     @property
-    def remaining_tokens(self) -> Sequence[int] | memoryview:
+    def remaining_tokens(self) -> Any:
         """What is left to compute: a slice of the prompt as it was given, made when asked for.
 
-        Buffers give a view without a copy; bytes count four to a token; chains give the hashes left.
+        NumPy arrays and memoryviews give views; bytes give bytes, four a token; chains give the chunks left.
         """
-        return self._tokens[self.matched_tokens :]
+        return self._tokens[self._matched_units :]

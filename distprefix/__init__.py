@@ -1,0 +1,26 @@
+"""One prefix tree for a whole LLM inference cluster: L1 in the process, L2 in Redis."""
+
+from __future__ import annotations
+
+from distprefix.chunking import Chain
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import DistPrefixError
+from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
+from distprefix.optimizer import PrefixCacheOptimizer
+from distprefix.radix import PrefixTree, RadixTreeNode
+
+__all__ = [
+    "CacheHitResult",
+    "CacheTier",
+    "Chain",
+    "DistPrefixError",
+    "Holder",
+    "PrefixCacheConfig",
+    "PrefixCacheOptimizer",
+    "PrefixEntry",
+    "PrefixTree",
+    "RadixTreeNode",
+    "__version__",
+]
+
+__version__ = "0.1.0"

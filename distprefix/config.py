@@ -1,0 +1,180 @@
+"""PrefixCacheConfig: from keyword arguments, the environment (DISTPREFIX_*) or TOML, checked at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from distprefix.errors import ConfigError
+
+__all__ = ["PrefixCacheConfig"]
+
+_ENV_PREFIX = "DISTPREFIX_"
+_SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixCacheConfig:
+    """Settings of a cache. A wrong value raises ConfigError and names the field, the value and what is allowed."""
+
+    max_cached_sequences: int = 10_000
+    """How many published prefixes this process can still name by their hash (`update_prefix_state`)."""
+    min_prefix_length: int = 1
+    """Shorter matches (tokens) count as misses, shorter prompts are not published."""
+    max_prefix_length: int = 4096
+    """Tokens of a prompt that are looked at; what lies behind is never cached. Real prompts reach 1,000,000: raise it."""
+    enable_prewarm: bool = True
+    prewarm_threshold: int = 3
+    """Hits that make a node a candidate for pre-warming."""
+    hot_threshold: int = 10
+    """Hits that make a node hot: L1 evicts it last."""
+    cold_timeout_s: float = 300.0
+    eviction_batch_size: int = 100
+    url: str | None = None
+    """redis://, rediss://, unix:// or embedded://NAME; None starts a private server."""
+    namespace: str = "default"
+    """What makes KV interchangeable has a namespace of its own: one model, KV layout, tokenizer, tenant."""
+    worker_id: str = ""
+    """Who holds what this process publishes; default: host name and process id."""
+    rank: int = 0
+    medium: str = "gpu"
+    """What this worker's KV lies in: the holder is ``worker_id/rank@medium``."""
+    fingerprint: str = ""
+    """Model, dtype, layout, ...: attaching to a namespace with another one is refused."""
+    chunk_size: int = 16
+    """Tokens in a chunk (vLLM: block)."""
+    hash_algorithm: str = "xxh3_128"
+    """xxh3_128 (fast) or sha256 (safe against prompts made to collide)."""
+    salt: str = ""
+    """A secret that the hashes depend on; processes with another salt share nothing."""
+    max_run: int = 256
+    shards: int = 1
+    lookup_timeout_s: float = 0.05
+    publish_timeout_s: float = 0.2
+    l1_max_bytes: int = 256 * 1024 * 1024
+    l1_ttl_s: float = 1.0
+    """How long L1 trusts what Redis told: the bound on how stale holders can be."""
+    touch_interval_s: float = 1.0
+    """How often hits that L1 answered are told to Redis, in the background. 0: only by `flush()`."""
+    breaker_failures: int = 3
+    """Failures in a row that stop this process from asking Redis for a while."""
+    breaker_reset_s: float = 1.0
+    """How long, at first; doubles with every failed probe, up to 30 s."""
+    strict: bool = False
+    """Raise on the request path when Redis fails, instead of counting a miss. For tests."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            self._check_type(spec.name, _TYPES[spec.name])
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} is {value!r}: it must lie between {low:g} and {high:g}")
+        if self.min_prefix_length > self.max_prefix_length:
+            raise ConfigError(
+                f"min_prefix_length is {self.min_prefix_length}: it must not be above "
+                f"max_prefix_length ({self.max_prefix_length})"
+            )
+        if self.hash_algorithm not in ("xxh3_128", "sha256"):
+            raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be 'xxh3_128' or 'sha256'")
+        for name in ("namespace", "worker_id", "medium"):
+            value = getattr(self, name)
+            if not _NAME.fullmatch(value) and not (name == "worker_id" and not value):
+                raise ConfigError(f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed")
+        if self.url is not None and not self.url.startswith(_SCHEMES):
+            raise ConfigError(f"url is {self.url!r}: it must begin with {', '.join(_SCHEMES)}")
+        if not self.worker_id:
+            host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:48] or "host"
+            object.__setattr__(self, "worker_id", f"{host}-{os.getpid()}")
+
+    @property
+    def holder(self) -> str:
+        """The name that coverage of this process is kept under."""
+        return f"{self.worker_id}/{self.rank}@{self.medium}"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> PrefixCacheConfig:
+        """Settings by name; an unknown name raises and says which there are."""
+        unknown = sorted(set(values) - set(_TYPES))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}: there are {', '.join(sorted(_TYPES))}")
+        return cls(**values)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> PrefixCacheConfig:
+        """DISTPREFIX_URL, DISTPREFIX_CHUNK_SIZE, ...; keyword arguments win."""
+        values: dict[str, Any] = {}
+        for key, text in (os.environ if env is None else env).items():
+            if key.startswith(_ENV_PREFIX):
+                name = key.removeprefix(_ENV_PREFIX).lower()
+                values[name] = _parse(name, text) if name in _TYPES else text
+        return cls.from_mapping({**values, **overrides})
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> PrefixCacheConfig:
+        """The table [distprefix] of a TOML file, or its top level when it has no such table."""
+        try:
+            with Path(path).open("rb") as file:
+                table: dict[str, Any] = tomllib.load(file)
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        return cls.from_mapping({**table.get("distprefix", table), **overrides})
+
+    def _check_type(self, name: str, allowed: tuple[type, ...]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) and bool not in allowed:
+            raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+        if float in allowed and isinstance(value, int):
+            object.__setattr__(self, name, float(value))
+        elif not isinstance(value, allowed):
+            raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+
+
+def _describe(allowed: tuple[type, ...]) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    return " or ".join(words[kind] for kind in allowed)
+
+
+def _parse(name: str, text: str) -> Any:
+    allowed = _TYPES[name]
+    try:
+        if bool in allowed:
+            if text.lower() not in _TRUE + _FALSE:
+                raise ValueError
+            return text.lower() in _TRUE
+        return int(text) if int in allowed else float(text) if float in allowed else text
+    except ValueError:
+        raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {text!r}: it must be {_describe(allowed)}") from None
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    name: getattr(hint, "__args__", None) or (hint,) for name, hint in get_type_hints(PrefixCacheConfig).items()
+}
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_cached_sequences", 1, 2**31),
+    ("min_prefix_length", 1, 2**31),
+    ("max_prefix_length", 1, 2**31),
+    ("prewarm_threshold", 1, 2**31),
+    ("hot_threshold", 1, 2**31),
+    ("cold_timeout_s", 0, 1e9),
+    ("eviction_batch_size", 1, 10_000),
+    ("rank", 0, 2**16),
+    ("chunk_size", 1, 65_536),
+    ("max_run", 1, 256),
+    ("shards", 1, 1),
+    ("lookup_timeout_s", 0.001, 60),
+    ("publish_timeout_s", 0.001, 60),
+    ("l1_max_bytes", 0, 2**50),
+    ("l1_ttl_s", 0, 1e9),
+    ("touch_interval_s", 0, 3600),
+    ("breaker_failures", 1, 10_000),
+    ("breaker_reset_s", 0.001, 3600),
+)

@@ -1,0 +1,179 @@
+"""Calls to Redis: one connection each, one deadline, no hidden retries; every failure is one of ours.
+
+redis-py's own defaults re-send up to ten times and can hold a caller for a minute; here a call ends with its deadline.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator
+from typing import Any, Protocol, TypeVar, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from distprefix import errors
+from distprefix.operations import Call
+from distprefix.redis.breaker import Breaker
+from distprefix.redis.scripts import load_script
+
+__all__ = ["Client", "connect", "new_breaker", "run"]
+
+T = TypeVar("T")
+_CODES: dict[str, type[errors.ScriptError]] = {
+    "DPSCHEMA": errors.SchemaError,
+    "DPGONE": errors.NotAttachedError,
+    "DPNOPARENT": errors.NoParentError,
+    "DPSTALE": errors.StaleEpochError,
+    "DPDAMAGED": errors.DamagedNodeError,
+}
+
+
+class _Connection(Protocol):
+    def send_command(self, *args: Any) -> None: ...
+    def read_response(self, *, timeout: float) -> Any: ...
+    def disconnect(self) -> None: ...
+
+
+def connect(url: str, timeout_s: float) -> redis.Redis:
+    """A redis-py client that never retries and never waits longer than `timeout_s` for one read. Does not connect."""
+    try:
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=3,
+            legacy_responses=False,
+            decode_responses=False,
+            maint_notifications_config=None,
+            driver_info=None,
+        )
+    except (ValueError, redis.RedisError) as error:
+        raise errors.ConfigError(f"url is {url!r}: {error}") from error
+
+
+def run(operation: Generator[Call, Any, T], client: Client, meta: str, deadline: float) -> T:
+    """Drive an operation over a blocking client until `deadline` (time.monotonic)."""
+    reply: Any = None
+    while True:
+        try:
+            call = operation.send(reply)
+        except StopIteration as done:
+            return cast("T", done.value)
+        reply = client.call(call.script, meta, call.args, deadline)
+
+
+class Client:
+    """Script and plain calls over a redis-py connection pool, behind a breaker. Thread-safe."""
+
+    def __init__(self, redis_client: redis.Redis, breaker: Breaker, failures: Counter[str]) -> None:
+        self.redis = redis_client
+        self.breaker = breaker
+        self.failures = failures
+        """Failed calls by reason."""
+        self.calls = 0
+        """Calls sent."""
+        self._with_flags = True
+        self._count = threading.Lock()
+
+    def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
+        """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
+
+        Raises UnavailableError when there is no usable answer by `deadline`, or the error that the script's code names.
+        """
+        loaded = load_script(script, with_flags=self._with_flags)
+        command = "EVALSHA_RO" if loaded.reads_only and self._with_flags else "EVALSHA"
+        try:
+            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+        except redis.exceptions.NoScriptError:
+            self._load(script, deadline)
+            loaded = load_script(script, with_flags=self._with_flags)
+            command = "EVALSHA_RO" if loaded.reads_only and self._with_flags else "EVALSHA"
+            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+
+    def _load(self, script: str, deadline: float) -> None:
+        body = load_script(script, with_flags=self._with_flags).body
+        try:
+            self.command("SCRIPT LOAD", body, deadline=deadline)
+        except errors.ScriptError:
+            if not self._with_flags:
+                raise
+            self._with_flags = False  # a server that does not know the #!lua line
+            self._load(script, deadline)
+
+    def command(self, *args: Any, deadline: float) -> Any:
+        """Send one command and read its reply by `deadline`."""
+        if not self.breaker.allow():
+            raise self._failure("breaker open", "Redis failed repeatedly and is left alone for a moment")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise self._failure("deadline", "the deadline passed before Redis could be asked")
+        try:
+            pool = self.redis.connection_pool
+            connection = pool.get_connection()
+        except (redis.RedisError, OSError) as error:
+            self.breaker.fail()
+            raise self._failure("connect", f"cannot connect: {error}") from error
+        healthy = False
+        try:
+            with self._count:
+                self.calls += 1
+            wire = cast("_Connection", connection)
+            wire.send_command(*_split(args))
+            reply = wire.read_response(timeout=max(0.001, deadline - time.monotonic()))
+            healthy = True
+        except redis.exceptions.NoScriptError:
+            healthy = True
+            raise
+        except redis.ResponseError as error:
+            healthy = True
+            raise self._refused(error) from error
+        except (redis.TimeoutError, TimeoutError) as error:
+            raise self._failure("timeout", f"no answer in time: {error}", broke=True) from error
+        except (redis.RedisError, OSError) as error:
+            raise self._failure("connection", f"the connection failed: {error}", broke=True) from error
+        finally:
+            if not healthy:
+                connection.disconnect()
+            pool.release(connection)
+        self.breaker.succeed()
+        return reply
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.redis.close()
+
+    def _failure(self, reason: str, message: str, *, broke: bool = False) -> errors.UnavailableError:
+        self.failures[reason] += 1
+        if broke:
+            self.breaker.fail()
+        return errors.UnavailableError(message)
+
+    def _refused(self, error: redis.ResponseError) -> errors.DistPrefixError:
+        code = str(error).split(" ", 1)[0]
+        if code in _CODES:
+            self.breaker.succeed()
+            return _CODES[code](str(error))
+        if isinstance(error, redis.exceptions.OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
+            return self._failure("out of memory", "Redis is at maxmemory: nothing more is published until there is room")
+        if isinstance(error, redis.exceptions.BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
+            return self._failure(code.lower(), str(error), broke=True)
+        self.failures["refused"] += 1
+        self.breaker.fail()
+        return errors.ScriptError(f"the server refused the call: {error}")
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """redis-py packs a command of two words only when it gets two words."""
+    return ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
+
+
+def new_breaker(failures: int, reset_s: float) -> Breaker:
+    """A breaker on the real clock with probes spread by a quarter."""
+    spread = random.Random()  # noqa: S311 - not for secrets
+    return Breaker(failures, reset_s, time.monotonic, lambda: spread.uniform(0.75, 1.25))

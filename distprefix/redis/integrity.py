@@ -1,0 +1,118 @@
+"""Read a whole shard and hold it to its invariants. Plain commands, for tests and for whoever doubts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from distprefix.redis.keys import Keys
+
+__all__ = ["Report", "check_integrity"]
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found; an empty `problems` means that the shard is sound."""
+
+    nodes: int = 0
+    chunks: int = 0
+    problems: list[str] = field(default_factory=list[str])
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Report:
+    """Every node has its parent, junctions and leaves agree, runs and coverage are in bounds, the counts are exact.
+
+    Meaningful while nobody writes. Costs a SCAN of the server and one HGETALL for every key of the shard.
+    """
+    report = Report()
+    problems = report.problems
+    nodes: dict[str, dict[bytes, bytes]] = {}
+    junctions: dict[str, dict[bytes, bytes]] = {}
+    for name in _scan(client, keys.base):
+        kind, _, rest = name.removeprefix(keys.base).partition(":")
+        if kind in ("n", "j"):
+            fields = _read(client, name)
+            if fields is None:
+                problems.append(f"{name} is no hash")
+            elif kind == "n":
+                nodes[rest] = fields
+            else:
+                junctions[rest] = fields
+    children: dict[str, set[str]] = {}
+    owners: dict[str, str] = {}
+    for head, node in nodes.items():
+        run = node.get(b"r", b"")
+        report.nodes += 1
+        report.chunks += len(run) // 16
+        if len(run) % 16 or not 0 < len(run) // 16 <= max_run or run[:16].hex() != head:
+            problems.append(f"node {head} has a damaged run of {len(run)} bytes")
+            continue
+        owners[run[-16:].hex()] = head
+        children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
+        problems += _check_coverage(head, node, len(run) // 16)
+    _check_links(nodes, junctions, children, owners, problems)
+    leaves = {member.decode() for member in client.zrange(keys.leaves, 0, -1)}
+    expected = {head for last, head in owners.items() if last not in children}
+    problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
+    problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]
+    meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
+    for name, count in (("nodes", report.nodes), ("chunks", report.chunks)):
+        if int(meta.get(name.encode(), b"0")) != count:
+            problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
+    return report
+
+
+def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]:
+    problems: list[str] = []
+    for name, value in node.items():
+        if name.startswith(b"h:"):
+            covered = int(value.partition(b":")[2])
+            if not 0 < covered <= size:
+                problems.append(f"node {head}: {name.decode()} covers {covered} of {size}")
+            if len(node.get(b"b:" + name[2:], b"")) > 4 * covered:
+                problems.append(f"node {head}: {name.decode()} has more block ids than coverage")
+    return problems
+
+
+def _check_links(
+    nodes: dict[str, dict[bytes, bytes]],
+    junctions: dict[str, dict[bytes, bytes]],
+    children: dict[str, set[str]],
+    owners: dict[str, str],
+    problems: list[str],
+) -> None:
+    for last, heads in children.items():
+        junction = junctions.get(last, {})
+        named = {name.decode() for name in junction if name != b"o"}
+        problems += [f"node {head} has no parent" for head in sorted(heads) if last != "root" and last not in owners]
+        if named != heads:
+            problems.append(f"junction {last} names {sorted(named)}, its children are {sorted(heads)}")
+        owner = junction.get(b"o", b"").decode()
+        if last != "root" and owner != owners.get(last):
+            problems.append(f"junction {last} is owned by {owner or 'nobody'}, not by {owners.get(last)}")
+        for head in heads:
+            parent = owners.get(last)
+            above = int(nodes[parent][b"d"]) + len(nodes[parent][b"r"]) // 16 if parent else 0
+            if int(nodes[head].get(b"d", b"-1")) != above and (parent or last == "root"):
+                problems.append(f"node {head} lies at depth {nodes[head].get(b'd')!r}, not {above}")
+    problems += [f"junction {last} has no children" for last in junctions if last not in children]
+
+
+def _scan(client: redis.Redis, base: str) -> list[str]:
+    pattern = base.replace("[", "\\[").replace("]", "\\]") + "*"
+    return sorted({name.decode() for name in client.scan_iter(match=pattern, count=1000)})
+
+
+def _read(client: redis.Redis, name: str) -> dict[bytes, bytes] | None:
+    try:
+        reply: Any = client.execute_command("HGETALL", name)
+    except redis.ResponseError:
+        return None
+    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))

@@ -1,0 +1,129 @@
+"""This process's tie to a namespace: clients with deadlines, attachment, epochs, and what is done when Redis fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+import redis
+
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import DistPrefixError, NotAttachedError, UnavailableError
+from distprefix.operations import Call
+from distprefix.redis.client import Client, connect, new_breaker, run
+from distprefix.redis.embedded import EmbeddedServer
+from distprefix.redis.keys import Keys
+from distprefix.redis.namespace import attach, read_epochs, take_epoch
+
+__all__ = ["Link"]
+
+T = TypeVar("T")
+_log = logging.getLogger("distprefix")
+_ADMIN_TIMEOUT_S = 5.0
+
+
+class Link:
+    """Runs operations with the deadline that their kind has. Thread-safe."""
+
+    def __init__(self, config: PrefixCacheConfig, client: redis.Redis | None = None) -> None:
+        self._config = config
+        self.keys = Keys(config.namespace)
+        self.failures: Counter[str] = Counter()
+        """Failed calls by reason."""
+        self.epoch = 0
+        self.attached = False
+        self._epochs: dict[str, int] = {}
+        self._workers: dict[str, str] = {}
+        self._server: EmbeddedServer | None = None
+        url = config.url or ""
+        if client is None and (not url or url.startswith("embedded://")):
+            self._server = EmbeddedServer(url.removeprefix("embedded://"))
+            url = self._server.url
+        self.url = url
+        self.breaker = new_breaker(config.breaker_failures, config.breaker_reset_s)
+        own_breaker = new_breaker(1 << 30, config.breaker_reset_s)
+        self.lookups = Client(client or connect(url, config.lookup_timeout_s), self.breaker, self.failures)
+        self.publishes = Client(client or connect(url, config.publish_timeout_s), self.breaker, self.failures)
+        self.admin = Client(client or connect(url, _ADMIN_TIMEOUT_S), own_breaker, self.failures)
+        try:
+            self.attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def attach(self) -> None:
+        """Make or check the namespace and take a new epoch. Four calls. Raises NamespaceError or UnavailableError."""
+        deadline = time.monotonic() + _ADMIN_TIMEOUT_S
+        attach(self.admin, self.keys, self._config, deadline)
+        self.epoch = take_epoch(self.admin, self.keys, self._config.worker_id, self.epoch, deadline)
+        self._epochs = read_epochs(self.admin, self.keys, deadline)
+        self.attached = True
+
+    def look_up(self, operation: Generator[Call, Any, T]) -> tuple[T | None, int]:
+        """Run a look-up within its deadline. Returns None when Redis failed, and the calls made."""
+        return self._run(operation, self.lookups, self._config.lookup_timeout_s)
+
+    def publish(self, operation: Generator[Call, Any, T]) -> T:
+        """Run a change within its deadline. Raises UnavailableError or what the script refused."""
+        deadline = time.monotonic() + self._config.publish_timeout_s
+        return run(operation, self.publishes, self.keys.meta, deadline)
+
+    def administer(self, operation: Generator[Call, Any, T], timeout_s: float = 60.0) -> T:
+        """Run something that nobody waits for on a request."""
+        return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s)
+
+    def refresh(self) -> None:
+        """Learn which epochs count. One call, more when this worker has to attach anew. Never raises."""
+        deadline = time.monotonic() + self._config.publish_timeout_s
+        try:
+            if self.attached:
+                self._epochs = read_epochs(self.publishes, self.keys, deadline)
+            current = self._epochs.get(self._config.worker_id, 0)
+            if not self.attached or current < self.epoch:  # flushed, or older data were restored
+                self.attach()
+                _log.info("attached to %s again, epoch %d", self._config.namespace, self.epoch)
+        except DistPrefixError as error:
+            _log.debug("could not refresh: %s", error)
+
+    def is_live(self, holder: str, epoch: int) -> bool:
+        """Whether coverage under this epoch counts: a shared tier's always, a worker's when no newer process took over."""
+        if holder == self._config.holder:
+            return epoch == self.epoch
+        worker = self._workers.get(holder)
+        if worker is None:
+            worker = self._workers[holder] = holder.partition("@")[0].partition("/")[0]
+        return not worker or epoch >= self._epochs.get(worker, 0)
+
+    def close(self) -> None:
+        """Close connections and leave the private server."""
+        for client in (self.lookups, self.publishes, self.admin):
+            client.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _run(self, operation: Generator[Call, Any, T], client: Client, timeout_s: float) -> tuple[T | None, int]:
+        calls = 0
+
+        def counted() -> Generator[Call, Any, T]:
+            nonlocal calls
+            reply: Any = None
+            while True:
+                try:
+                    call = operation.send(reply)
+                except StopIteration as done:
+                    return done.value
+                calls += 1
+                reply = yield call
+
+        try:
+            return run(counted(), client, self.keys.meta, time.monotonic() + timeout_s), calls
+        except NotAttachedError:
+            self.attached = False
+            raise
+        except (UnavailableError, DistPrefixError):
+            if self._config.strict:
+                raise
+            return None, calls

@@ -1,0 +1,87 @@
+"""Attaching to a namespace: its descriptor, the shard's meta, this worker's epoch, everybody's epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from distprefix.chunking import chain_root
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import NamespaceError, ScriptError
+from distprefix.operations import SCHEMA
+from distprefix.redis.client import Client
+from distprefix.redis.keys import Keys
+
+__all__ = ["attach", "read_epochs", "take_epoch"]
+
+
+def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
+    """What all who share a namespace must agree on. The salt itself is not stored, only a check of it."""
+    root = chain_root(config.hash_algorithm, config.salt.encode())
+    return {
+        "schema": SCHEMA.decode(),
+        "chunk_size": str(config.chunk_size),
+        "hash_algorithm": config.hash_algorithm,
+        "max_run": str(config.max_run),
+        "shards": str(config.shards),
+        "fingerprint": config.fingerprint,
+        "salt_check": hashlib.sha256(b"salt check" + root).hexdigest()[:8],
+    }
+
+
+def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> dict[str, str]:
+    """Make the namespace, or compare with what it was made with. Two script calls. Returns the descriptor.
+
+    Raises NamespaceError and names every difference.
+    """
+    wanted = descriptor_of(config)
+    fields: list[str] = [part for pair in wanted.items() for part in pair]
+    fields += ["created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+    try:
+        found = _pairs(client.call("attach", keys.descriptor, tuple(fields), deadline))
+    except ScriptError as error:
+        raise NamespaceError(f"{keys.descriptor} cannot be read: {error}") from error
+    differences = [
+        f"{name} is {found.get(name, 'missing')!r} there and {value!r} here"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if differences:
+        raise NamespaceError(
+            f"namespace {config.namespace!r} was made with other settings: {'; '.join(differences)}. "
+            "Use the same settings, or another namespace"
+        )
+    meta = ("schema", SCHEMA.decode(), "nodes", "0", "chunks", "0")
+    try:
+        shard = _pairs(client.call("attach", keys.meta, meta, deadline))
+    except ScriptError as error:
+        raise NamespaceError(f"{keys.meta} cannot be read: {error}") from error
+    if shard.get("schema") != SCHEMA.decode():
+        raise NamespaceError(f"{keys.meta} has schema {shard.get('schema')!r}, this version speaks {SCHEMA.decode()!r}")
+    return found
+
+
+def take_epoch(client: Client, keys: Keys, worker: str, above: int, deadline: float) -> int:
+    """A number that this worker never had before, higher than `above`. One call, two after data was lost."""
+    epoch = int(client.command("HINCRBY", keys.epochs, worker, 1, deadline=deadline))
+    if epoch <= above:
+        epoch = int(client.command("HINCRBY", keys.epochs, worker, above - epoch + 1, deadline=deadline))
+    return epoch
+
+
+def read_epochs(client: Client, keys: Keys, deadline: float) -> dict[str, int]:
+    """The current epoch of every worker. One call."""
+    return {name: int(epoch) for name, epoch in _pairs(client.command("HGETALL", keys.epochs, deadline=deadline)).items()}
+
+
+def _pairs(reply: Any) -> dict[str, str]:
+    if isinstance(reply, dict):
+        items = list(reply.items())
+    else:
+        items = list(zip(reply[::2], reply[1::2], strict=True))
+    return {_text(name): _text(value) for name, value in items}
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,45 @@
+"""The Lua scripts: found beside the package or in the source tree, put together from parts, named by SHA-1."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["SCRIPTS", "Script", "load_script"]
+
+SCRIPTS = ("attach", "drop", "insert", "touch", "trim", "walk")
+_INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)
+
+
+class Script(NamedTuple):
+    """A script as it is loaded into a server."""
+
+    name: str
+    body: str
+    sha: str
+    reads_only: bool
+
+
+def _folder() -> Traversable:
+    inside = files("distprefix") / "lua"  # in a wheel
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "lua"  # in a checkout
+
+
+@cache
+def load_script(name: str, *, with_flags: bool = True) -> Script:
+    """The script with its parts put in. Without flags for servers that do not know the ``#!lua`` line."""
+    folder = _folder()
+
+    def part(match: re.Match[str]) -> str:
+        return (folder / "shared" / f"{match[1]}.lua").read_text(encoding="utf-8")
+
+    body = _INCLUDE.sub(part, (folder / f"{name}.lua").read_text(encoding="utf-8"))
+    first, _, rest = body.partition("\n")
+    if not with_flags:
+        body = rest
+    return Script(name, body, hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest(), "no-writes" in first)

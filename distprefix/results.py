@@ -1,0 +1,78 @@
+"""From a path in L1 to what the caller gets."""
+
+from __future__ import annotations
+
+import time
+from array import array
+
+import msgpack
+
+from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.l1 import L1, Node
+from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
+from distprefix.touches import Touches
+
+__all__ = ["entry_of", "result_of"]
+
+
+def entry_of(
+    node: Node, depth: int, chunk_size: int, tier: CacheTier, l1: L1, touches: Touches | None, blocks: tuple[int, ...] = ()
+) -> PrefixEntry:
+    """The entry for the prefix of `depth` chunks that ends in `node`."""
+    snapshot = node.value
+    at = (depth - node.start) * HASH_BYTES
+    metadata = msgpack.unpackb(snapshot.metadata) if snapshot and snapshot.metadata else None
+    head = snapshot.head if snapshot else b""
+
+    def touch() -> None:
+        if touches is not None:
+            touches.add(head)
+
+    return PrefixEntry(
+        prefix_hash=node.hashes[at - HASH_BYTES : at].hex(),
+        num_tokens=depth * chunk_size,
+        block_ids=blocks,
+        tier=tier,
+        access_count=(snapshot.hits if snapshot else 0) + node.hits,
+        created_at=snapshot.created / 1000 if snapshot else 0.0,
+        last_access=time.time(),
+        metadata=metadata if isinstance(metadata, dict) else None,
+        _on_touch=touch,
+    )
+
+
+def result_of(
+    prompt: Prompt,
+    path: list[Node],
+    matched: int,
+    coverage: dict[str, int],
+    l1_chunks: int,
+    calls: int,
+    blocks: bytes | None,
+    began: int,
+    chunk_size: int,
+    l1: L1,
+    touches: Touches,
+) -> CacheHitResult:
+    """The result of a look-up that matched so many chunks."""
+    entry, tier, ids = None, None, ()
+    if matched:
+        ids = l1.own_blocks(path, matched) if blocks is None else tuple(array("I", blocks[: 4 * matched]))
+        tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
+        node = next(node for node in reversed(path) if node.start < matched)
+        entry = entry_of(node, matched, chunk_size, tier, l1, touches, ids)
+    holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
+    return CacheHitResult(
+        hit=matched > 0,
+        matched_tokens=matched * chunk_size,
+        matched_chunks=matched,
+        block_ids=ids,
+        entry=entry,
+        tier=tier,
+        holders=tuple(Holder(name, chunks) for name, chunks in holders),
+        lookup_time_us=(time.perf_counter_ns() - began) / 1000,
+        l1_chunks=l1_chunks,
+        redis_calls=calls,
+        _tokens=prompt.tokens,
+        _matched_units=matched * prompt.unit,
+    )
