@@ -22,6 +22,8 @@ __all__ = ["HASH_BYTES", "Chain", "Prompt", "chain_hashes", "chain_root", "pack_
 HASH_BYTES = 16
 _TOKEN_BYTES = 4
 _TOKEN_LIMIT = 1 << 32
+_UINT32 = "I" if sys.byteorder == "little" and array("I").itemsize == _TOKEN_BYTES else None
+_SEQUENCES, _BUFFERS = (list, tuple), (bytes, bytearray, memoryview)
 
 Tokens = "Sequence[int] | array[int] | bytes | bytearray | memoryview | Chain"
 
@@ -105,23 +107,25 @@ def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int) -> Prompt:
     length, stride = len(view) // _TOKEN_BYTES, chunk_size * _TOKEN_BYTES
     chunks = min(length, max_tokens) // chunk_size
     unit = chunk_size
-    if isinstance(token_ids, bytes | bytearray | memoryview) and memoryview(token_ids).itemsize == 1:
+    if isinstance(token_ids, _BUFFERS) and memoryview(token_ids).itemsize == 1:
         unit = stride
     return Prompt(view[: chunks * stride], stride, chunks, token_ids, unit, False, length)
 
 
 def _token_bytes(tokens: Any) -> memoryview:
-    if isinstance(tokens, list | tuple):
+    if isinstance(tokens, _SEQUENCES):
         return _narrow(cast("Sequence[Any]", tokens))
-    if isinstance(tokens, str):
-        raise InvalidInputError("a prompt is token ids, not text: tokenize it first")
     try:
         view = memoryview(tokens)
     except TypeError:
+        if isinstance(tokens, str):
+            raise InvalidInputError("a prompt is token ids, not text: tokenize it first") from None
         raise InvalidInputError(
             f"a prompt cannot be {type(tokens).__name__}: pass a list, tuple, array, NumPy array, "
             "a buffer of little-endian uint32, or a Chain"
         ) from None
+    if view.format == _UINT32 and view.ndim == 1 and view.c_contiguous:  # what it should be: the rest may take longer
+        return view.cast("B")
     if view.ndim != 1:
         raise InvalidInputError(f"a prompt has one dimension, not {view.ndim}: pass one prompt at a time")
     code = view.format.lstrip("@=<")

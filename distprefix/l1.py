@@ -19,6 +19,7 @@ __all__ = ["L1", "NO_BLOCK", "Found", "NodeView", "Snapshot"]
 
 NO_BLOCK = 0xFFFFFFFF
 _UNCONFIRMED = float("-inf")
+_NOTHING = (0, 0)  # epoch and end of who covers nothing
 # Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
 _NODE_BYTES = 900
 _BLOCK_REFERENCE_BYTES = 220
@@ -166,10 +167,14 @@ class L1:
         return Prompt(view, stride, depth, (), 1, is_chain, depth), hashes[: depth * HASH_BYTES]
 
     def retract(self, node: Node, holder: str, depth: int) -> None:
-        """The holder's coverage of the node ends at `depth`."""
-        if node.value is not None and holder in node.value.holders:
-            epoch, end = node.value.holders[holder]
-            node.value = node.value._replace(holders={**node.value.holders, holder: (epoch, min(end, depth))})
+        """The holder's coverage of the node, and of all below it, ends at `depth`."""
+        stack = [node]
+        while stack:
+            part = stack.pop()
+            if part.value is not None and holder in part.value.holders:
+                epoch, end = part.value.holders[holder]
+                part.value = part.value._replace(holders={**part.value.holders, holder: (epoch, min(end, depth))})
+                stack.extend(part.children.values())
 
     def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
@@ -199,10 +204,10 @@ class L1:
             path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
             fresh = [node for node in path if node.start >= view.start]
             learned += fresh
-            for node in fresh:
-                node.accessed = max(node.accessed, now)
-                self._enqueue(node, tree)
             below = fresh[-1]
+        for node in learned:
+            node.accessed = max(node.accessed, now)
+            self._enqueue(node, tree)
         return learned
 
     def cut(self, prompt: Prompt, depth: int) -> None:
@@ -216,22 +221,22 @@ class L1:
                 return
 
     def coverage(self, path: list[Node], chunks: int, live: Live) -> dict[str, int]:
-        """How many leading chunks of the path each live holder has."""
+        """How many leading chunks of the path each live holder has.
+
+        Who covers a node covers all above it, so what a node tells counts for the whole path, unless something above
+        it has been read more recently and does not name the holder.
+        """
         reached: dict[str, int] = {}
-        running: dict[str, None] = {}
+        newest = _UNCONFIRMED
         for node in path:
-            start, stop = node.start, min(node.stop, chunks)
-            holders = node.value.holders if node.value else {}
-            still: dict[str, None] = {}
-            for name in running if start else holders:
-                epoch, end = holders.get(name, (0, 0))
-                if end > start and live(name, epoch):
-                    reached[name] = min(end, stop)
-                    if end >= stop:
-                        still[name] = None
-            running = still
-            if not running:
+            snapshot = node.value
+            if snapshot is None:
                 break
+            start, stop = node.start, min(node.stop, chunks)
+            for name, (epoch, end) in snapshot.holders.items():
+                if end > start and (reached.get(name, 0) == start or snapshot.at >= newest) and live(name, epoch):
+                    reached[name] = min(end, stop)
+            newest = max(newest, snapshot.at)
         return reached
 
     def hashes(self, path: list[Node], start: int, stop: int) -> bytes:
@@ -281,6 +286,8 @@ class L1:
         """This worker's block ids for the leading chunks of a path, up to the first that it does not have."""
         blocks: list[int] = []
         for node in path:
+            if not node.blocks:
+                break
             own = array("I", node.blocks)[: chunks - node.start]
             if NO_BLOCK in own:
                 blocks += own[: own.index(NO_BLOCK)]

@@ -18,6 +18,7 @@ SCHEMA = b"1"
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 TOUCHES_A_CALL = 300
+TRIMS_A_CALL = 500
 DROPS_A_CALL = 500
 
 
@@ -120,21 +121,19 @@ def publish(
         pos, limit = views.pop().start - start, limit + WINDOW
 
 
-def trim(chain: bytes, keep: int, holder: str, epoch: int) -> Generator[Call, Any, int]:
-    """`holder` no longer has a chain, given from the root, beyond `keep` chunks. Returns the coverage taken away.
+def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
+    """`holder` no longer has the last chunk of a chain, given from the root. Returns the coverage taken away.
 
-    One call for up to 4,096 chunks; longer chains are walked first, to find the node to begin at.
+    One call while few branches lie behind it; chains over 4,096 chunks are walked first, to find the node to begin at.
     """
-    starts = [0]
+    begin = 0
     if len(chain) > WINDOW * HASH_BYTES:
         views = yield from walk(chain, 0)
-        starts = [view.start for view in views if view.start + view.size > keep]
-        starts = [s for i, s in enumerate(starts) if i % (WINDOW // 256) == 0]
-    taken = 0
-    for start in reversed(starts):
-        window = chain[start * HASH_BYTES : (start + WINDOW) * HASH_BYTES]
-        reply = yield Call("trim", (SCHEMA, holder, epoch, max(0, keep - start), window))
-        taken += reply[0]
+        begin = views[-1].start if views else 0
+    taken, done = 0, False
+    while not done:
+        reply = yield Call("trim", (SCHEMA, holder, epoch, chain[begin * HASH_BYTES :], TRIMS_A_CALL))
+        taken, done = taken + reply[0], bool(reply[3])
     return taken
 
 

@@ -16,8 +16,8 @@ import redis
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, pack_block_ids, read_prompt
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError, NoParentError, NotAttachedError
-from distprefix.l1 import L1, Found, Node
+from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError, NoParentError, NotAttachedError, UnavailableError
+from distprefix.l1 import L1, Found, Node, NodeView
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.link import Link
@@ -45,7 +45,7 @@ class PrefixCacheOptimizer:
         self._l1 = L1(config.chunk_size, config.max_run, config.l1_max_bytes, config.l1_ttl_s, config.hot_threshold)
         self._sequences: OrderedDict[str, tuple[Node, int]] = OrderedDict()
         self._touches = Touches()
-        self._retractions: list[tuple[bytes, int]] = []
+        self._retractions: list[bytes] = []
         self._counts: Counter[str] = Counter()
         self._unusable = ""
         self._link = Link(config, client)
@@ -99,7 +99,7 @@ class PrefixCacheOptimizer:
                     self._l1.cut(prompt, reached)
                 self._l1.shrink()
                 if blocks_of is not None:
-                    blocks = b"".join(view.blocks[: 4 * view.matched] for view in views)
+                    blocks = self._blocks_of(views, blocks_of)
             found = self._l1.find(prompt, now)
             return self._conclude(prompt, found, answered, calls, blocks, began)
 
@@ -168,7 +168,7 @@ class PrefixCacheOptimizer:
             removed, cuts = self._l1.remove_blocks(block_ids)
             for node, depth in cuts.items():
                 self._l1.retract(node, self.config.holder, depth)
-                self._retractions.append((self._l1.recall(node, node.stop)[1], depth))
+                self._retractions.append(self._l1.recall(node, depth + 1)[1])
         if cuts:
             self._send_retractions()
         return removed
@@ -264,6 +264,18 @@ class PrefixCacheOptimizer:
         rest = prompt.view[found.chunks * prompt.stride :]
         return known + chain_hashes(self.config.hash_algorithm, parent, rest, prompt.stride)
 
+    def _blocks_of(self, views: list[NodeView], holder: str) -> bytes:
+        """A holder's block ids up to its first gap; none that an older process of its worker id left behind."""
+        blocks: list[bytes] = []
+        for view in views:
+            epoch, covered = view.holders.get(holder, (0, 0))
+            if not covered or not self._link.is_live(holder, epoch):
+                break
+            blocks.append(view.blocks[: 4 * min(covered, view.matched)])
+            if len(blocks[-1]) < 4 * view.matched:
+                break
+        return b"".join(blocks)
+
     def _ask(self, operation: Any) -> tuple[Any, int]:
         if not self.config.strict:
             try:
@@ -276,14 +288,18 @@ class PrefixCacheOptimizer:
         self, prompt: Prompt, found: Found, answered: int, calls: int, blocks: bytes | None, began: int
     ) -> CacheHitResult:
         coverage = self._l1.coverage(found.path, found.chunks, self._link.is_live)
-        matched = max(coverage.values(), default=0)
+        matched = max(coverage.values()) if coverage else 0
         if matched * self.config.chunk_size < self.config.min_prefix_length:
             matched, coverage = 0, {}
         counts = self._counts
         counts["lookups"] += 1
         counts["chunks"] += prompt.chunks
+        path = found.path
         if matched:
-            node = next(node for node in reversed(found.path) if node.start < matched)
+            end = len(path)
+            while path[end - 1].start >= matched:
+                end -= 1
+            path, node = path[:end], path[end - 1]
             self._l1.touch(node, time.monotonic())
             if node.value is not None:
                 self._touches.add(node.value.head)
@@ -291,7 +307,7 @@ class PrefixCacheOptimizer:
             counts["chunks_hit"] += matched
             counts["chunks_hit_l1"] += min(matched, answered)
         return result_of(
-            prompt, found.path, matched, coverage, min(matched, answered), calls, blocks, began, self.config.chunk_size,
+            prompt, path, matched, coverage, min(matched, answered), calls, blocks, began, self.config.chunk_size,
             self._l1, self._touches,
         )
 
@@ -303,6 +319,10 @@ class PrefixCacheOptimizer:
         hashes = self._hashes(prompt, found, 0)
         self._counts["publishes"] += 1
         try:
+            if self._retractions:
+                self._send_retractions()  # in this order, or they would take back what is published now
+                if self._retractions:
+                    raise UnavailableError("Redis has not taken earlier retractions yet")
             published = self._insert(hashes, start, blocks, metadata)
         except DistPrefixError:
             self._counts["publishes_dropped"] += 1
@@ -352,16 +372,16 @@ class PrefixCacheOptimizer:
 
     def _send_retractions(self) -> None:
         while self._retractions:
-            chain, keep = self._retractions[0]
+            chain = self._retractions[0]
             try:
-                self._link.publish(operations.trim(chain, keep, self.config.holder, self._link.epoch))
+                self._link.publish(operations.trim(chain, self.config.holder, self._link.epoch))
             except NotAttachedError:
                 self._retractions.clear()  # flushed: there is nothing left to take back
                 return
             except DistPrefixError:
                 return
             with self._lock:
-                if self._retractions and self._retractions[0] == (chain, keep):
+                if self._retractions and self._retractions[0] is chain:
                     self._retractions.pop(0)
 
     def _work(self) -> None:

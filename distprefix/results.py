@@ -54,13 +54,12 @@ def result_of(
     l1: L1,
     touches: Touches,
 ) -> CacheHitResult:
-    """The result of a look-up that matched so many chunks."""
+    """The result of a look-up that matched so many chunks; `path` ends with the node that the last of them is in."""
     entry, tier, ids = None, None, ()
     if matched:
         ids = l1.own_blocks(path, matched) if blocks is None else tuple(array("I", blocks[: 4 * matched]))
         tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
-        node = next(node for node in reversed(path) if node.start < matched)
-        entry = entry_of(node, matched, chunk_size, tier, l1, touches, ids)
+        entry = entry_of(path[-1], matched, chunk_size, tier, l1, touches, ids)
     holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
     return CacheHitResult(
         hit=matched > 0,

@@ -7,7 +7,7 @@
 -- ARGV[3]    the most chunks a run may have
 -- ARGV[4]    holder
 -- ARGV[5]    epoch of the holder
--- ARGV[6]    depth of the chain's first chunk; above 0 that chunk must be a node's head
+-- ARGV[6]    depth of the chain's first chunk; above 0 that must be a node's head, and the holder cover the parent
 -- ARGV[7]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
 -- ARGV[8]    block ids, 4 bytes a chunk, or ""
 -- ARGV[9]    metadata of the node that the chain ends in, msgpack, or ""
@@ -29,11 +29,18 @@ local leaves, total = base .. 'leaves', #chain / 16
 local path, pos = read_path(chain, holder, epoch)
 if not path then
   return pos
-elseif pos == 0 and depth > 0 then
+elseif depth > 0 and not (pos > 0 and covers_parent(path[1].head, holder, epoch)) then
   return redis.error_reply('DPNOPARENT the chain goes on from a node that is gone: publish it from the root')
 end
 local last = path[#path]
 local is_leaf = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) or '')) == 0
+local stop = pos
+if last and last.matched < last.size then
+  redis.call('HLEN', node_key(hex(slice(last.run, last.matched, last.matched + 1))))
+elseif last and is_leaf and last.size < max_run then
+  stop = math.min(total, last.first + max_run)
+end
+check(chain, stop, max_run)
 redis.call('ZCARD', leaves)
 
 -- Then write.
@@ -41,9 +48,8 @@ local nodes, chunks = 0, total - pos
 if last and chunks > 0 and last.matched < last.size then
   split(last, last.matched, is_leaf)
   nodes, is_leaf = 1, false
-elseif last and chunks > 0 and is_leaf and last.size < max_run then
-  pos = math.min(total, last.first + max_run)
-  last.matched = pos - last.first
+elseif stop > pos then
+  pos, last.matched = stop, stop - last.first
   redis.call('HSET', node_key(last.head), 'r', slice(chain, last.first, pos))
 end
 for _, node in ipairs(path) do

@@ -10,6 +10,7 @@
 -- cost       one HGET, HINCRBY, HSET and ZADD a node
 -- @include guard
 -- @include keys
+redis.call('ZCARD', base .. 'leaves') -- fails here, before a hit is counted, if it is something else
 local touched = 0
 for i = 2, #ARGV, 3 do
   local head, hits, now = ARGV[i], ARGV[i + 1], ARGV[i + 2]

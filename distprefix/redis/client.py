@@ -6,6 +6,7 @@ redis-py's own defaults re-send up to ten times and can hold a caller for a minu
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,14 @@ _CODES: dict[str, type[errors.ScriptError]] = {
     "DPSTALE": errors.StaleEpochError,
     "DPDAMAGED": errors.DamagedNodeError,
 }
+
+
+# What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
+_NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
+
+
+class _NoFlagsError(Exception):
+    """The server knows no ``#!lua`` line."""
 
 
 class _Connection(Protocol):
@@ -91,20 +100,14 @@ class Client:
         try:
             return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
         except redis.exceptions.NoScriptError:
-            self._load(script, deadline)
-            loaded = load_script(script, with_flags=self._with_flags)
-            command = "EVALSHA_RO" if loaded.reads_only and self._with_flags else "EVALSHA"
-            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
-
-    def _load(self, script: str, deadline: float) -> None:
-        body = load_script(script, with_flags=self._with_flags).body
-        try:
-            self.command("SCRIPT LOAD", body, deadline=deadline)
-        except errors.ScriptError:
-            if not self._with_flags:
-                raise
-            self._with_flags = False  # a server that does not know the #!lua line
-            self._load(script, deadline)
+            try:
+                self.command("SCRIPT LOAD", loaded.body, deadline=deadline)
+                return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+            except _NoFlagsError:
+                self._with_flags = False
+        except _NoFlagsError:
+            self._with_flags = False
+        return self.call(script, meta, args, deadline)
 
     def command(self, *args: Any, deadline: float) -> Any:
         """Send one command and read its reply by `deadline`."""
@@ -132,6 +135,8 @@ class Client:
             raise
         except redis.ResponseError as error:
             healthy = True
+            if self._with_flags and _NO_FLAGS.search(str(error)):
+                raise _NoFlagsError from error
             raise self._refused(error) from error
         except (redis.TimeoutError, TimeoutError) as error:
             raise self._failure("timeout", f"no answer in time: {error}", broke=True) from error

@@ -58,6 +58,9 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
+    for head, node in nodes.items():
+        above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
+        problems += _check_closed(head, node, above) if above else []
     leaves = {member.decode() for member in client.zrange(keys.leaves, 0, -1)}
     expected = {head for last, head in owners.items() if last not in children}
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
@@ -78,6 +81,19 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
                 problems.append(f"node {head}: {name.decode()} covers {covered} of {size}")
             if len(node.get(b"b:" + name[2:], b"")) > 4 * covered:
                 problems.append(f"node {head}: {name.decode()} has more block ids than coverage")
+    return problems
+
+
+def _check_closed(head: str, node: dict[bytes, bytes], above: dict[bytes, bytes]) -> list[str]:
+    """Who covers a node covers all of its parent, under the same epoch or a newer one."""
+    problems: list[str] = []
+    for name, value in node.items():
+        if name.startswith(b"h:"):
+            epoch, _, covered = above.get(name, b"0:0").partition(b":")
+            if int(epoch) < int(value.partition(b":")[0]) or (
+                int(epoch) == int(value.partition(b":")[0]) and int(covered) != len(above[b"r"]) // 16
+            ):
+                problems.append(f"node {head}: {name.decode()} does not cover the parent")
     return problems
 
 

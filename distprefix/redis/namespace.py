@@ -13,7 +13,12 @@ from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 
-__all__ = ["attach", "read_epochs", "take_epoch"]
+__all__ = ["attach", "read_epochs", "salt_check", "take_epoch"]
+
+
+def salt_check(root: bytes) -> str:
+    """Eight hex digits that tell two salts apart without storing either."""
+    return hashlib.sha256(b"salt check" + root).hexdigest()[:8]
 
 
 def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
@@ -26,7 +31,7 @@ def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
         "max_run": str(config.max_run),
         "shards": str(config.shards),
         "fingerprint": config.fingerprint,
-        "salt_check": hashlib.sha256(b"salt check" + root).hexdigest()[:8],
+        "salt_check": salt_check(root),
     }
 
 

@@ -1,3 +1,11 @@
+-- Looks at the keys that `create` is going to write: one that is no hash must show before anything is written.
+local function check(chain, first, max_run)
+  for head = first, #chain / 16 - 1, max_run do
+    redis.call('HLEN', node_key(hex(slice(chain, head, head + 1))))
+    redis.call('HLEN', junction_key(head > 0 and hex(slice(chain, head - 1, head)) or ''))
+  end
+end
+
 -- Makes nodes for the chain from chunk `first` on, below the node `owner` (nil above the first root). Returns the last
 -- node's head and how many were made. A key that is there already lost its parent once (a failover): it is replaced.
 local function create(chain, first, depth, owner, max_run, fields, blocks)

@@ -26,3 +26,10 @@ local function read_path(chain, holder, epoch)
   end
   return path, first
 end
+
+-- Whether the holder covers the whole parent of a node, and so all that lies above it.
+local function covers_parent(head, holder, epoch)
+  local owner = redis.call('HGET', junction_key(redis.call('HGET', node_key(head), 'p') or ''), 'o')
+  local run, held = unpack(owner and redis.call('HMGET', node_key(owner), 'r', 'h:' .. holder) or {})
+  return run and held == epoch .. ':' .. #run / 16
+end

@@ -20,17 +20,19 @@ end
 -- size, matched, accessed, hits, created, metadata, block ids of `holder`, number of holders, (holder, epoch:k)...
 -- Stops at the end of the chain, where it leaves the tree, and at a hole or a damaged node.
 local function walk(chain, holder, reply)
-  local first, total = 0, #chain / 16
+  local first, total, wanted = 0, #chain / 16, 'b:' .. holder
   while first < total do
     local fields = redis.pcall('HGETALL', node_key(hex(slice(chain, first, first + 1))))
     local node, holders = {}, {}
     for i = 1, #fields, 2 do
       local name = fields[i]
-      if name:sub(1, 2) == 'h:' then
+      if #name == 1 then
+        node[name] = fields[i + 1]
+      elseif name:sub(1, 2) == 'h:' then
         holders[#holders + 1] = name:sub(3)
         holders[#holders + 1] = fields[i + 1]
-      else
-        node[name] = fields[i + 1]
+      elseif name == wanted then
+        node.ids = fields[i + 1]
       end
     end
     local run = node.r or ''
@@ -38,12 +40,11 @@ local function walk(chain, holder, reply)
     if matched == 0 then
       break
     end
-    for _, value in ipairs({ #run / 16, matched, node.a or '0', node.n or '0', node.c or '0', node.m or '',
-      node['b:' .. holder] or '', #holders / 2 }) do
-      reply[#reply + 1] = value
-    end
-    for _, value in ipairs(holders) do
-      reply[#reply + 1] = value
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = #run / 16, matched, node.a or '0', node.n or '0'
+    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = node.c or '0', node.m or '', node.ids or '', #holders / 2
+    for i = 1, #holders do
+      reply[n + 8 + i] = holders[i]
     end
     first = first + matched
     if matched < #run / 16 then

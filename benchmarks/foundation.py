@@ -1,0 +1,259 @@
+"""What the tree, L1 and the scripts take, against what else one could do, in one run: python benchmarks/foundation.py.
+
+Starts its own servers. Memory per chunk is not measured here: `distprefix replay TRACE --json` tells
+`redis_bytes_per_chunk` on a real workload, which is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import random
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+from measure import Case, Figure, as_json, interleave, print_table
+
+from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
+from distprefix.chunking import HASH_BYTES, Chain, chain_hashes, chain_root, read_prompt
+from distprefix.redis.embedded import EmbeddedServer
+
+_CHUNK = 16
+_random = random.Random(7)
+
+
+def main() -> None:
+    """Run what was asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds: to see that it runs")
+    parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="parts to run; default: all")
+    options = parser.parse_args()
+    scale = 0.1 if options.quick else 1.0
+    figures: list[Figure] = []
+    with EmbeddedServer() as server:
+        about = _about(server.url)
+        if not options.json:
+            print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)
+        for name in options.only or _PARTS:
+            figures += _PARTS[name](server.url, scale)
+    if options.json:
+        print(json.dumps(as_json(figures, about), indent=2))
+    else:
+        print_table(figures)
+
+
+def l1(url: str, scale: float) -> list[Figure]:
+    """Full hits in L1: whole prompts compared, nothing hashed, Redis not asked."""
+    figures: list[Figure] = []
+    with _open(url, "l1") as cache:
+        for kind, prompt in _prompts(131_072):
+            cache.cache_prefix(prompt)
+            view = read_prompt(prompt, _CHUNK, 1 << 30).view
+            tree, root = cache._l1.tree(read_prompt(prompt, _CHUNK, 1 << 30)), chain_root("xxh3_128", b"")
+            assert cache.find_longest_cache_hit(prompt).matched_tokens == len(prompt)
+            times = interleave(
+                {
+                    "ours": Case(lambda p=prompt: cache.find_longest_cache_hit(p), number=20),
+                    "walk": Case(lambda v=view, t=tree: t.find_longest_prefix(v), number=20),
+                    "hash": Case(lambda v=view: chain_hashes("xxh3_128", root, v, 4 * _CHUNK)),
+                },
+                int(100 * scale),
+            )
+            what = f"L1 full hit, 131,072 tokens, {kind}"
+            figures += [
+                _ratio(f"{what}, against hashing by xxh3", times, "ours", "hash", ">=", 20),
+                _cost(f"{what}, over the bare tree walk", times, "ours", "walk", "<", 5),
+            ]
+        for kind, prompt in _prompts(8192):
+            cache.cache_prefix(prompt)
+            assert cache.find_longest_cache_hit(prompt).redis_calls == 0
+            times = interleave({"ours": Case(lambda p=prompt: cache.find_longest_cache_hit(p), number=50)}, int(100 * scale))
+            figures.append(
+                Figure(f"L1 full hit, 8,192 tokens, {kind}", _us(times["ours"]), "-", times["ours"], "<=", 30, " us")
+            )
+    return figures
+
+
+def l2(url: str, scale: float) -> list[Figure]:
+    """Look-ups that L1 knows nothing of: one script call a window, against PING and one HKEYS a block."""
+    figures: list[Figure] = []
+    with _open(url, "l2-writer") as writer, _open(url, "l2-reader") as reader, _plain(url) as plain:
+        for chunks, faster in ((512, 15), (8192, 40)):
+            chain = _chain(chunks)
+            writer.cache_prefix(chain)
+            keys = _store_blocks(plain, chain)
+            reader._l1.clear()
+            result = reader.find_longest_cache_hit(chain)
+            assert result.matched_chunks == chunks and len(result.holders) == 1
+            times = interleave(
+                {
+                    "ours": Case(lambda c=chain: reader.find_longest_cache_hit(c), reader._l1.clear, number=20),
+                    "ping": Case(plain.ping, number=20),
+                    "hkeys": Case(lambda k=keys: _pipeline(plain, [("HKEYS", key) for key in k])),
+                },
+                int((100 if chunks == 512 else 30) * scale),
+            )
+            what = f"L2 look-up of {chunks:,} chunks"
+            if chunks == 512:
+                figures.append(_cost(f"{what}, in PING round trips", times, "ours", "ping", "<=", 4))
+            figures.append(_ratio(f"{what}, against one HKEYS a block", times, "ours", "hkeys", ">=", faster))
+    return figures
+
+
+def publish(url: str, scale: float) -> list[Figure]:
+    """New chunks from one process and one connection, against one HSET a block."""
+    figures: list[Figure] = []
+    with _open(url, "publish") as cache, _plain(url) as plain:
+        for size in (100, 256, 1024):
+            rounds = max(3, int(20 * scale))
+            count = max(1, 6400 // size)
+            fresh = [_chain(size) for _ in range(count * (rounds + max(1, rounds // 10)))]
+            blocks = [[part.hex() for part in _chain(size)] for _ in range(count)]
+            turn = iter(range(0, len(fresh), count))
+
+            def ours(fresh: list[Chain] = fresh, turn: Iterator[int] = turn, count: int = count) -> None:
+                first = next(turn)
+                for chain in fresh[first : first + count]:
+                    cache.cache_prefix(chain)
+
+            def theirs(blocks: list[list[str]] = blocks) -> None:
+                for chain in blocks:
+                    _pipeline(plain, [("HSET", f"block:{name}", "worker", "1") for name in chain])
+
+            def forget(blocks: list[list[str]] = blocks) -> None:
+                plain.delete(*(f"block:{name}" for chain in blocks for name in chain))
+
+            times = interleave({"ours": Case(ours), "hset": Case(theirs, forget)}, rounds)
+            rate = {name: count * size / taken * 1e6 for name, taken in times.items()}
+            what = f"publish, runs of {min(size, 256)}, {size:,} chunks a prompt"
+            figures += [
+                Figure(f"{what}, new chunks a second", _rate(rate["ours"]), "-", rate["ours"], ">=", 500_000, "/s"),
+                Figure(
+                    f"{what}, against one HSET a block", _rate(rate["ours"]), _rate(rate["hset"]),
+                    rate["ours"] / rate["hset"], ">=", 15, "x",
+                ),
+            ]
+    return figures
+
+
+def size(url: str, scale: float) -> list[Figure]:
+    """The same look-ups in a large and in a small tree, each on a server of its own."""
+    with EmbeddedServer() as other, _open(url, "size") as large, _open(other.url, "size") as small:
+        stored: dict[str, list[Chain]] = {}
+        for name, cache, chunks in (("large", large, 1_200_000), ("small", small, 50_000)):
+            stored[name] = [_chain(100) for _ in range(chunks // 100)]
+            for chain in stored[name]:
+                cache.cache_prefix(chain)
+            cache._l1.clear()
+        picked = {name: iter(_random.choices(chains, k=10_000)) for name, chains in stored.items()}
+        times = interleave(
+            {
+                "large": Case(lambda: large.find_longest_cache_hit(next(picked["large"])), large._l1.clear, 20),
+                "small": Case(lambda: small.find_longest_cache_hit(next(picked["small"])), small._l1.clear, 20),
+            },
+            int(200 * scale),
+        )
+    return [_cost("L2 look-up with 1,200,000 chunks stored, against 50,000", times, "large", "small", "<=", 1.3)]
+
+
+_PARTS = {"l1": l1, "l2": l2, "publish": publish, "size": size}
+
+
+def _open(url: str, namespace: str) -> PrefixCacheOptimizer:
+    """A cache that trusts L1 for long, and raises where it would otherwise count a miss."""
+    return PrefixCacheOptimizer(
+        PrefixCacheConfig(
+            url=url,
+            namespace=namespace.partition("-")[0],
+            worker_id=namespace,
+            chunk_size=_CHUNK,
+            max_prefix_length=1 << 30,
+            lookup_timeout_s=10,
+            publish_timeout_s=10,
+            touch_interval_s=0,
+            l1_ttl_s=1e6,
+            strict=True,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _plain(url: str) -> Iterator[redis.Redis]:
+    client = redis.Redis.from_url(url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _prompts(tokens: int) -> Iterator[tuple[str, Any]]:
+    yield "array", array("I", (_random.randrange(150_000) for _ in range(tokens)))
+    try:
+        import numpy as np  # noqa: PLC0415 - optional
+    except ImportError:
+        return
+    yield "NumPy", np.random.default_rng(tokens).integers(0, 150_000, tokens, dtype=np.uint32)
+
+
+def _chain(chunks: int) -> Chain:
+    return Chain.packed(_random.randbytes(chunks * HASH_BYTES))
+
+
+def _store_blocks(plain: redis.Redis, chain: Chain) -> list[str]:
+    """llm-d's layout: one hash a block, with a field for every worker that holds it. Returns the keys."""
+    keys = [f"block:{part.hex()}" for part in chain]
+    _pipeline(plain, [("HSET", key, "worker", "1") for key in keys])
+    return keys
+
+
+def _pipeline(plain: redis.Redis, commands: list[tuple[str, ...]]) -> list[Any]:
+    pipeline = plain.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    return pipeline.execute()
+
+
+def _ratio(what: str, times: dict[str, float], ours: str, other: str, relation: str, target: float) -> Figure:
+    return Figure(what, _us(times[ours]), _us(times[other]), times[other] / times[ours], relation, target, "x")
+
+
+def _cost(what: str, times: dict[str, float], ours: str, other: str, relation: str, target: float) -> Figure:
+    return Figure(what, _us(times[ours]), _us(times[other]), times[ours] / times[other], relation, target, "x")
+
+
+def _us(value: float) -> str:
+    return f"{value:,.1f} us"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}/s"
+
+
+def _about(url: str) -> dict[str, str]:
+    with _plain(url) as plain:
+        info: Any = plain.info("server")
+    models = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return {
+        "server": f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}",
+        "Python": platform.python_version(),
+        "redis-py": redis.__version__,
+        "CPU": f"{len(models)} x {models[0].partition(':')[2].strip()}" if models else platform.processor(),
+    }
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Timing for the benchmarks: cases take turns within one run, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import operator
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Case", "Figure", "as_json", "interleave", "print_table"]
+
+_RELATIONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something to time. `before` prepares every run and is not timed; a turn is `number` runs."""
+
+    run: Callable[[], Any]
+    before: Callable[[], Any] = _nothing
+    number: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row: a measured value and what it has to be."""
+
+    what: str
+    ours: str
+    other: str
+    value: float
+    relation: str
+    target: float
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is as good as it has to be."""
+        return _RELATIONS[self.relation](self.value, self.target)
+
+
+def interleave(cases: dict[str, Case], rounds: int) -> dict[str, float]:
+    """Microseconds that one run of each case takes, the median of all; the first tenth of the rounds warms up.
+
+    In every round each case has its turn, in random order, of `number` runs: single runs that take microseconds would
+    otherwise be measured with the caches, and the sleeping server, that runs of milliseconds leave behind.
+    """
+    taken: dict[str, list[int]] = {name: [] for name in cases}
+    warm_up = max(1, rounds // 10)
+    for i in range(warm_up + rounds):
+        for name, case in random.sample(list(cases.items()), len(cases)):
+            for _ in range(case.number):
+                case.before()
+                began = time.perf_counter_ns()
+                case.run()
+                took = time.perf_counter_ns() - began
+                if i >= warm_up:
+                    taken[name].append(took)
+    return {name: statistics.median(times) / 1000 for name, times in taken.items()}
+
+
+def print_table(figures: list[Figure]) -> None:
+    """The figures as a Markdown table, which reads well as plain text too."""
+    head = ("what", "ours", "compared with", "measured", "target", "met")
+    rows = [head, tuple("---" for _ in head)]
+    rows += [
+        (
+            figure.what,
+            figure.ours,
+            figure.other,
+            _number(figure.value) + figure.unit,
+            f"{figure.relation} {_number(figure.target)}{figure.unit}",
+            "yes" if figure.met else "NO",
+        )
+        for figure in figures
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def as_json(figures: list[Figure], about: dict[str, Any]) -> dict[str, Any]:
+    """The figures as one object."""
+    return {**about, "figures": [{**asdict(figure), "met": figure.met} for figure in figures]}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

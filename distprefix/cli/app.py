@@ -1,0 +1,42 @@
+"""The commands by name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distprefix import __version__
+from distprefix.cli.demo import demo
+from distprefix.cli.lookup import lookup
+from distprefix.cli.node import node
+from distprefix.cli.replay import replay
+from distprefix.cli.stats import stats
+from distprefix.cli.tree import tree
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One prefix tree for a whole LLM inference cluster, kept in Redis. "
+    "Exit codes: 0 done, 1 nothing found, 2 wrong input, 3 Redis does not answer.",
+)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
+    if wanted:
+        typer.echo(f"distprefix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,  # noqa: FBT002
+) -> None:
+    del version
+
+
+for command in (demo, replay, stats, tree, node, lookup):
+    app.command()(command)

@@ -1,0 +1,88 @@
+"""What the commands share: options, exit codes, output, reading a namespace's settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import redis
+import typer
+from rich.console import Console
+
+from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
+from distprefix.redis.client import connect
+from distprefix.redis.embedded import EmbeddedServer
+
+__all__ = ["EXIT_MISS", "EXIT_UNAVAILABLE", "EXIT_USAGE", "Json", "Namespace", "Url", "console", "errors", "fail", "opened", "show"]
+
+EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
+
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="DISTPREFIX_URL", help="redis://, rediss://, unix:// or embedded://NAME; default: a private server."),
+]
+Namespace = Annotated[str, typer.Option(envvar="DISTPREFIX_NAMESPACE", help="The namespace.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+
+console = Console(highlight=False)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong on standard error and end with this exit code."""
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Turn our exceptions into a line and an exit code: 2 for wrong input, 3 for a Redis that does not answer."""
+    try:
+        yield
+    except (ConfigError, InvalidInputError, TraceError) as error:
+        fail(str(error), EXIT_USAGE)
+    except (UnavailableError, redis.ConnectionError, redis.TimeoutError) as error:
+        fail(f"Redis does not answer: {error}", EXIT_UNAVAILABLE)
+    except (DistPrefixError, redis.RedisError) as error:
+        fail(str(error), EXIT_UNAVAILABLE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+@contextlib.contextmanager
+def opened(url: str | None) -> Iterator[tuple[redis.Redis, str]]:
+    """A client on the server that `--url` names, or on a private one; and its url."""
+    server = None
+    if url is None or url.startswith("embedded://"):
+        server = EmbeddedServer((url or "").removeprefix("embedded://"))
+        url = server.url
+    client = connect(url, 5.0)
+    try:
+        client.ping()
+        yield client, url
+    finally:
+        client.close()
+        if server is not None:
+            server.close()
+
+
+def show(value: Any, *, as_json: bool, render: Callable[[], Any]) -> None:
+    """Print `value` as JSON, or what `render` makes of it."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, default=str) + "\n")
+    else:
+        console.print(render())
+
+
+def age(milliseconds: int) -> str:
+    """How long ago, in words of one unit."""
+    seconds = max(0.0, time.time() - milliseconds / 1000)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

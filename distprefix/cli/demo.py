@@ -1,0 +1,136 @@
+"""`distprefix demo`: several nodes share what they computed, shown live."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from distprefix.cli.common import Json, Url, console, errors, opened, show
+from distprefix.redis.cleanup import remove_namespaces
+from distprefix.replay.fleet import Fleet, Outcome
+from distprefix.replay.sessions import Turn, coding_sessions
+
+__all__ = ["demo"]
+
+_CHUNK_SIZE = 16
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one node, or all of them, did; in tokens."""
+
+    requests: int = 0
+    asked: int = 0
+    computed: int = 0
+    own: int = 0
+    others: int = 0
+    calls: int = 0
+
+    def add(self, outcome: Outcome, tokens: int) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.asked += tokens
+        self.computed += tokens - outcome.matched * _CHUNK_SIZE
+        self.own += outcome.own * _CHUNK_SIZE
+        self.others += (outcome.matched - outcome.own) * _CHUNK_SIZE
+        self.calls += outcome.calls
+
+
+def demo(
+    url: Url = None,
+    namespace: Annotated[str, typer.Option(help="Namespaces made for the demo begin with this.")] = "demo",
+    nodes: Annotated[int, typer.Option(min=2, max=64, help="Node processes.")] = 4,
+    sessions: Annotated[int, typer.Option(min=1, max=1000, help="Coding-agent sessions.")] = 24,
+    turns: Annotated[int, typer.Option(min=1, max=40, help="Requests of each session.")] = 8,
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Run coding-agent sessions on several nodes that share prefixes, and compare with each node alone.
+
+    Needs nothing: the prompts are made of Python's own sources, a token a byte. The sessions' turns go to the nodes in
+    rotation, as behind a load balancer that does not know about caches.
+    """
+    with errors(), opened(url) as (client, address):
+        work = list(coding_sessions(sessions, turns))
+        name = f"{namespace}-{time.time_ns():x}"
+        totals: dict[str, Tally] = {}
+        try:
+            for title, share in (("sharing", True), ("each node alone", False)):
+                settings: dict[str, Any] = {
+                    **{"url": address, "namespace": f"{name}-{'s' if share else 'a'}", "chunk_size": _CHUNK_SIZE},
+                    **{"max_prefix_length": 2**31, "lookup_timeout_s": 5.0, "publish_timeout_s": 5.0},
+                }
+                with Fleet(nodes, settings, share=share) as fleet:
+                    totals[title] = _run(fleet, work, nodes, title, live=console.is_terminal and not as_json)
+        finally:
+            for suffix in ("s", "a"):
+                remove_namespaces(client, f"{name}-{suffix}", nodes)
+        value = {title: _as_dict(tally) for title, tally in totals.items()}
+        show(value, as_json=as_json, render=lambda: _summary(totals, nodes, sessions))
+
+
+def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) -> Tally:
+    tallies, total = [Tally() for _ in range(nodes)], Tally()
+
+    def collect() -> None:
+        for outcome in fleet.outcomes():
+            tokens = sizes[outcome.node].pop(0)
+            tallies[outcome.node].add(outcome, tokens)
+            total.add(outcome, tokens)
+        screen.update(_board(title, tallies, len(work)))
+
+    sizes: list[list[int]] = [[] for _ in range(nodes)]
+    with Live(console=console, refresh_per_second=12, transient=True, auto_refresh=live) as screen:
+        if not live:
+            screen.stop()
+        for turn in work:
+            while fleet.in_flight >= nodes:
+                collect()
+            node = (turn.session + turn.number) % nodes  # every turn of a session meets another node
+            sizes[node].append(len(turn.tokens) // 4)
+            fleet.send(node, turn.tokens)
+        while fleet.in_flight:
+            collect()
+    return total
+
+
+def _board(title: str, tallies: list[Tally], total: int) -> Group:
+    table = Table(title=f"{title}: {sum(tally.requests for tally in tallies):,} of {total:,} requests", title_justify="left")
+    table.add_column("node")
+    for column in ("requests", "tokens asked", "computed", "own cache", "from other nodes", "saved"):
+        table.add_column(column, justify="right")
+    for i, tally in enumerate(tallies):
+        table.add_row(f"node-{i}", *_row(tally))
+    return Group(table)
+
+
+def _row(tally: Tally) -> list[str]:
+    saved = 100 * (tally.own + tally.others) / tally.asked if tally.asked else 0.0
+    numbers = (tally.requests, tally.asked, tally.computed, tally.own, tally.others)
+    return [*(f"{number:,}" for number in numbers), f"{saved:.1f} %"]
+
+
+def _summary(totals: dict[str, Tally], nodes: int, sessions: int) -> Group:
+    alone, sharing = totals["each node alone"], totals["sharing"]
+    table = Table(title=f"{sessions} coding-agent sessions on {nodes} nodes", title_justify="left")
+    for i, column in enumerate(("", "each node alone", "sharing")):
+        table.add_column(column, justify="right" if i else "left", style="" if i else "bold")
+    rows = (
+        ("requests", "requests"), ("tokens asked", "asked"), ("tokens to compute", "computed"),
+        ("tokens from own cache", "own"), ("tokens from other nodes", "others"),
+    )  # fmt: skip
+    for label, name in rows:
+        table.add_row(label, f"{getattr(alone, name):,}", f"{getattr(sharing, name):,}")
+    table.add_row("saved", *(_row(tally)[-1] for tally in (alone, sharing)))
+    table.add_row("Redis calls per look-up", *(f"{tally.calls / max(1, tally.requests):.2f}" for tally in (alone, sharing)))
+    less = alone.computed / sharing.computed if sharing.computed else 0.0
+    return Group(table, f"Sharing leaves {less:.1f} times fewer tokens to prefill.")
+
+
+def _as_dict(tally: Tally) -> dict[str, int]:
+    return {name: getattr(tally, name) for name in ("requests", "asked", "computed", "own", "others", "calls")}

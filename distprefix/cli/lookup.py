@@ -1,0 +1,102 @@
+"""`distprefix lookup`: who holds the longest prefix of a prompt. Takes no epoch and changes nothing."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import redis
+import typer
+from rich.table import Table
+
+from distprefix.chunking import chain_hashes, chain_root, read_prompt
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, errors, fail, opened, show
+from distprefix.errors import InvalidInputError, NamespaceError
+from distprefix.l1 import L1
+from distprefix.operations import walk
+from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.inspect import read_descriptor
+from distprefix.redis.keys import Keys
+from distprefix.redis.namespace import read_epochs, salt_check
+
+__all__ = ["lookup"]
+
+
+def lookup(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Token ids as text (spaces, commas, JSON), or - for standard input.")],
+    url: Url = None,
+    namespace: Namespace = "default",
+    salt: Annotated[str, typer.Option(envvar="DISTPREFIX_SALT", help="The namespace's salt, if it has one.")] = "",
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Look a prompt up: matched tokens and who holds them. Exit code 1 when nobody does."""
+    with errors():
+        tokens = _read_tokens(source)
+        with opened(url) as (client, _):
+            keys = Keys(namespace)
+            settings = read_descriptor(client, keys)
+            if not settings:
+                fail(f"there is no namespace {namespace!r}", EXIT_MISS)
+            value = _look_up(client, keys, settings, tokens, salt.encode())
+        show(value, as_json=as_json, render=lambda: _table(value))
+        if not value["hit"]:
+            raise typer.Exit(EXIT_MISS)
+
+
+def _read_tokens(source: str) -> list[int]:
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{source} cannot be read: {error}") from error
+    words = [word for word in re.split(r"[\s,\[\]]+", text) if word]
+    for i, word in enumerate(words):
+        if not re.fullmatch(r"-?\d+", word):
+            raise InvalidInputError(f"token {i} in {source} is {word!r}: token ids are whole numbers")
+    if not words:
+        raise InvalidInputError(f"{source} has no tokens")
+    return [int(word) for word in words]
+
+
+def _look_up(
+    client: redis.Redis, keys: Keys, settings: dict[str, str], tokens: list[int], salt: bytes
+) -> dict[str, Any]:
+    chunk_size, algorithm = int(settings["chunk_size"]), settings["hash_algorithm"]
+    root = chain_root(algorithm, salt)
+    if settings.get("salt_check") != salt_check(root):
+        raise NamespaceError("the namespace has another salt: pass it with --salt or DISTPREFIX_SALT")
+    prompt = read_prompt(tokens, chunk_size, 1 << 31)
+    chain = chain_hashes(algorithm, root, prompt.view, prompt.stride)
+    calls = Client(client, new_breaker(1, 1.0), Counter())
+    deadline = time.monotonic() + 5
+    views = run(walk(chain, 0), calls, keys.meta, deadline) if chain else []
+    epochs = read_epochs(calls, keys, deadline)
+    local = L1(chunk_size, int(settings["max_run"]), 1 << 40, 60.0, 1)
+    local.learn(prompt, chain, 0, views, 0.0)
+    found = local.find(prompt, 0.0)
+    coverage = local.coverage(
+        found.path, found.chunks, lambda name, epoch: epoch >= epochs.get(name.partition("@")[0].partition("/")[0], 0)
+    )
+    matched = max(coverage.values(), default=0)
+    return {
+        "hit": matched > 0,
+        "tokens": prompt.length,
+        "matched_tokens": matched * chunk_size,
+        "matched_chunks": matched,
+        "prefix_hash": chain[16 * matched - 16 : 16 * matched].hex(),
+        "holders": {name: chunks * chunk_size for name, chunks in sorted(coverage.items(), key=lambda item: -item[1])},
+    }
+
+
+def _table(value: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("matched", f"{value['matched_tokens']:,} of {value['tokens']:,} tokens ({value['matched_chunks']:,} chunks)")
+    table.add_row("prefix", value["prefix_hash"] or "none")
+    for name, held in value["holders"].items():
+        table.add_row("holder", f"{name}: first {held:,} tokens")
+    return table

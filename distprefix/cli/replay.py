@@ -1,0 +1,104 @@
+"""`distprefix replay TRACE`: a real workload on several nodes."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distprefix.cli.common import EXIT_USAGE, Json, Url, errors, fail, opened, show
+from distprefix.redis.cleanup import remove_namespaces
+from distprefix.redis.inspect import namespaces
+from distprefix.replay.fleet import Fleet
+from distprefix.replay.report import Figures
+from distprefix.replay.report import replay as run_replay
+from distprefix.replay.trace import read_trace
+
+__all__ = ["replay"]
+
+
+class Route(StrEnum):
+    """Which node gets a request."""
+
+    ROUND_ROBIN = "round-robin"
+    SESSION = "session"
+    RANDOM = "random"
+
+
+def replay(
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace in Mooncake's format, plain or gzipped, or -.")],
+    url: Url = None,
+    namespace: Annotated[
+        str | None, typer.Option(help="A namespace that is not there yet, kept afterwards; default: one that is removed.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, max=65_536, help="Tokens in a block of the trace.")] = 512,
+    nodes: Annotated[int, typer.Option(min=1, max=256, help="Node processes, each with its own L1.")] = 4,
+    route: Annotated[Route, typer.Option(help="Which node gets a request.")] = Route.ROUND_ROBIN,
+    in_order: Annotated[bool, typer.Option("--in-order", help="One request in flight: exact, repeatable results.")] = False,  # noqa: FBT002
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight; default: one a node.")] = None,
+    as_tokens: Annotated[bool, typer.Option("--as-tokens", help="Drive the token path: made-up tokens, hashed.")] = False,  # noqa: FBT002
+    no_share: Annotated[bool, typer.Option("--no-share", help="The baseline: every node on its own.")] = False,  # noqa: FBT002
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Replay a trace on several nodes and report hit rates, latencies and memory."""
+    with errors():
+        if in_order and (concurrency or 1) > 1:
+            fail(f"--in-order means one request in flight: leave --concurrency {concurrency} out", EXIT_USAGE)
+        requests = read_trace(trace, limit)
+        name = namespace or f"replay-{time.time_ns():x}"
+        with opened(url) as (client, address):
+            if any(there == name or there.startswith(f"{name}-") for there in namespaces(client)):
+                fail(f"namespace {name!r} is there already: name another one, so that the figures are right", EXIT_USAGE)
+            settings: dict[str, Any] = {
+                **{"url": address, "namespace": name, "chunk_size": block_size, "max_prefix_length": 2**31},
+                **{"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "strict": True},
+            }
+            try:
+                with Fleet(nodes, settings, share=not no_share, as_tokens=as_tokens) as fleet, _progress() as progress:
+                    task = progress.add_task("replaying", total=sum(1 for request in requests if request.chunks))
+                    figures = run_replay(
+                        fleet,
+                        requests,
+                        nodes=nodes,
+                        route=route,
+                        concurrency=1 if in_order else concurrency or nodes,
+                        used_memory=lambda: int(client.info("memory")["used_memory"]),
+                        progress=lambda: progress.advance(task),
+                    )
+            finally:
+                if namespace is None:
+                    remove_namespaces(client, name, nodes)
+        show(figures.as_dict(), as_json=as_json, render=lambda: _table(figures, block_size))
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    errors_console = Console(stderr=True)
+    return Progress(*columns, console=errors_console, transient=True, disable=not errors_console.is_terminal)
+
+
+def _table(figures: Figures, block_size: int) -> Table:
+    def share(part: int) -> str:
+        percent = 100 * part / figures.chunks if figures.chunks else 0.0
+        return f"{part:>13,} chunks {part * block_size:>16,} tokens {percent:6.2f} %"
+
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="left")
+    table.add_row("requests", f"{figures.requests:,} on {figures.nodes} nodes in {figures.wall_s:.1f} s")
+    table.add_row("asked for", share(figures.chunks))
+    table.add_row("hit", share(figures.hit_chunks))
+    table.add_row("  from own L1", share(figures.l1_hit_chunks))
+    table.add_row("  from the shared tree", share(figures.shared_hit_chunks))
+    table.add_row("hit rate", f"{figures.hit_rate:.4f}, an unlimited cache {figures.ideal_hit_rate:.4f}")
+    table.add_row("Redis calls per look-up", f"{figures.redis_calls_per_lookup:.3f}")
+    table.add_row("look-up", f"p50 {figures.lookup_p50_us:,.0f} µs, p99 {figures.lookup_p99_us:,.0f} µs")
+    table.add_row("publish", f"p50 {figures.publish_p50_us:,.0f} µs, p99 {figures.publish_p99_us:,.0f} µs")
+    table.add_row("Redis", f"{figures.redis_bytes_per_chunk:.1f} bytes a chunk, {figures.unique_chunks:,} chunks")
+    return table

@@ -1,0 +1,28 @@
+"""Taking whole namespaces out, as demos and replays do with their own."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import redis
+
+from distprefix.errors import NotAttachedError
+from distprefix.operations import drop
+from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.keys import Keys
+
+__all__ = ["remove_namespaces"]
+
+
+def remove_namespaces(client: redis.Redis, name: str, nodes: int) -> None:
+    """Take out a namespace and its nodes' own ones (`name-0`, ...); those that are not there are passed over."""
+    calls = Client(client, new_breaker(1, 1.0), Counter())
+    for each in (name, *(f"{name}-{i}" for i in range(nodes))):
+        keys = Keys(each)
+        try:
+            run(drop(), calls, keys.meta, time.monotonic() + 60)
+        except NotAttachedError:
+            continue
+        for key in (keys.meta, keys.log, keys.descriptor, keys.epochs):
+            client.delete(key)

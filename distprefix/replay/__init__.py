@@ -1,0 +1,1 @@
+"""Replaying real workloads on several nodes: traces, node processes, figures."""

@@ -1,0 +1,159 @@
+"""Several node processes, each with its own L1 and worker id, that look prompts up and publish them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, Self
+
+import xxhash
+
+from distprefix.chunking import Chain
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import DistPrefixError
+from distprefix.optimizer import PrefixCacheOptimizer
+
+__all__ = ["Fleet", "Outcome"]
+
+_LARGEST_TABLE = 20_000_000
+Job = tuple[tuple[int, int], ...] | bytes
+"""A prompt as runs of ids, or as packed tokens."""
+
+
+class Outcome(NamedTuple):
+    """What one request met."""
+
+    node: int
+    chunks: int
+    matched: int
+    own: int
+    """Chunks that the node holds itself."""
+    l1: int
+    calls: int
+    lookup_us: float
+    publish_us: float
+
+
+class Fleet:
+    """Node processes behind pipes. Use as a context manager; leaving it ends them."""
+
+    def __init__(self, nodes: int, settings: dict[str, Any], *, share: bool = True, as_tokens: bool = False) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        self._waiting = [0] * nodes
+        for i in range(nodes):
+            own = {**settings, "worker_id": f"node-{i}"}
+            if not share:
+                own["namespace"] = f"{settings['namespace']}-{i}"
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, i, own, as_tokens), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            self._receive(pipe)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that no outcome has come back for."""
+        return sum(self._waiting)
+
+    def send(self, node: int, job: Job) -> None:
+        """Give a node a request."""
+        self._waiting[node] += 1
+        try:
+            self._pipes[node].send(job)
+        except OSError as error:
+            raise DistPrefixError(f"node {node} has ended") from error
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Wait for at least one outcome; all that are there."""
+        ready = wait([pipe for i, pipe in enumerate(self._pipes) if self._waiting[i]])
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            outcome: Outcome = self._receive(pipe)
+            self._waiting[outcome.node] -= 1
+            yield outcome
+
+    def _receive(self, pipe: Connection) -> Any:
+        try:
+            reply = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise DistPrefixError(f"node {self._pipes.index(pipe)} has ended") from error
+        if isinstance(reply, str):
+            raise DistPrefixError(f"node {self._pipes.index(pipe)}: {reply}")
+        return reply
+
+
+class _Prompts:
+    """Ids to hashes or tokens, the same in every process."""
+
+    def __init__(self, block_size: int, *, as_tokens: bool) -> None:
+        self._as_tokens = as_tokens
+        self._bytes = 4 * block_size
+        self._table = bytearray()
+
+    def read(self, job: Job) -> Any:
+        if isinstance(job, bytes):
+            return job
+        if self._as_tokens:
+            ids = (i for first, count in job for i in range(first, first + count))
+            return b"".join(hashlib.shake_128(i.to_bytes(8, "little")).digest(self._bytes) for i in ids)
+        return Chain.packed(b"".join(self._hashes(first, count) for first, count in job))
+
+    def _hashes(self, first: int, count: int) -> bytes:
+        if first + count > _LARGEST_TABLE:
+            return b"".join(_hash(i) for i in range(first, first + count))
+        known = len(self._table) // 16
+        if first + count > known:
+            self._table += b"".join(_hash(i) for i in range(known, first + count))
+        return bytes(self._table[16 * first : 16 * (first + count)])
+
+
+def _hash(i: int) -> bytes:
+    return xxhash.xxh3_128_digest(i.to_bytes((i.bit_length() + 7) // 8 or 1, "little"))
+
+
+def _serve(pipe: Connection, node: int, settings: dict[str, Any], as_tokens: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with PrefixCacheOptimizer(PrefixCacheConfig.from_mapping(settings)) as cache:
+            prompts = _Prompts(cache.config.chunk_size, as_tokens=as_tokens)
+            pipe.send(node)
+            while (job := pipe.recv()) is not None:
+                prompt = prompts.read(job)
+                hit = cache.find_longest_cache_hit(prompt)
+                began = time.perf_counter_ns()
+                cache.cache_prefix(prompt)
+                publish_us = (time.perf_counter_ns() - began) / 1000
+                chunks = len(prompt) if isinstance(prompt, Chain) else len(prompt) // (4 * cache.config.chunk_size)
+                own = next((held for name, held in hit.holders if name == cache.config.holder), 0)
+                took = (hit.lookup_time_us, publish_us)
+                pipe.send(Outcome(node, chunks, hit.matched_chunks, own, hit.l1_chunks, hit.redis_calls, *took))
+    except EOFError:
+        pass  # the parent is gone
+    except DistPrefixError as error:
+        with contextlib.suppress(OSError):
+            pipe.send(f"{type(error).__name__}: {error}")

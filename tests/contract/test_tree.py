@@ -1,0 +1,393 @@
+"""The shared tree itself: splits, runs, windows, trims, holes, counted calls."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from distprefix import Chain, Holder, PrefixCacheOptimizer, operations
+from distprefix.chunking import chain_hashes, chain_root
+from distprefix.errors import DamagedNodeError, DistPrefixError, NoParentError
+from tests.contract.test_find import prompt
+from tests.servers import Backend
+
+
+def sound(cache: PrefixCacheOptimizer, nodes: int, chunks: int) -> None:
+    """The tree keeps its invariants and has exactly so many nodes and chunks."""
+    report = cache.check_integrity()
+    assert (report.problems, report.nodes, report.chunks) == ([], nodes, chunks)
+
+
+def heads(tokens: list[int]) -> list[str]:
+    """Chunk hashes of a prompt in hex, as the default settings make them."""
+    view = memoryview(b"".join(token.to_bytes(4, "little") for token in tokens))
+    packed = chain_hashes("xxh3_128", chain_root("xxh3_128", b""), view, 16)
+    return [packed[i : i + 16].hex() for i in range(0, len(packed), 16)]
+
+
+def fields(backend: Backend, key: str) -> dict[bytes, bytes]:
+    """A hash as it is stored."""
+    stored: Any = backend.admin.hgetall(key)
+    return stored
+
+
+def test_a_split_keeps_coverage_and_blocks_of_every_holder(any_server: Backend) -> None:
+    """Splitting a run cuts each holder's coverage and block ids in two and loses nothing."""
+    one, two = any_server.open("w1"), any_server.open("w2")
+    one.cache_prefix(prompt(10), range(10))
+    two.cache_prefix(prompt(4), range(40, 44))
+    any_server.open("w3").cache_prefix(prompt(10, tail=6), range(60, 70))
+    sound(one, 3, 14)
+    upper, lower = (fields(any_server, any_server.keys.node(head)) for head in (heads(prompt(10))[i] for i in (0, 6)))
+    assert upper[b"h:w1/0@gpu"].endswith(b":6")
+    assert upper[b"h:w2/0@gpu"].endswith(b":4")
+    assert lower[b"h:w1/0@gpu"].endswith(b":4")
+    assert b"h:w2/0@gpu" not in lower
+    reader = any_server.open("w4")
+    for holder, blocks in (("w1", range(10)), ("w2", range(40, 44)), ("w3", range(60, 66))):
+        assert reader.find_longest_cache_hit(prompt(10), blocks_of=f"{holder}/0@gpu").block_ids == tuple(blocks)
+
+
+def test_a_split_of_an_inner_node_moves_no_child(any_server: Backend) -> None:
+    """Splitting a node with children changes the owner of its junction and leaves the children's keys alone."""
+    cache = any_server.open()
+    for tail in (5, 6, 0):
+        cache.cache_prefix(prompt(8, tail=tail))
+    before = any_server.dump()
+    child = any_server.keys.node(heads(prompt(8, tail=6))[6])
+    cache.cache_prefix(prompt(4, tail=2))
+    assert any_server.dump()[child] == before[child]
+    sound(cache, 7, 15)
+
+
+def test_leaves_grow_up_to_max_run(any_server: Backend) -> None:
+    """A leaf takes new chunks in while it has room; what is over goes into nodes of at most max_run chunks."""
+    cache = any_server.open(max_run=8)
+    for chunks, nodes in ((3, 1), (8, 1), (9, 2), (15, 2), (16, 2), (40, 5)):
+        cache.cache_prefix(prompt(chunks), range(chunks))
+        report = cache.check_integrity()
+        assert (report.problems, report.nodes, report.chunks) == ([], nodes, chunks)
+    sizes = [len(value[b"r"]) // 16 for key, value in any_server.dump().items() if ":n:" in key]
+    assert sizes == [8] * 5
+
+
+@pytest.mark.parametrize("chunks", [4095, 4096, 4097, 9000])
+def test_prompts_longer_than_a_window(any_server: Backend, chunks: int) -> None:
+    """Prompts of many thousand chunks go in windows of 4,096, with all block ids, one call each."""
+    calls = -(-chunks // 4096)
+    writer, reader = any_server.open("w1"), any_server.open("w2")
+    tokens = prompt(chunks)
+    before = writer.get_metrics()["redis_calls_publish"]
+    writer.cache_prefix(tokens, range(chunks))
+    if any_server.is_real:
+        assert writer.get_metrics()["redis_calls_publish"] - before in (calls, calls + 2)  # SCRIPT LOAD the first time
+    result = reader.find_longest_cache_hit(tokens, blocks_of="w1/0@gpu")
+    assert (result.matched_chunks, result.redis_calls) == (chunks, calls)
+    assert result.block_ids == tuple(range(chunks))
+    assert writer.get_computed_blocks(tokens) == list(range(chunks))
+    sound(writer, -(-chunks // 256), chunks)
+
+
+def test_windows_that_end_inside_a_run(any_server: Backend) -> None:
+    """A window may end in the middle of a node: the next one begins at that node's head and nothing is lost."""
+    writer = any_server.open("w1")
+    writer.cache_prefix(prompt(100, tail=90))
+    writer.cache_prefix(prompt(8200), range(8200))
+    result = any_server.open("w2").find_longest_cache_hit(prompt(8200, tail=8150), blocks_of="w1/0@gpu")
+    assert (result.matched_chunks, result.block_ids) == (8150, tuple(range(8150)))
+    writer.cache_prefix(prompt(8200), range(8200))
+    writer.remove_skipped_blocks([8100])
+    assert any_server.open("w3").find_longest_cache_hit(prompt(8200)).matched_chunks == 8100
+
+
+def test_calls_are_counted(any_server: Backend) -> None:
+    """A look-up costs no call when L1 answers and one when it does not; a publish costs one."""
+    writer, reader = any_server.open("w1"), any_server.open("w2")
+    for cache in (writer, reader):  # what is loaded once is not counted
+        cache.cache_prefix(prompt(4))
+        cache.find_longest_cache_hit(prompt(5))
+
+    def calls(cache: PrefixCacheOptimizer) -> int:
+        if any_server.is_real:
+            return any_server.script_calls()
+        metrics = cache.get_metrics()
+        return int(metrics["redis_calls_lookup"] + metrics["redis_calls_publish"])
+
+    def cost(cache: PrefixCacheOptimizer, publish: int = 0, look_up: int = 0) -> int:
+        before = calls(cache)
+        if publish:
+            cache.cache_prefix(prompt(publish))
+        if look_up:
+            cache.find_longest_cache_hit(prompt(look_up))
+        return calls(cache) - before
+
+    assert cost(writer, publish=40) == 1
+    assert cost(writer, look_up=40) == 0
+    assert cost(writer, look_up=20) == 0
+    assert cost(reader, look_up=40) == 1
+    assert cost(reader, look_up=40) == 0
+    assert cost(reader, look_up=41) == 1
+
+
+def test_a_walk_goes_on_where_l1_stopped(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What L1 knows is not asked again: the chain sent begins at the last node that L1 has."""
+    writer, reader = any_server.open("w1", max_run=4), any_server.open("w2", max_run=4)
+    writer.cache_prefix(prompt(8))
+    reader.find_longest_cache_hit(prompt(8))
+    writer.cache_prefix(prompt(30))
+    sent: list[tuple[int, int]] = []
+    walk = operations.walk
+
+    def spy(chain: bytes, start: int, blocks_of: str = "") -> Any:
+        sent.append((len(chain) // 16, start))
+        return walk(chain, start, blocks_of)
+
+    monkeypatch.setattr(operations, "walk", spy)
+    result = reader.find_longest_cache_hit(prompt(32))
+    assert (result.matched_chunks, result.l1_chunks, sent) == (30, 8, [(28, 4)])
+
+
+def test_a_publish_goes_on_where_the_last_one_stopped(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that extends one just published sends only its last known node and what is new."""
+    writer = any_server.open("w1", max_run=4)
+    writer.cache_prefix(prompt(10), range(10))
+    sent: list[tuple[int, int]] = []
+    publish = operations.publish
+
+    def spy(chain: bytes, start: int, *args: Any, **more: Any) -> Any:
+        sent.append((len(chain) // 16, start))
+        return publish(chain, start, *args, **more)
+
+    monkeypatch.setattr(operations, "publish", spy)
+    writer.cache_prefix(prompt(15), range(15))
+    assert sent == [(7, 8)]
+    assert any_server.open("w2", max_run=4).find_longest_cache_hit(prompt(15)).matched_chunks == 15
+
+
+def test_removed_blocks_shorten_what_is_found(any_server: Backend) -> None:
+    """Taking blocks back ends the worker's coverage there, for itself and for others, and drops what nobody holds."""
+    one, two = any_server.open("w1"), any_server.open("w2")
+    one.cache_prefix(prompt(10), range(10))
+    two.cache_prefix(prompt(6), range(50, 56))
+    assert one.remove_skipped_blocks([8, 3, 77]) == 2
+    assert one.get_computed_blocks(prompt(10)) == [0, 1, 2]
+    assert any_server.open("w3").find_longest_cache_hit(prompt(10)).holders == (
+        Holder("w2/0@gpu", 6),
+        Holder("w1/0@gpu", 3),
+    )
+    sound(one, 1, 6)
+    assert two.remove_skipped_blocks(range(50, 56)) == 6
+    assert one.remove_skipped_blocks([0]) == 1
+    assert not any_server.open("w4").find_longest_cache_hit(prompt(10)).hit
+    sound(one, 0, 0)
+
+
+def test_coverage_behind_a_lost_block_goes(any_server: Backend) -> None:
+    """Coverage is closed under prefix: a lost block takes all branches behind it, and what nobody covers is removed."""
+    one, two = any_server.open("w1", max_run=4), any_server.open("w2", max_run=4)
+    one.cache_prefix(prompt(12), range(12))
+    one.cache_prefix(prompt(12, tail=6), [*range(6), *range(20, 26)])
+    two.cache_prefix(prompt(6))
+    sound(one, 6, 18)
+    assert one.remove_skipped_blocks([1]) == 1
+    sound(one, 2, 6)
+    assert one.find_longest_cache_hit(prompt(12)).matched_chunks == 1
+    one.cache_prefix(prompt(3), range(3))
+    assert any_server.open("w3", max_run=4).find_longest_cache_hit(prompt(12)).holders == (
+        Holder("w2/0@gpu", 6),
+        Holder("w1/0@gpu", 3),
+    )
+
+
+def test_removal_leaves_siblings_alone(any_server: Backend) -> None:
+    """Blocks behind a fork go without touching the other branches."""
+    cache = any_server.open()
+    cache.cache_prefix(prompt(9), range(9))
+    cache.cache_prefix(prompt(9, tail=5), [*range(5), *range(20, 24)])
+    assert cache.remove_skipped_blocks([5]) == 1
+    reader = any_server.open("w2")
+    assert reader.find_longest_cache_hit(prompt(9)).matched_chunks == 5
+    assert reader.find_longest_cache_hit(prompt(9, tail=5)).matched_chunks == 9
+    sound(cache, 2, 9)
+
+
+def test_blocks_of_a_prefix_can_move(any_server: Backend) -> None:
+    """update_prefix_state gives a published prefix other blocks, and is False for what it does not know."""
+    cache = any_server.open()
+    name = cache.cache_prefix(prompt(5), range(5))
+    assert cache.update_prefix_state(name, range(90, 95))
+    assert cache.get_computed_blocks(prompt(5)) == list(range(90, 95))
+    result = any_server.open("w2").find_longest_cache_hit(prompt(5), blocks_of="w1/0@gpu")
+    assert result.block_ids == tuple(range(90, 95))
+    assert cache.remove_skipped_blocks(range(5)) == 0
+    assert not cache.update_prefix_state("00" * 16, range(5))
+
+
+def test_touches_count_and_order_leaves(any_server: Backend) -> None:
+    """Touches add hits, renew the access time, move the leaf to the end of the order, and never go back in time."""
+    cache = any_server.open()
+    cache.cache_prefix(prompt(3))
+    cache.cache_prefix(prompt(3, tail=1)[4:])
+    old, new = heads(prompt(3))[0], heads(prompt(3, tail=1)[4:])[0]
+    later = int(time.time() * 1000) + 60_000
+    touched = cache._link.publish(operations.touch([(bytes.fromhex(old), 2, later), (b"\0" * 16, 1, later)]))
+    assert touched == 1
+    leaves: Any = any_server.admin.zrange(any_server.keys.leaves, 0, -1)
+    assert leaves == [new.encode(), old.encode()]
+    cache._link.publish(operations.touch([(bytes.fromhex(old), 1, 5)]))
+    node = fields(any_server, any_server.keys.node(old))
+    assert (node[b"n"], node[b"a"]) == (b"3", str(later).encode())
+
+
+def test_hits_reach_redis_with_the_next_batch(any_server: Backend) -> None:
+    """Hits that L1 answered are told to Redis by flush, one call for many."""
+    cache = any_server.open()
+    cache.cache_prefix(prompt(3))
+    for _ in range(4):
+        cache.find_longest_cache_hit(prompt(3))
+    cache.flush()
+    assert fields(any_server, any_server.keys.node(heads(prompt(3))[0]))[b"n"] == b"4"
+
+
+def test_drop_takes_a_subtree_in_portions(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropping a head removes all below it, in as many calls as the bound asks for, and leaves the rest sound."""
+    monkeypatch.setattr(operations, "DROPS_A_CALL", 3)
+    cache = any_server.open(max_run=2)
+    cache.cache_prefix(prompt(20))
+    cache.cache_prefix(prompt(20, tail=4))
+    assert cache._link.administer(operations.drop(heads(prompt(20))[4])) == (8, 16)
+    sound(cache, 10, 20)
+    assert any_server.open("w2", max_run=2).find_longest_cache_hit(prompt(20)).matched_chunks == 4
+
+
+def test_clear_empties_the_namespace(any_server: Backend) -> None:
+    """After clear nothing is found by anybody and only the empty shard's meta is left."""
+    cache = any_server.open(max_run=3)
+    for tail in range(1, 9):
+        cache.cache_prefix(prompt(9, tail=tail), range(9))
+    cache.clear()
+    assert not cache.find_longest_cache_hit(prompt(9, tail=3)).hit
+    assert not any_server.open("w2", max_run=3).find_longest_cache_hit(prompt(9, tail=3)).hit
+    assert list(any_server.dump()) == [any_server.keys.meta]
+    sound(cache, 0, 0)
+
+
+def test_a_hole_stops_the_walk(any_server: Backend) -> None:
+    """A node that was lost in the middle ends what is found, and publishing again heals it."""
+    cache = any_server.open("w1", max_run=4)
+    cache.cache_prefix(prompt(12), range(12))
+    any_server.admin.delete(any_server.keys.node(heads(prompt(12))[4]))
+    assert any_server.open("w2", max_run=4).find_longest_cache_hit(prompt(12)).matched_chunks == 4
+    any_server.open("w3", max_run=4).cache_prefix(prompt(12))
+    assert any_server.open("w4", max_run=4).find_longest_cache_hit(prompt(12)).matched_chunks == 12
+    assert all("counts" in problem for problem in cache.check_integrity().problems)
+
+
+@pytest.mark.parametrize("damage", [b"short", b"x" * 32, b""])
+def test_a_damaged_node_is_a_clean_miss(any_server: Backend, damage: bytes) -> None:
+    """A run of a wrong length or with a wrong head is not believed, and publishing over it changes nothing."""
+    cache = any_server.open("w1", max_run=4)
+    cache.cache_prefix(prompt(12))
+    any_server.admin.hset(any_server.keys.node(heads(prompt(12))[4]), "r", damage)
+    assert any_server.open("w2", max_run=4).find_longest_cache_hit(prompt(12)).matched_chunks == 4
+    before = any_server.dump()
+    with pytest.raises(DamagedNodeError, match=heads(prompt(12))[4]):
+        any_server.open("w3", max_run=4).cache_prefix(prompt(14))
+    assert any_server.dump() == before
+
+
+@pytest.mark.parametrize("place", ["first node", "later node", "junction", "leaves", "meta"])
+def test_foreign_keys_are_refused_without_partial_writes(any_server: Backend, place: str) -> None:
+    """A string where a node, a junction, the leaves or the meta belongs makes a publish fail before it writes."""
+    cache = any_server.open("w1", max_run=4)
+    cache.cache_prefix(prompt(3))
+    names = heads(prompt(3) + [9] * 40)
+    keys = any_server.keys
+    key = {
+        "first node": keys.node(names[0]),
+        "later node": keys.node(names[8]),
+        "junction": keys.junction(names[7]),
+        "leaves": keys.leaves,
+        "meta": keys.meta,
+    }[place]
+    any_server.admin.delete(key)
+    any_server.admin.set(key, "foreign")
+    before = any_server.dump()
+    other = any_server.open("w2", max_run=4, strict=False) if place != "meta" else cache
+    with pytest.raises(DistPrefixError):
+        other._link.publish(
+            operations.publish(bytes.fromhex("".join(names)), 0, "w2/0@gpu", 99, now_ms=5_000_000_000_000, max_run=4)
+        )
+    assert any_server.dump() == before
+    result = any_server.open("w4", max_run=4, strict=False) if place != "meta" else None
+    if result is not None:
+        found = result.find_longest_cache_hit(prompt(3))
+        assert found.matched_chunks == (0 if place == "first node" else 3)
+
+
+def test_touches_of_a_foreign_key_change_nothing(any_server: Backend) -> None:
+    """Touching when the leaves are no sorted set fails before a hit is counted."""
+    cache = any_server.open()
+    cache.cache_prefix(prompt(3))
+    any_server.admin.delete(any_server.keys.leaves)
+    any_server.admin.set(any_server.keys.leaves, "foreign")
+    before = any_server.dump()
+    with pytest.raises(DistPrefixError):
+        cache._link.publish(operations.touch([(bytes.fromhex(heads(prompt(3))[0]), 1, 5_000_000_000_000)]))
+    assert any_server.dump() == before
+
+
+@pytest.mark.parametrize("first", [3, 10, 20])
+def test_running_an_insert_again_changes_nothing(any_server: Backend, first: int) -> None:
+    """The same insert call sent twice, as after a time-out, leaves the same tree; so does a trim."""
+    cache = any_server.open("w1", max_run=4)
+    cache.cache_prefix(prompt(first))
+    chain = bytes.fromhex("".join(heads(prompt(12, tail=7))))
+    before: dict[str, Any] = {}
+    for attempt in range(2):
+        made = cache._link.publish(
+            operations.publish(chain, 0, "w2/0@gpu", 1, now_ms=5_000_000_000_000, max_run=4, blocks=b"abcd" * 12)
+        )
+        assert attempt == 0 or (made.nodes_made, made.chunks_made, any_server.dump()) == (0, 0, before)
+        before = any_server.dump()
+    for attempt in range(2):
+        taken = cache._link.publish(operations.trim(chain[: 16 * 6], "w2/0@gpu", 1))
+        assert attempt == 0 or (taken, any_server.dump()) == (0, before)
+        before = any_server.dump()
+    assert cache.check_integrity().ok
+
+
+def test_going_on_from_a_node_that_is_gone_is_refused(any_server: Backend) -> None:
+    """A chain that starts at a depth needs its first node there; the cache then publishes it from the root."""
+    cache = any_server.open("w1", max_run=4)
+    cache.cache_prefix(prompt(8))
+    chain = bytes.fromhex("".join(heads(prompt(12))))
+    any_server.open("w2", max_run=4).clear()
+    with pytest.raises(NoParentError):
+        cache._link.publish(operations.publish(chain[64:], 4, "w1/0@gpu", 1, now_ms=1, max_run=4))
+    cache.cache_prefix(prompt(12))
+    assert any_server.open("w3", max_run=4).find_longest_cache_hit(prompt(12)).matched_chunks == 12
+    sound(cache, 3, 12)
+
+
+def test_chains_and_tokens_share_one_tree(any_server: Backend) -> None:
+    """A chain of the hashes that tokens have finds what was published as tokens, and the other way round."""
+    cache = any_server.open("w1")
+    cache.cache_prefix(prompt(6))
+    chain = Chain(bytes.fromhex(head) for head in heads(prompt(9)))
+    reader = any_server.open("w2")
+    assert reader.find_longest_cache_hit(chain).matched_chunks == 6
+    reader.cache_prefix(chain)
+    assert any_server.open("w3").find_longest_cache_hit(prompt(9)).matched_chunks == 9
+
+
+def test_forgetting_in_l1_follows_redis(any_server: Backend) -> None:
+    """What Redis no longer has is no longer found once L1's trust has run out."""
+    cache, other = any_server.open("w1", l1_ttl_s=0), any_server.open("w2")
+    other.cache_prefix(prompt(8))
+    assert cache.find_longest_cache_hit(prompt(8)).matched_chunks == 8
+    other.clear()
+    assert not cache.find_longest_cache_hit(prompt(8)).hit
+    assert cache.get_metrics()["l1_chunks"] == 0
