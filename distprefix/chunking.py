@@ -36,7 +36,7 @@ class Chain(Sequence[bytes]):
 
     __slots__ = ("data",)
 
-    def __init__(self, hashes: Iterable[bytes]) -> None:
+    def __init__(self, hashes: Iterable[Any]) -> None:
         parts: list[bytes] = []
         for i, item in enumerate(hashes):
             if not isinstance(item, bytes | bytearray | memoryview):
@@ -124,8 +124,13 @@ def _token_bytes(tokens: Any) -> memoryview:
             f"a prompt cannot be {type(tokens).__name__}: pass a list, tuple, array, NumPy array, "
             "a buffer of little-endian uint32, or a Chain"
         ) from None
-    if view.format == _UINT32 and view.ndim == 1 and view.c_contiguous:  # what it should be: the rest may take longer
+    if view.format == _UINT32 and view.ndim == 1 and view.c_contiguous:
         return view.cast("B")
+    return _convert(tokens, view)
+
+
+def _convert(tokens: Any, view: memoryview) -> memoryview:
+    """Buffers of any other kind than native uint32."""
     if view.ndim != 1:
         raise InvalidInputError(f"a prompt has one dimension, not {view.ndim}: pass one prompt at a time")
     code = view.format.lstrip("@=<")

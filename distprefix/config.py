@@ -30,7 +30,7 @@ class PrefixCacheConfig:
     min_prefix_length: int = 1
     """Shorter matches (tokens) count as misses, shorter prompts are not published."""
     max_prefix_length: int = 4096
-    """Tokens of a prompt that are looked at; what lies behind is never cached. Real prompts reach 1,000,000: raise it."""
+    """Tokens of a prompt that are looked at; what lies behind is never cached. Raise it: real ones reach 1,000,000."""
     enable_prewarm: bool = True
     prewarm_threshold: int = 3
     """Hits that make a node a candidate for pre-warming."""
@@ -88,7 +88,9 @@ class PrefixCacheConfig:
         for name in ("namespace", "worker_id", "medium"):
             value = getattr(self, name)
             if not _NAME.fullmatch(value) and not (name == "worker_id" and not value):
-                raise ConfigError(f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed")
+                raise ConfigError(
+                    f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed"
+                )
         if self.url is not None and not self.url.startswith(_SCHEMES):
             raise ConfigError(f"url is {self.url!r}: it must begin with {', '.join(_SCHEMES)}")
         if not self.worker_id:

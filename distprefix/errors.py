@@ -72,7 +72,7 @@ class NoParentError(ScriptError):
 
 
 class StaleEpochError(ScriptError):
-    """A newer process publishes under this worker id: stop this one, or give it a ``worker_id`` of its own (DPSTALE)."""
+    """A newer process has this worker id: stop this one, or give it a ``worker_id`` of its own (DPSTALE)."""
 
 
 class DamagedNodeError(ScriptError):

@@ -8,6 +8,7 @@ able to take back.
 from __future__ import annotations
 
 import heapq
+import sys
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ NO_BLOCK = 0xFFFFFFFF
 _UNCONFIRMED = float("-inf")
 _NOTHING = (0, 0)  # epoch and end of who covers nothing
 # Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
-_NODE_BYTES = 900
+_NODE_BYTES = 860
 _BLOCK_REFERENCE_BYTES = 220
 
 
@@ -193,7 +194,7 @@ class L1:
             snapshot = Snapshot(
                 hashes[at : at + HASH_BYTES],
                 view.start,
-                {name: (epoch, view.start + k) for name, (epoch, k) in view.holders.items()},
+                {sys.intern(name): (epoch, view.start + k) for name, (epoch, k) in view.holders.items()},
                 view.hits,
                 view.accessed,
                 view.created,
@@ -227,16 +228,22 @@ class L1:
         it has been read more recently and does not name the holder.
         """
         reached: dict[str, int] = {}
+        alive: dict[str, int] = {}  # epochs found live: mostly the same all along the path
         newest = _UNCONFIRMED
         for node in path:
             snapshot = node.value
             if snapshot is None:
                 break
-            start, stop = node.start, min(node.stop, chunks)
+            start, stop, at = node.start, min(node.stop, chunks), snapshot.at
             for name, (epoch, end) in snapshot.holders.items():
-                if end > start and (reached.get(name, 0) == start or snapshot.at >= newest) and live(name, epoch):
+                if (
+                    end > start
+                    and (at >= newest or reached.get(name, 0) == start)
+                    and (alive.get(name) == epoch or live(name, epoch))
+                ):
+                    alive[name] = epoch
                     reached[name] = min(end, stop)
-            newest = max(newest, snapshot.at)
+            newest = max(newest, at)
         return reached
 
     def hashes(self, path: list[Node], start: int, stop: int) -> bytes:
@@ -318,12 +325,12 @@ class L1:
     @staticmethod
     def node_at(node: Node, depth: int) -> Node | None:
         """The node that has the chunk at `depth` on the way to `node`; None when it is gone."""
-        if node.parent is None or depth >= node.stop:
+        if depth >= node.stop:
             return None
         current: Node | None = node
         while current is not None and current.start > depth:
             current = current.parent
-        return current
+        return None if current is None or current.gone else current
 
     def _drop_reference(self, block: int, node: Node, depth: int) -> None:
         references = self._blocks.get(block)
@@ -339,15 +346,19 @@ class L1:
 
     def shrink(self) -> int:
         """Evict leaves until the budget holds. Returns the chunks evicted."""
+        if self.bytes <= self.max_bytes:
+            return 0
         before = self.chunks
         while self._queue and self.bytes > self.max_bytes:
             hot, accessed, _, node, tree = heapq.heappop(self._queue)
-            if node.parent is None or node.children or node.blocks:
+            if node.gone or node.children or node.blocks:
                 continue  # gone, or not a leaf: queued again when it becomes one
             if (node.hits >= self._hot_threshold, node.accessed) > (hot, accessed):
                 self._enqueue(node, tree)
                 continue
             parent = node.parent
+            if parent is None:
+                continue
             parent.accessed = max(parent.accessed, node.accessed)
             tree.cut(node, node.start)
             self._requeue_leaf(parent, tree)
@@ -356,7 +367,7 @@ class L1:
         return evicted
 
     def _enqueue(self, node: Node, tree: PrefixTree[Snapshot]) -> None:
-        if node.children or node.parent is None:
+        if node.children or node.gone or node.parent is None:
             return
         self._queued += 1
         hot = node.hits >= self._hot_threshold

@@ -53,9 +53,7 @@ def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> list[NodeView]
             epoch, _, covered = reply[i + 1].partition(b":")
             holders[reply[i].decode()] = (int(epoch), int(covered))
         at += 2 * count
-        views.append(
-            NodeView(start, size, matched, int(accessed), int(hits), int(created), metadata, blocks, holders)
-        )
+        views.append(NodeView(start, size, matched, int(accessed), int(hits), int(created), metadata, blocks, holders))
         start += matched
     return views
 

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgpack
 import redis
@@ -18,7 +18,7 @@ from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, pa
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError, NoParentError, NotAttachedError, UnavailableError
 from distprefix.l1 import L1, Found, Node, NodeView
-from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
+from distprefix.model import CacheHitResult, CacheTier, PrefixEntry
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.link import Link
 from distprefix.results import entry_of, result_of
@@ -87,8 +87,8 @@ class PrefixCacheOptimizer:
             answered = found.chunks
             if found.fresh == prompt.chunks and blocks_of is None:
                 return self._conclude(prompt, found, answered, 0, None, began)
-        start = found.resume if blocks_of is None else 0
-        hashes = self._hashes(prompt, found, start)
+            start = found.resume if blocks_of is None else 0
+            hashes = self._hashes(prompt, found, start)
         views, calls = self._ask(operations.walk(hashes, start, blocks_of or ""))
         with self._lock:
             if views is not None:
@@ -97,11 +97,11 @@ class PrefixCacheOptimizer:
                 self._l1.learn(prompt, hashes, start, views, now)
                 if reached < found.chunks:
                     self._l1.cut(prompt, reached)
-                self._l1.shrink()
                 if blocks_of is not None:
                     blocks = self._blocks_of(views, blocks_of)
-            found = self._l1.find(prompt, now)
-            return self._conclude(prompt, found, answered, calls, blocks, began)
+            result = self._conclude(prompt, self._l1.find(prompt, now), answered, calls, blocks, began)
+            self._l1.shrink()  # not before: the prompt may be larger than the budget
+            return result
 
     def get_computed_blocks(self, token_ids: Any) -> list[int]:
         """This worker's own block ids for the leading chunks that it holds itself. No Redis call."""
@@ -117,7 +117,7 @@ class PrefixCacheOptimizer:
             return []
         with self._lock:
             nodes = self._l1.hottest(self.config.prewarm_threshold)[:limit]
-            return [entry_of(node, node.stop, self.config.chunk_size, CacheTier.HOT, self._l1, None) for node in nodes]
+            return [entry_of(node, node.stop, self.config.chunk_size, CacheTier.HOT, None) for node in nodes]
 
     # Publish
 
@@ -256,7 +256,7 @@ class PrefixCacheOptimizer:
         return prompt
 
     def _hashes(self, prompt: Prompt, found: Found, start: int) -> bytes:
-        """Chunk hashes from `start` on: those that L1 knows, then computed ones."""
+        """Chunk hashes from `start` on: those that L1 knows, then computed ones. Under the lock that found the path."""
         if prompt.is_chain:
             return bytes(prompt.view[start * HASH_BYTES :])
         known = self._l1.hashes(found.path, start, found.chunks)
@@ -316,7 +316,7 @@ class PrefixCacheOptimizer:
         with self._lock:
             found = self._l1.find(prompt, now)
             start = self._l1.published_up_to(found, holder, link.epoch, blocks)
-        hashes = self._hashes(prompt, found, 0)
+            hashes = self._hashes(prompt, found, 0)
         self._counts["publishes"] += 1
         try:
             if self._retractions:
@@ -367,7 +367,7 @@ class PrefixCacheOptimizer:
         except NoParentError:  # evicted meanwhile
             return insert(0)
         except NotAttachedError:  # flushed meanwhile
-            self._link.attach()
+            self._link.attach_again()
             return insert(0)
 
     def _send_retractions(self) -> None:
@@ -394,7 +394,7 @@ def _pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
     if not metadata:
         return b""
     try:
-        packed: bytes = msgpack.packb(dict(metadata))
+        packed = cast("bytes", msgpack.packb(dict(metadata)))
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"metadata cannot be packed: {error}; use text, numbers, bytes, lists, dicts") from error
     if len(packed) > _MAX_METADATA_BYTES:

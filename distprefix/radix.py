@@ -22,7 +22,7 @@ _HASH_BYTES, _BLOCK_BYTES = 16, 4
 class RadixTreeNode(Generic[V]):
     """A run of chunks with no branch inside. When a node is split, the lower half keeps its identity."""
 
-    __slots__ = ("accessed", "blocks", "children", "hashes", "hits", "parent", "run", "start", "stop", "value")
+    __slots__ = ("accessed", "blocks", "children", "gone", "hashes", "hits", "parent", "run", "start", "stop", "value")
 
     def __init__(self, run: bytes, start: int, stop: int, parent: RadixTreeNode[V] | None, value: V | None) -> None:
         self.run = run
@@ -39,6 +39,8 @@ class RadixTreeNode(Generic[V]):
         self.children: dict[bytes, RadixTreeNode[V]] = {}
         self.accessed = 0.0
         self.hits = 0
+        self.gone = False
+        """Taken out. Its parent is still what it was, so that who remembers it finds what lies above."""
 
     def __repr__(self) -> str:
         return f"<RadixTreeNode [{self.start}, {self.stop}) {len(self.children)} children>"
@@ -183,7 +185,7 @@ class PrefixTree(Generic[V]):
         if node.start < depth:
             self._split(node, depth - node.start)
         parent = node.parent
-        if parent is None:
+        if parent is None or node.gone:
             return 0
         before = self._chunks
         del parent.children[node.run[: self.stride]]
@@ -259,7 +261,7 @@ class PrefixTree(Generic[V]):
         lower.start, lower.parent = upper.start, parent
         lower.accessed, lower.hits = max(lower.accessed, upper.accessed), max(lower.hits, upper.hits)
         parent.children[lower.run[: self.stride]] = lower
-        upper.parent = None
+        upper.gone = True
         self.nodes -= 1
 
     def _forget(self, top: RadixTreeNode[V]) -> None:
@@ -268,5 +270,7 @@ class PrefixTree(Generic[V]):
             node = stack.pop()
             self.nodes -= 1
             self._chunks -= node.stop - node.start
-            node.parent = None
+            node.gone = True
             stack.extend(node.children.values())
+            node.run = node.hashes = node.blocks = b""
+            node.children = {}

@@ -16,7 +16,7 @@ __all__ = ["entry_of", "result_of"]
 
 
 def entry_of(
-    node: Node, depth: int, chunk_size: int, tier: CacheTier, l1: L1, touches: Touches | None, blocks: tuple[int, ...] = ()
+    node: Node, depth: int, chunk_size: int, tier: CacheTier, touches: Touches | None, blocks: tuple[int, ...] = ()
 ) -> PrefixEntry:
     """The entry for the prefix of `depth` chunks that ends in `node`."""
     snapshot = node.value
@@ -59,7 +59,7 @@ def result_of(
     if matched:
         ids = l1.own_blocks(path, matched) if blocks is None else tuple(array("I", blocks[: 4 * matched]))
         tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
-        entry = entry_of(path[-1], matched, chunk_size, tier, l1, touches, ids)
+        entry = entry_of(path[-1], matched, chunk_size, tier, touches, ids)
     holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
     return CacheHitResult(
         hit=matched > 0,
@@ -68,7 +68,7 @@ def result_of(
         block_ids=ids,
         entry=entry,
         tier=tier,
-        holders=tuple(Holder(name, chunks) for name, chunks in holders),
+        holders=tuple(map(Holder._make, holders)),
         lookup_time_us=(time.perf_counter_ns() - began) / 1000,
         l1_chunks=l1_chunks,
         redis_calls=calls,

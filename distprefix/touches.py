@@ -24,10 +24,11 @@ class Touches:
         if not head:
             return
         with self._lock:
-            if head not in self._hits and len(self._hits) >= _MOST_NODES:
+            known = self._hits.get(head)
+            if known is None and len(self._hits) >= _MOST_NODES:
                 self.dropped += 1
                 return
-            self._hits[head] = (self._hits.get(head, (0, 0))[0] + 1, int(time.time() * 1000))
+            self._hits[head] = (known[0] + 1 if known else 1, int(time.time() * 1000))
 
     def take(self) -> list[tuple[bytes, int, int]]:
         """All of them, as (head, hits, last use in ms); they are the caller's now."""

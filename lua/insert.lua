@@ -47,7 +47,7 @@ redis.call('ZCARD', leaves)
 local nodes, chunks = 0, total - pos
 if last and chunks > 0 and last.matched < last.size then
   split(last, last.matched, is_leaf)
-  nodes, is_leaf = 1, false
+  nodes = 1
 elseif stop > pos then
   pos, last.matched = stop, stop - last.first
   redis.call('HSET', node_key(last.head), 'r', slice(chain, last.first, pos))

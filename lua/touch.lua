@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- touch: these nodes were used: hits add up, access times only grow, leaves keep their place in the order of eviction.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; the node keys and the leaves are derived from it and share its slot
@@ -6,7 +6,7 @@
 -- ARGV[2..]  head in hex, hits, last access in ms, for each node; at most 1,000 nodes
 -- returns    how many of the nodes were there
 -- errors     DPGONE, DPSCHEMA
--- flags      none (writes)
+-- flags      allow-oom: a worker may join, and leaves keep their order, on a server that is full
 -- cost       one HGET, HINCRBY, HSET and ZADD a node
 -- @include guard
 -- @include keys

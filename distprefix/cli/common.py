@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Annotated, Any, NoReturn
 
 import redis
@@ -18,13 +18,27 @@ from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, T
 from distprefix.redis.client import connect
 from distprefix.redis.embedded import EmbeddedServer
 
-__all__ = ["EXIT_MISS", "EXIT_UNAVAILABLE", "EXIT_USAGE", "Json", "Namespace", "Url", "console", "errors", "fail", "opened", "show"]
+__all__ = [
+    "EXIT_MISS",
+    "EXIT_UNAVAILABLE",
+    "EXIT_USAGE",
+    "Json",
+    "Namespace",
+    "Url",
+    "console",
+    "errors",
+    "fail",
+    "opened",
+    "show",
+]
 
 EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
 
 Url = Annotated[
     str | None,
-    typer.Option(envvar="DISTPREFIX_URL", help="redis://, rediss://, unix:// or embedded://NAME; default: a private server."),
+    typer.Option(
+        envvar="DISTPREFIX_URL", help="redis://, rediss://, unix://, embedded://NAME; default: a private server."
+    ),
 ]
 Namespace = Annotated[str, typer.Option(envvar="DISTPREFIX_NAMESPACE", help="The namespace.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
@@ -39,7 +53,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
+def errors() -> Generator[None]:
     """Turn our exceptions into a line and an exit code: 2 for wrong input, 3 for a Redis that does not answer."""
     try:
         yield
@@ -55,7 +69,7 @@ def errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(url: str | None) -> Iterator[tuple[redis.Redis, str]]:
+def opened(url: str | None) -> Generator[tuple[redis.Redis, str]]:
     """A client on the server that `--url` names, or on a private one; and its url."""
     server = None
     if url is None or url.startswith("embedded://"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,6 +21,13 @@ from distprefix.replay.sessions import Turn, coding_sessions
 __all__ = ["demo"]
 
 _CHUNK_SIZE = 16
+_ROWS = (
+    ("requests", "requests"),
+    ("tokens asked", "asked"),
+    ("tokens to compute", "computed"),
+    ("tokens from own cache", "own"),
+    ("tokens from other nodes", "others"),
+)
 
 
 @dataclass(slots=True)
@@ -45,10 +54,13 @@ class Tally:
 def demo(
     url: Url = None,
     namespace: Annotated[str, typer.Option(help="Namespaces made for the demo begin with this.")] = "demo",
-    nodes: Annotated[int, typer.Option(min=2, max=64, help="Node processes.")] = 4,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Node processes.")] = 4,
     sessions: Annotated[int, typer.Option(min=1, max=1000, help="Coding-agent sessions.")] = 24,
     turns: Annotated[int, typer.Option(min=1, max=40, help="Requests of each session.")] = 8,
-    as_json: Json = False,  # noqa: FBT002
+    join: Annotated[
+        bool, typer.Option("--join", help="Share --namespace, as it is named, with other demos, and leave it there.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run coding-agent sessions on several nodes that share prefixes, and compare with each node alone.
 
@@ -57,19 +69,21 @@ def demo(
     """
     with errors(), opened(url) as (client, address):
         work = list(coding_sessions(sessions, turns))
-        name = f"{namespace}-{time.time_ns():x}"
+        name = namespace if join else f"{namespace}-{time.time_ns():x}"
+        modes = {"sharing": name} if join else {"sharing": f"{name}-s", "each node alone": f"{name}-a"}
         totals: dict[str, Tally] = {}
         try:
-            for title, share in (("sharing", True), ("each node alone", False)):
+            for title, space in modes.items():
                 settings: dict[str, Any] = {
-                    **{"url": address, "namespace": f"{name}-{'s' if share else 'a'}", "chunk_size": _CHUNK_SIZE},
+                    **{"url": address, "namespace": space, "chunk_size": _CHUNK_SIZE},
                     **{"max_prefix_length": 2**31, "lookup_timeout_s": 5.0, "publish_timeout_s": 5.0},
                 }
-                with Fleet(nodes, settings, share=share) as fleet:
+                host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40]
+                with Fleet(nodes, settings, share=title == "sharing", name=host if join else "node") as fleet:
                     totals[title] = _run(fleet, work, nodes, title, live=console.is_terminal and not as_json)
         finally:
-            for suffix in ("s", "a"):
-                remove_namespaces(client, f"{name}-{suffix}", nodes)
+            for space in () if join else modes.values():
+                remove_namespaces(client, space, nodes)
         value = {title: _as_dict(tally) for title, tally in totals.items()}
         show(value, as_json=as_json, render=lambda: _summary(totals, nodes, sessions))
 
@@ -100,7 +114,9 @@ def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) 
 
 
 def _board(title: str, tallies: list[Tally], total: int) -> Group:
-    table = Table(title=f"{title}: {sum(tally.requests for tally in tallies):,} of {total:,} requests", title_justify="left")
+    table = Table(
+        title=f"{title}: {sum(tally.requests for tally in tallies):,} of {total:,} requests", title_justify="left"
+    )
     table.add_column("node")
     for column in ("requests", "tokens asked", "computed", "own cache", "from other nodes", "saved"):
         table.add_column(column, justify="right")
@@ -116,19 +132,18 @@ def _row(tally: Tally) -> list[str]:
 
 
 def _summary(totals: dict[str, Tally], nodes: int, sessions: int) -> Group:
-    alone, sharing = totals["each node alone"], totals["sharing"]
     table = Table(title=f"{sessions} coding-agent sessions on {nodes} nodes", title_justify="left")
-    for i, column in enumerate(("", "each node alone", "sharing")):
-        table.add_column(column, justify="right" if i else "left", style="" if i else "bold")
-    rows = (
-        ("requests", "requests"), ("tokens asked", "asked"), ("tokens to compute", "computed"),
-        ("tokens from own cache", "own"), ("tokens from other nodes", "others"),
-    )  # fmt: skip
-    for label, name in rows:
-        table.add_row(label, f"{getattr(alone, name):,}", f"{getattr(sharing, name):,}")
-    table.add_row("saved", *(_row(tally)[-1] for tally in (alone, sharing)))
-    table.add_row("Redis calls per look-up", *(f"{tally.calls / max(1, tally.requests):.2f}" for tally in (alone, sharing)))
-    less = alone.computed / sharing.computed if sharing.computed else 0.0
+    table.add_column(style="bold")
+    columns = [totals[title] for title in sorted(totals)]
+    for title in sorted(totals):
+        table.add_column(title, justify="right")
+    for label, name in _ROWS:
+        table.add_row(label, *(f"{getattr(tally, name):,}" for tally in columns))
+    table.add_row("saved", *(_row(tally)[-1] for tally in columns))
+    table.add_row("Redis calls per look-up", *(f"{tally.calls / max(1, tally.requests):.2f}" for tally in columns))
+    if len(columns) == 1:
+        return Group(table)
+    less = columns[0].computed / max(1, columns[1].computed)
     return Group(table, f"Sharing leaves {less:.1f} times fewer tokens to prefill.")
 
 

@@ -27,11 +27,13 @@ __all__ = ["lookup"]
 
 
 def lookup(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="Token ids as text (spaces, commas, JSON), or - for standard input.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="Token ids as text or JSON; - is standard input.")
+    ],
     url: Url = None,
     namespace: Namespace = "default",
     salt: Annotated[str, typer.Option(envvar="DISTPREFIX_SALT", help="The namespace's salt, if it has one.")] = "",
-    as_json: Json = False,  # noqa: FBT002
+    as_json: Json = False,
 ) -> None:
     """Look a prompt up: matched tokens and who holds them. Exit code 1 when nobody does."""
     with errors():
@@ -95,7 +97,9 @@ def _table(value: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("matched", f"{value['matched_tokens']:,} of {value['tokens']:,} tokens ({value['matched_chunks']:,} chunks)")
+    table.add_row(
+        "matched", f"{value['matched_tokens']:,} of {value['tokens']:,} tokens ({value['matched_chunks']:,} chunks)"
+    )
     table.add_row("prefix", value["prefix_hash"] or "none")
     for name, held in value["holders"].items():
         table.add_row("holder", f"{name}: first {held:,} tokens")

@@ -20,7 +20,7 @@ def node(
     chunk_hash: Annotated[str, typer.Argument(metavar="HASH", help="A chunk hash, 32 hex digits.")],
     url: Url = None,
     namespace: Namespace = "default",
-    as_json: Json = False,  # noqa: FBT002
+    as_json: Json = False,
 ) -> None:
     """Show the radix node that has a chunk: a head or a last chunk is found at once, others by a scan."""
     if not re.fullmatch(r"[0-9a-fA-F]{32}", chunk_hash):

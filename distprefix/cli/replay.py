@@ -31,20 +31,27 @@ class Route(StrEnum):
 
 
 def replay(
-    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace in Mooncake's format, plain or gzipped, or -.")],
+    trace: Annotated[
+        str, typer.Argument(metavar="TRACE", help="A trace in Mooncake's format, or gzipped, or -.")
+    ],
     url: Url = None,
     namespace: Annotated[
-        str | None, typer.Option(help="A namespace that is not there yet, kept afterwards; default: one that is removed.")
+        str | None,
+        typer.Option(help="A namespace that is not there yet, and stays; default: one that goes."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, max=65_536, help="Tokens in a block of the trace.")] = 512,
     nodes: Annotated[int, typer.Option(min=1, max=256, help="Node processes, each with its own L1.")] = 4,
     route: Annotated[Route, typer.Option(help="Which node gets a request.")] = Route.ROUND_ROBIN,
-    in_order: Annotated[bool, typer.Option("--in-order", help="One request in flight: exact, repeatable results.")] = False,  # noqa: FBT002
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="One request in flight: exact results.")
+    ] = False,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight; default: one a node.")] = None,
-    as_tokens: Annotated[bool, typer.Option("--as-tokens", help="Drive the token path: made-up tokens, hashed.")] = False,  # noqa: FBT002
-    no_share: Annotated[bool, typer.Option("--no-share", help="The baseline: every node on its own.")] = False,  # noqa: FBT002
+    as_tokens: Annotated[
+        bool, typer.Option("--as-tokens", help="Made-up tokens, hashed, not ids.")
+    ] = False,
+    no_share: Annotated[bool, typer.Option("--no-share", help="The baseline: every node on its own.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
-    as_json: Json = False,  # noqa: FBT002
+    as_json: Json = False,
 ) -> None:
     """Replay a trace on several nodes and report hit rates, latencies and memory."""
     with errors():
@@ -54,7 +61,9 @@ def replay(
         name = namespace or f"replay-{time.time_ns():x}"
         with opened(url) as (client, address):
             if any(there == name or there.startswith(f"{name}-") for there in namespaces(client)):
-                fail(f"namespace {name!r} is there already: name another one, so that the figures are right", EXIT_USAGE)
+                fail(
+                    f"namespace {name!r} is there already: name another one, so that the figures are right", EXIT_USAGE
+                )
             settings: dict[str, Any] = {
                 **{"url": address, "namespace": name, "chunk_size": block_size, "max_prefix_length": 2**31},
                 **{"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "strict": True},

@@ -13,7 +13,7 @@ from distprefix.redis.keys import Keys
 __all__ = ["stats"]
 
 
-def stats(url: Url = None, namespace: Namespace = "default", as_json: Json = False) -> None:  # noqa: FBT002
+def stats(url: Url = None, namespace: Namespace = "default", as_json: Json = False) -> None:
     """Show what a namespace holds: nodes, chunks, workers, memory, settings."""
     with errors(), opened(url) as (client, _):
         found = read_stats(client, Keys(namespace))

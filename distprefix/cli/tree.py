@@ -20,8 +20,10 @@ def tree(
     url: Url = None,
     namespace: Namespace = "default",
     depth: Annotated[int, typer.Option(min=1, max=200, help="Levels to show.")] = 4,
-    breadth: Annotated[int, typer.Option(min=1, max=10_000, help="Children to show of each node, most hits first.")] = 8,
-    as_json: Json = False,  # noqa: FBT002
+    breadth: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Children to show, most hits first.")
+    ] = 8,
+    as_json: Json = False,
 ) -> None:
     """Show the radix tree: runs, depth, holders, hits, age."""
     with errors(), opened(url) as (client, _):

@@ -1,4 +1,4 @@
-"""A circuit breaker: after some failures in a row nobody asks for a while, then one caller probes. Pure but for a lock."""
+"""A circuit breaker: after failures in a row nobody asks for a while, then one caller probes. Pure but for a lock."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ class BreakerState(StrEnum):
 class Breaker:
     """Thread-safe. `clock` gives monotonic seconds, `jitter` a factor around 1 that spreads the probes of a fleet."""
 
-    def __init__(
-        self, failures: int, reset_s: float, clock: Callable[[], float], jitter: Callable[[], float]
-    ) -> None:
+    def __init__(self, failures: int, reset_s: float, clock: Callable[[], float], jitter: Callable[[], float]) -> None:
         self._limit = failures
         self._first_reset_s = self._reset_s = reset_s
         self._clock = clock

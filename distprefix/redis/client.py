@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import DefaultParser
+from redis.exceptions import BusyLoadingError, NoScriptError, OutOfMemoryError
 from redis.retry import Retry
 
 from distprefix import errors
@@ -42,6 +44,22 @@ class _NoFlagsError(Exception):
     """The server knows no ``#!lua`` line."""
 
 
+_current = threading.local()
+
+
+class _Parser(cast("Any", DefaultParser)):  # pyright: ignore[reportUntypedBaseClass]
+    """Reads until the deadline of the thread's call: redis-py's time-outs begin anew with every byte that comes."""
+
+    def read_from_socket(self, *args: Any, **options: Any) -> Any:
+        deadline: float | None = getattr(_current, "deadline", None)
+        if deadline is None:
+            return super().read_from_socket(*args, **options)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise redis.TimeoutError("the deadline passed")
+        return super().read_from_socket(timeout=left, raise_on_timeout=options.get("raise_on_timeout", True))
+
+
 class _Connection(Protocol):
     def send_command(self, *args: Any) -> None: ...
     def read_response(self, *, timeout: float) -> Any: ...
@@ -57,6 +75,7 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
             protocol=3,
+            parser_class=_Parser,
             legacy_responses=False,
             decode_responses=False,
             maint_notifications_config=None,
@@ -99,7 +118,7 @@ class Client:
         command = "EVALSHA_RO" if loaded.reads_only and self._with_flags else "EVALSHA"
         try:
             return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
-        except redis.exceptions.NoScriptError:
+        except NoScriptError:
             try:
                 self.command("SCRIPT LOAD", loaded.body, deadline=deadline)
                 return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
@@ -116,12 +135,13 @@ class Client:
         left = deadline - time.monotonic()
         if left <= 0:
             raise self._failure("deadline", "the deadline passed before Redis could be asked")
+        _current.deadline = deadline
         try:
             pool = self.redis.connection_pool
             connection = pool.get_connection()
         except (redis.RedisError, OSError) as error:
-            self.breaker.fail()
-            raise self._failure("connect", f"cannot connect: {error}") from error
+            _current.deadline = None
+            raise self._failure("connect", f"cannot connect: {error}", broke=True) from error
         healthy = False
         try:
             with self._count:
@@ -130,8 +150,9 @@ class Client:
             wire.send_command(*_split(args))
             reply = wire.read_response(timeout=max(0.001, deadline - time.monotonic()))
             healthy = True
-        except redis.exceptions.NoScriptError:
+        except NoScriptError:
             healthy = True
+            self.breaker.succeed()  # or a probe of a server that came back empty would end here
             raise
         except redis.ResponseError as error:
             healthy = True
@@ -143,6 +164,7 @@ class Client:
         except (redis.RedisError, OSError) as error:
             raise self._failure("connection", f"the connection failed: {error}", broke=True) from error
         finally:
+            _current.deadline = None
             if not healthy:
                 connection.disconnect()
             pool.release(connection)
@@ -164,9 +186,12 @@ class Client:
         if code in _CODES:
             self.breaker.succeed()
             return _CODES[code](str(error))
-        if isinstance(error, redis.exceptions.OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
-            return self._failure("out of memory", "Redis is at maxmemory: nothing more is published until there is room")
-        if isinstance(error, redis.exceptions.BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
+        if isinstance(error, OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
+            self.breaker.succeed()
+            return self._failure(
+                "out of memory", "Redis is at maxmemory: nothing more is published until there is room"
+            )
+        if isinstance(error, BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
             return self._failure(code.lower(), str(error), broke=True)
         self.failures["refused"] += 1
         self.breaker.fail()

@@ -18,9 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from distprefix.errors import EmbeddedServerError
 
@@ -79,11 +81,16 @@ class EmbeddedServer:
         self._folder = self._make_folder(name)
         self.socket = str(self._folder / "server.sock")
         self.url = f"unix://{self.socket}"
-        with (self._folder / "start.lock").open("w") as start:
-            fcntl.flock(start, fcntl.LOCK_EX)
-            self._users: IO[str] = (self._folder / "users").open("a")
-            fcntl.flock(self._users, fcntl.LOCK_SH)
-            self.process_id = self._running() or self._start()
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._users: IO[str] = (self._folder / "users").open("a")
+        try:
+            with (self._folder / "start.lock").open("w") as start:
+                fcntl.flock(start, fcntl.LOCK_EX)
+                fcntl.flock(self._users, fcntl.LOCK_SH)
+                self.process_id = self._running() or self._start()
+        except BaseException:
+            self.close()
+            raise
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -92,13 +99,15 @@ class EmbeddedServer:
             return
         atexit.unregister(self.close)
         self._users.close()
-        if not self._shared:
-            deadline = time.monotonic() + 5
-            while Path(self.socket).exists() and time.monotonic() < deadline:
-                time.sleep(0.005)
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._shared:
+            if self._watcher is not None:
+                self._watcher.returncode = 0  # it may outlive us: others may use the server
+            return
+        if self._watcher is not None:
+            self._watcher.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def __enter__(self) -> EmbeddedServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,7 +134,9 @@ class EmbeddedServer:
         return actual if actual == expected else None
 
     def _ask_process_id(self) -> int:
-        with contextlib.closing(redis.Redis(unix_socket_path=self.socket, socket_timeout=1, retry=None)) as client:
+        with contextlib.closing(
+            redis.Redis(unix_socket_path=self.socket, socket_timeout=1, retry=Retry(NoBackoff(), 0))
+        ) as client:
             return int(client.info("server")["process_id"])
 
     def _start(self) -> int:
@@ -137,7 +148,7 @@ class EmbeddedServer:
             *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
         ]
         with log.open("w") as output:
-            watcher = subprocess.Popen(
+            watcher = self._watcher = subprocess.Popen(
                 [sys.executable, "-c", _WATCHER, str(self._folder / "users"), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -158,6 +169,7 @@ class EmbeddedServer:
             (self._folder / "server.pid").write_text(str(process_id))
             return process_id
         watcher.kill()
+        watcher.wait()
         raise EmbeddedServerError(f"{binary} did not start: {log.read_text()[-500:].strip() or 'it said nothing'}")
 
 

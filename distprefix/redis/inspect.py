@@ -123,7 +123,8 @@ def read_stats(client: redis.Redis, keys: Keys) -> dict[str, Any]:
         "leaves": int(client.zcard(keys.leaves)),
         "workers": {name.decode(): int(epoch) for name, epoch in sorted(_hash(client, keys.epochs).items())},
         "descriptor": read_descriptor(client, keys),
-        "server": server.get("valkey_version") and f"Valkey {server['valkey_version']}" or f"Redis {server['redis_version']}",
+        "server": (server.get("valkey_version") and f"Valkey {server['valkey_version']}")
+        or f"Redis {server['redis_version']}",
         "used_memory": int(memory["used_memory"]),
         "maxmemory": int(memory.get("maxmemory", 0)),
     }

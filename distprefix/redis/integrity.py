@@ -61,7 +61,8 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
     for head, node in nodes.items():
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
         problems += _check_closed(head, node, above) if above else []
-    leaves = {member.decode() for member in client.zrange(keys.leaves, 0, -1)}
+    members: Any = client.zrange(keys.leaves, 0, -1)
+    leaves = {member.decode() for member in members}
     expected = {head for last, head in owners.items() if last not in children}
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
     problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -35,6 +36,7 @@ class Link:
         """Failed calls by reason."""
         self.epoch = 0
         self.attached = False
+        self._attaching = threading.Lock()
         self._epochs: dict[str, int] = {}
         self._workers: dict[str, str] = {}
         self._server: EmbeddedServer | None = None
@@ -49,18 +51,26 @@ class Link:
         self.publishes = Client(client or connect(url, config.publish_timeout_s), self.breaker, self.failures)
         self.admin = Client(client or connect(url, _ADMIN_TIMEOUT_S), own_breaker, self.failures)
         try:
-            self.attach()
+            self._attach(self.admin, _ADMIN_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
 
-    def attach(self) -> None:
-        """Make or check the namespace and take a new epoch. Four calls. Raises NamespaceError or UnavailableError."""
-        deadline = time.monotonic() + _ADMIN_TIMEOUT_S
-        attach(self.admin, self.keys, self._config, deadline)
-        self.epoch = take_epoch(self.admin, self.keys, self._config.worker_id, self.epoch, deadline)
-        self._epochs = read_epochs(self.admin, self.keys, deadline)
+    def _attach(self, client: Client, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        attach(client, self.keys, self._config, deadline)
+        self.epoch = take_epoch(client, self.keys, self._config.worker_id, self.epoch, deadline)
+        self._epochs = read_epochs(client, self.keys, deadline)
         self.attached = True
+
+    def attach_again(self) -> None:
+        """Make or check the namespace and take a new epoch, as after a flush, within the deadline of a publish.
+
+        Four calls. Raises NamespaceError or UnavailableError.
+        """
+        with self._attaching:
+            self._attach(self.publishes, self._config.publish_timeout_s)
+        _log.info("attached to %s again, epoch %d", self._config.namespace, self.epoch)
 
     def look_up(self, operation: Generator[Call, Any, T]) -> tuple[T | None, int]:
         """Run a look-up within its deadline. Returns None when Redis failed, and the calls made."""
@@ -83,8 +93,7 @@ class Link:
                 self._epochs = read_epochs(self.publishes, self.keys, deadline)
             current = self._epochs.get(self._config.worker_id, 0)
             if not self.attached or current < self.epoch:  # flushed, or older data were restored
-                self.attach()
-                _log.info("attached to %s again, epoch %d", self._config.namespace, self.epoch)
+                self.attach_again()
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
 

@@ -68,16 +68,15 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
 
 
 def take_epoch(client: Client, keys: Keys, worker: str, above: int, deadline: float) -> int:
-    """A number that this worker never had before, higher than `above`. One call, two after data was lost."""
-    epoch = int(client.command("HINCRBY", keys.epochs, worker, 1, deadline=deadline))
-    if epoch <= above:
-        epoch = int(client.command("HINCRBY", keys.epochs, worker, above - epoch + 1, deadline=deadline))
-    return epoch
+    """A number that this worker never had before, higher than `above`. One script call."""
+    return int(client.call("register", keys.epochs, (worker, above), deadline))
 
 
 def read_epochs(client: Client, keys: Keys, deadline: float) -> dict[str, int]:
     """The current epoch of every worker. One call."""
-    return {name: int(epoch) for name, epoch in _pairs(client.command("HGETALL", keys.epochs, deadline=deadline)).items()}
+    return {
+        name: int(epoch) for name, epoch in _pairs(client.command("HGETALL", keys.epochs, deadline=deadline)).items()
+    }
 
 
 def _pairs(reply: Any) -> dict[str, str]:

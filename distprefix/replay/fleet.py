@@ -42,13 +42,21 @@ class Outcome(NamedTuple):
 class Fleet:
     """Node processes behind pipes. Use as a context manager; leaving it ends them."""
 
-    def __init__(self, nodes: int, settings: dict[str, Any], *, share: bool = True, as_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        settings: dict[str, Any],
+        *,
+        share: bool = True,
+        as_tokens: bool = False,
+        name: str = "node",
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         self._waiting = [0] * nodes
         for i in range(nodes):
-            own = {**settings, "worker_id": f"node-{i}"}
+            own = {**settings, "worker_id": f"{name}-{i}"}
             if not share:
                 own["namespace"] = f"{settings['namespace']}-{i}"
             ours, theirs = context.Pipe()

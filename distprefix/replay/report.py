@@ -83,11 +83,11 @@ def replay(
 
 def _figures(requests: Sequence[Request], outcomes: list[Outcome], nodes: int, grown: int, wall_s: float) -> Figures:
     chunks = sum(request.chunks for request in requests)
-    ideal = sum(ideal_hits(requests))
+    ideal_by_request, unique = ideal_hits(requests)
+    ideal = sum(ideal_by_request)
     hit = sum(outcome.matched for outcome in outcomes)
     l1 = sum(outcome.l1 for outcome in outcomes)
     lookups, publishes = [o.lookup_us for o in outcomes], [o.publish_us for o in outcomes]
-    unique = chunks - ideal
     return Figures(
         requests=len(requests),
         chunks=chunks,

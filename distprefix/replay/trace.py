@@ -6,13 +6,15 @@ Ids are chained: an id stands for its block and all before it. Besides ``hash_id
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from distprefix.errors import TraceError
 
@@ -41,7 +43,7 @@ def read_trace(path: str, limit: int | None = None) -> list[Request]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     requests.append(_parse(line, f"{name}, line {number}"))
-    except (OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise TraceError(f"{name} cannot be read as a trace: {error}") from error
     if not requests:
         raise TraceError(f"{name} has no requests: a trace has one JSON object a line, with hash_ids or hash_runs")
@@ -49,28 +51,27 @@ def read_trace(path: str, limit: int | None = None) -> list[Request]:
     return requests[:limit]
 
 
-def ideal_hits(requests: Sequence[Request]) -> Iterator[int]:
-    """Leading chunks of each request that an unlimited cache shared by all would have."""
+def ideal_hits(requests: Sequence[Request]) -> tuple[list[int], int]:
+    """Leading chunks of each request that an unlimited cache shared by all would have, and the chunks it would hold."""
     seen: set[int] = set()
+    hits: list[int] = []
     for request in requests:
         ids = [i for first, count in request.runs for i in range(first, first + count)]
-        low, high = 0, len(ids)
-        while low < high:  # what was seen is closed under prefix
-            middle = (low + high + 1) // 2
-            if ids[middle - 1] in seen:
-                low = middle
-            else:
-                high = middle - 1
-        seen.update(ids[low:])
-        yield low
+        known = next((at for at, i in enumerate(ids) if i not in seen), len(ids))
+        seen.update(ids[known:])
+        hits.append(known)
+    return hits, len(seen)
 
 
-def _open(path: str) -> io.TextIOBase:
-    raw = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115 - closed with the wrapper
-    buffered = io.BufferedReader(cast("io.RawIOBase", raw))
-    if buffered.peek(2)[:2] == b"\x1f\x8b":
-        return io.TextIOWrapper(gzip.GzipFile(fileobj=buffered), encoding="utf-8")
-    return io.TextIOWrapper(buffered, encoding="utf-8")
+@contextlib.contextmanager
+def _open(path: str) -> Generator[io.TextIOWrapper]:
+    with contextlib.ExitStack() as stack:
+        raw: IO[bytes] = sys.stdin.buffer if path == "-" else stack.enter_context(Path(path).open("rb"))
+        peeked = io.BufferedReader(cast("io.RawIOBase", raw))
+        if peeked.peek(2)[:2] == b"\x1f\x8b":
+            yield io.TextIOWrapper(stack.enter_context(gzip.GzipFile(fileobj=peeked)), encoding="utf-8")
+        else:
+            yield io.TextIOWrapper(peeked, encoding="utf-8")
 
 
 def _parse(line: str, where: str) -> Request:

@@ -1,8 +1,8 @@
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
--- A parent that lost its last child becomes a leaf with the newer of both access times. Returns that parent's head or false.
+-- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns that parent or false.
 local function unlink(head)
   local parent, run, accessed = unpack(redis.call('HMGET', node_key(head), 'p', 'r', 'a'))
-  redis.call('DEL', node_key(head), junction_key(hex(run:sub(-16)))) -- a leaf's junction can only hold lost children
+  redis.call('DEL', node_key(head), junction_key(hex(run:sub(-16))))
   redis.call('ZREM', base .. 'leaves', head)
   redis.call('HINCRBY', KEYS[1], 'nodes', -1)
   redis.call('HINCRBY', KEYS[1], 'chunks', -#run / 16)

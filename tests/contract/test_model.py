@@ -85,7 +85,9 @@ def play(backend: Backend, open_cache: Callable[[str], PrefixCacheOptimizer], st
                 for reader in caches.values():
                     reader._link.refresh()
                 check(cache, model, chunks)
-                assert cache.get_computed_blocks(tokens(chunks)) == model.ids(worker, chunks)[: model.held(worker, chunks)]
+                assert (
+                    cache.get_computed_blocks(tokens(chunks)) == model.ids(worker, chunks)[: model.held(worker, chunks)]
+                )
             elif action == "remove":
                 prefix = chunks[:length]
                 block = model.block(worker, prefix)
@@ -111,9 +113,13 @@ def play(backend: Backend, open_cache: Callable[[str], PrefixCacheOptimizer], st
 @settings(max_examples=25)
 @given(steps=STEPS)
 def test_workers_see_what_the_model_says(any_server: Backend, steps: list[Any]) -> None:
-    """With L1 always asking Redis, results are exactly the model's: holders, lengths, block ids, and counts at the end."""
+    """When L1 always asks Redis, results are exactly the model's: holders, lengths, block ids, and final counts."""
     settings_: dict[str, Any] = {"chunk_size": 2, "max_run": 3, "l1_ttl_s": 0}
-    play(any_server, lambda worker: PrefixCacheOptimizer(any_server.config(worker, **settings_), client=any_server.client), steps)
+    play(
+        any_server,
+        lambda worker: PrefixCacheOptimizer(any_server.config(worker, **settings_), client=any_server.client),
+        steps,
+    )
 
 
 @settings(max_examples=150)

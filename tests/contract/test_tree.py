@@ -383,6 +383,17 @@ def test_chains_and_tokens_share_one_tree(any_server: Backend) -> None:
     assert any_server.open("w3").find_longest_cache_hit(prompt(9)).matched_chunks == 9
 
 
+@pytest.mark.parametrize("max_bytes", [0, 3000])
+def test_an_l1_smaller_than_the_prompt(any_server: Backend, max_bytes: int) -> None:
+    """A prompt that does not fit L1's budget is found in full all the same, at one call a look-up."""
+    any_server.open("w1", max_run=4).cache_prefix(prompt(40))
+    reader = any_server.open("w2", max_run=4, l1_max_bytes=max_bytes)
+    for _ in range(2):
+        result = reader.find_longest_cache_hit(prompt(42))
+        assert (result.matched_chunks, result.redis_calls) == (40, 1)
+    assert reader.get_metrics()["l1_bytes"] <= max_bytes
+
+
 def test_forgetting_in_l1_follows_redis(any_server: Backend) -> None:
     """What Redis no longer has is no longer found once L1's trust has run out."""
     cache, other = any_server.open("w1", l1_ttl_s=0), any_server.open("w2")

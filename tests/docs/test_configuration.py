@@ -12,7 +12,10 @@ from distprefix import PrefixCacheConfig
 from distprefix.errors import ConfigError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
-ROWS = {name: (default, allowed) for name, default, allowed in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|", PAGE, re.M)}
+ROWS = {
+    name: (default, allowed)
+    for name, default, allowed in re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|", PAGE, re.MULTILINE)
+}
 BOUNDS = {name: found for name, (_, text) in ROWS.items() if (found := re.fullmatch(r"(\S+) to (\S+)", text))}
 
 

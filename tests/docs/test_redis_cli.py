@@ -68,7 +68,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """A server with the settings and users of deploy/."""
+    """Run a server with the settings and users of deploy/."""
     folder = tmp_path_factory.mktemp("server")
     for name in ("redis.conf", "users.acl"):
         shutil.copy(ROOT / "deploy" / name, folder)
