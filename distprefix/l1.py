@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.nodes import NodeView, Snapshot
 from distprefix.radix import PrefixTree, RadixTreeNode
 
-__all__ = ["L1", "NO_BLOCK", "Found", "NodeView", "Snapshot"]
+__all__ = ["L1", "NO_BLOCK", "Found"]
 
 NO_BLOCK = 0xFFFFFFFF
 _UNCONFIRMED = float("-inf")
@@ -24,38 +25,6 @@ _NOTHING = (0, 0)  # epoch and end of who covers nothing
 # Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
 _NODE_BYTES = 860
 _BLOCK_REFERENCE_BYTES = 220
-
-
-class NodeView(NamedTuple):
-    """One L2 node on a chain's path, as a script tells it."""
-
-    start: int
-    """Depth of its head, in chunks."""
-    size: int
-    matched: int
-    accessed: int
-    hits: int
-    created: int
-    metadata: bytes
-    blocks: bytes
-    holders: dict[str, tuple[int, int]]
-    """Holder to (epoch, leading chunks covered)."""
-
-
-class Snapshot(NamedTuple):
-    """What L1 remembers of an L2 node. Shared by the L1 nodes that are parts of it."""
-
-    head: bytes
-    start: int
-    holders: dict[str, tuple[int, int]]
-    """Holder to (epoch, depth that it covers up to)."""
-    hits: int
-    accessed: int
-    created: int
-    metadata: bytes
-    at: float
-    """When it was taken, on the caller's monotonic clock; -inf when it was not confirmed by Redis."""
-
 
 Node = RadixTreeNode[Snapshot]
 Live = Callable[[str, int], bool]

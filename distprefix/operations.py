@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.l1 import NodeView
+from distprefix.nodes import NodeView
 
 __all__ = ["SCHEMA", "WINDOW", "Call", "Published", "drop", "parse_nodes", "publish", "touch", "trim", "walk"]
 

@@ -8,25 +8,31 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import msgpack
 import redis
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, pack_block_ids, read_prompt
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError, NoParentError, NotAttachedError, UnavailableError
-from distprefix.l1 import L1, Found, Node, NodeView
+from distprefix.errors import (
+    DistPrefixError,
+    ForkedProcessError,
+    InvalidInputError,
+    NoParentError,
+    NotAttachedError,
+    UnavailableError,
+)
+from distprefix.l1 import L1, Found, Node
 from distprefix.model import CacheHitResult, CacheTier, PrefixEntry
+from distprefix.nodes import NodeView
+from distprefix.outbox import Outbox
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.link import Link
-from distprefix.results import entry_of, result_of
-from distprefix.touches import Touches
+from distprefix.results import entry_of, pack_metadata, result_of
 
 __all__ = ["PrefixCacheOptimizer"]
 
-_MAX_METADATA_BYTES = 4096
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
 
@@ -44,11 +50,10 @@ class PrefixCacheOptimizer:
         self._lock = threading.RLock()
         self._l1 = L1(config.chunk_size, config.max_run, config.l1_max_bytes, config.l1_ttl_s, config.hot_threshold)
         self._sequences: OrderedDict[str, tuple[Node, int]] = OrderedDict()
-        self._touches = Touches()
-        self._retractions: list[bytes] = []
         self._counts: Counter[str] = Counter()
         self._unusable = ""
         self._link = Link(config, client)
+        self._outbox = Outbox(self._link, config.holder)
         self._stop = threading.Event()
         self._background: threading.Thread | None = None
         if config.touch_interval_s > 0:
@@ -140,7 +145,7 @@ class PrefixCacheOptimizer:
                 f"max_prefix_length {self.config.max_prefix_length}): publish longer prompts only, or change these"
             )
         blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
-        return self._publish(prompt, blocks, _pack_metadata(metadata))
+        return self._publish(prompt, blocks, pack_metadata(metadata))
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
         """The KV of a prefix that this process published lies in other blocks now. One Redis call.
@@ -168,9 +173,9 @@ class PrefixCacheOptimizer:
             removed, cuts = self._l1.remove_blocks(block_ids)
             for node, depth in cuts.items():
                 self._l1.retract(node, self.config.holder, depth)
-                self._retractions.append(self._l1.recall(node, depth + 1)[1])
+                self._outbox.retractions.append(self._l1.recall(node, depth + 1)[1])
         if cuts:
-            self._send_retractions()
+            self._outbox.send_retractions()
         return removed
 
     def clear(self) -> None:
@@ -204,8 +209,8 @@ class PrefixCacheOptimizer:
             "redis_failures": dict(self._link.failures),
             "breaker": str(self._link.breaker.state),
             "breaker_opened": self._link.breaker.opened,
-            "touches_dropped": self._touches.dropped,
-            "retractions_waiting": len(self._retractions),
+            "touches_dropped": self._outbox.touches.dropped,
+            "retractions_waiting": len(self._outbox.retractions),
             "l1_bytes": self._l1.bytes,
             "l1_chunks": self._l1.chunks,
             "l1_nodes": self._l1.nodes,
@@ -221,13 +226,7 @@ class PrefixCacheOptimizer:
     def flush(self) -> None:
         """Tell Redis now what otherwise goes in the background: touches, retractions. Never raises."""
         self._check_usable()
-        self._send_retractions()
-        batch = self._touches.take()
-        if batch:
-            try:
-                self._link.publish(operations.touch(batch))
-            except DistPrefixError:
-                self._touches.dropped += len(batch)
+        self._outbox.send()
         self._link.refresh()
 
     def close(self) -> None:
@@ -302,13 +301,22 @@ class PrefixCacheOptimizer:
             path, node = path[:end], path[end - 1]
             self._l1.touch(node, time.monotonic())
             if node.value is not None:
-                self._touches.add(node.value.head)
+                self._outbox.touches.add(node.value.head)
             counts["hits"] += 1
             counts["chunks_hit"] += matched
             counts["chunks_hit_l1"] += min(matched, answered)
         return result_of(
-            prompt, path, matched, coverage, min(matched, answered), calls, blocks, began, self.config.chunk_size,
-            self._l1, self._touches,
+            prompt,
+            path,
+            matched,
+            coverage,
+            min(matched, answered),
+            calls,
+            blocks,
+            began,
+            self.config.chunk_size,
+            self._l1,
+            self._outbox.touches,
         )
 
     def _publish(self, prompt: Prompt, blocks: bytes, metadata: bytes) -> str:
@@ -319,10 +327,9 @@ class PrefixCacheOptimizer:
             hashes = self._hashes(prompt, found, 0)
         self._counts["publishes"] += 1
         try:
-            if self._retractions:
-                self._send_retractions()  # in this order, or they would take back what is published now
-                if self._retractions:
-                    raise UnavailableError("Redis has not taken earlier retractions yet")
+            if self._outbox.retractions and not self._outbox.send_retractions():
+                # Sent afterwards, they would take back what is published now.
+                raise UnavailableError("Redis has not taken earlier retractions yet")
             published = self._insert(hashes, start, blocks, metadata)
         except DistPrefixError:
             self._counts["publishes_dropped"] += 1
@@ -370,36 +377,10 @@ class PrefixCacheOptimizer:
             self._link.attach_again()
             return insert(0)
 
-    def _send_retractions(self) -> None:
-        while self._retractions:
-            chain = self._retractions[0]
-            try:
-                self._link.publish(operations.trim(chain, self.config.holder, self._link.epoch))
-            except NotAttachedError:
-                self._retractions.clear()  # flushed: there is nothing left to take back
-                return
-            except DistPrefixError:
-                return
-            with self._lock:
-                if self._retractions and self._retractions[0] is chain:
-                    self._retractions.pop(0)
-
     def _work(self) -> None:
         while not self._stop.wait(self.config.touch_interval_s):
             if not self._unusable:
                 self.flush()
-
-
-def _pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
-    if not metadata:
-        return b""
-    try:
-        packed = cast("bytes", msgpack.packb(dict(metadata)))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInputError(f"metadata cannot be packed: {error}; use text, numbers, bytes, lists, dicts") from error
-    if len(packed) > _MAX_METADATA_BYTES:
-        raise InvalidInputError(f"metadata has {len(packed)} bytes packed: at most {_MAX_METADATA_BYTES} are kept")
-    return packed
 
 
 def _refuse_after_fork() -> None:

@@ -57,7 +57,7 @@ class PrefixMatch(NamedTuple, Generic[V]):
 class PrefixTree(Generic[V]):
     """A set of byte strings closed under prefix, in steps of `stride` bytes, with a value for every prefix.
 
-    ``len(tree)`` is the number of prefixes (chunks); iterating gives the longest ones, each a key that no other extends.
+    ``len(tree)`` is the number of prefixes (chunks); iterating gives the longest: keys that no other extends.
     """
 
     def __init__(self, stride: int = 64, max_run: int = 256) -> None:
@@ -98,9 +98,7 @@ class PrefixTree(Generic[V]):
             node = node.parent
         return path[::-1]
 
-    def find_longest_prefix(
-        self, key: bytes | memoryview, below: RadixTreeNode[V] | None = None
-    ) -> PrefixMatch[V]:
+    def find_longest_prefix(self, key: bytes | memoryview, below: RadixTreeNode[V] | None = None) -> PrefixMatch[V]:
         """The longest prefix of `key`, in whole chunks, that is in the tree. Changes nothing.
 
         With `below`, a node that `key` is known to pass in full, the path begins behind that node.
@@ -200,7 +198,8 @@ class PrefixTree(Generic[V]):
             nodes, chunks = nodes + 1, chunks + node.stop - node.start
             size = node.stop - node.start
             parent = node.parent
-            assert parent is not None and parent.children.get(node.run[: self.stride]) is node, f"{node} hangs loose"
+            assert parent is not None, f"{node} has no parent"
+            assert parent.children.get(node.run[: self.stride]) is node, f"{node} hangs loose"
             assert node.start == parent.stop, f"{node} does not go on where its parent ends"
             assert 0 < size <= self.max_run, f"{node} has a run of {size}"
             assert len(node.run) == size * self.stride, f"{node} has {len(node.run)} bytes"

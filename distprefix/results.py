@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Mapping
+from typing import Any, cast
 
 import msgpack
 
 from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.errors import InvalidInputError
 from distprefix.l1 import L1, Node
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
 from distprefix.touches import Touches
 
-__all__ = ["entry_of", "result_of"]
+__all__ = ["entry_of", "pack_metadata", "result_of"]
+
+_MAX_METADATA_BYTES = 4096
 
 
 def entry_of(
@@ -75,3 +80,16 @@ def result_of(
         _tokens=prompt.tokens,
         _matched_units=matched * prompt.unit,
     )
+
+
+def pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
+    """Metadata as msgpack, at most 4 KiB; empty for none. Raises InvalidInputError."""
+    if not metadata:
+        return b""
+    try:
+        packed = cast("bytes", msgpack.packb(dict(metadata)))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInputError(f"metadata cannot be packed: {error}; use text, numbers, bytes, lists") from error
+    if len(packed) > _MAX_METADATA_BYTES:
+        raise InvalidInputError(f"metadata has {len(packed)} bytes packed: at most {_MAX_METADATA_BYTES} are kept")
+    return packed

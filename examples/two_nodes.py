@@ -6,6 +6,7 @@ Give a url (redis://host:6379) to run it against your own server.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 
@@ -15,11 +16,9 @@ QUESTION, OTHER_QUESTION = list(range(64)), list(range(500, 580))
 
 def main(url: str = "embedded://two-nodes-example") -> None:
     """Publish on one node, look up on another."""
-    settings = {"url": url, "namespace": "two-nodes-example"}
-    with (
-        PrefixCacheOptimizer(PrefixCacheConfig(**settings, worker_id="node-a")) as node_a,
-        PrefixCacheOptimizer(PrefixCacheConfig(**settings, worker_id="node-b")) as node_b,
-    ):
+    config_a = PrefixCacheConfig(url=url, namespace="two-nodes-example", worker_id="node-a")
+    config_b = replace(config_a, worker_id="node-b")
+    with PrefixCacheOptimizer(config_a) as node_a, PrefixCacheOptimizer(config_b) as node_b:
         prompt = SYSTEM_PROMPT + QUESTION
         node_a.cache_prefix(prompt, block_ids=range(len(prompt) // 16))
         hit = node_b.find_longest_cache_hit(SYSTEM_PROMPT + OTHER_QUESTION)

@@ -27,9 +27,7 @@ __all__ = ["lookup"]
 
 
 def lookup(
-    source: Annotated[
-        str, typer.Argument(metavar="FILE", help="Token ids as text or JSON; - is standard input.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Token ids as text or JSON; - is standard input.")],
     url: Url = None,
     namespace: Namespace = "default",
     salt: Annotated[str, typer.Option(envvar="DISTPREFIX_SALT", help="The namespace's salt, if it has one.")] = "",

@@ -31,9 +31,7 @@ class Route(StrEnum):
 
 
 def replay(
-    trace: Annotated[
-        str, typer.Argument(metavar="TRACE", help="A trace in Mooncake's format, or gzipped, or -.")
-    ],
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace in Mooncake's format, or gzipped, or -.")],
     url: Url = None,
     namespace: Annotated[
         str | None,
@@ -42,13 +40,9 @@ def replay(
     block_size: Annotated[int, typer.Option(min=1, max=65_536, help="Tokens in a block of the trace.")] = 512,
     nodes: Annotated[int, typer.Option(min=1, max=256, help="Node processes, each with its own L1.")] = 4,
     route: Annotated[Route, typer.Option(help="Which node gets a request.")] = Route.ROUND_ROBIN,
-    in_order: Annotated[
-        bool, typer.Option("--in-order", help="One request in flight: exact results.")
-    ] = False,
+    in_order: Annotated[bool, typer.Option("--in-order", help="One request in flight: exact results.")] = False,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight; default: one a node.")] = None,
-    as_tokens: Annotated[
-        bool, typer.Option("--as-tokens", help="Made-up tokens, hashed, not ids.")
-    ] = False,
+    as_tokens: Annotated[bool, typer.Option("--as-tokens", help="Made-up tokens, hashed, not ids.")] = False,
     no_share: Annotated[bool, typer.Option("--no-share", help="The baseline: every node on its own.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
     as_json: Json = False,

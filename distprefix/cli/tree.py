@@ -20,9 +20,7 @@ def tree(
     url: Url = None,
     namespace: Namespace = "default",
     depth: Annotated[int, typer.Option(min=1, max=200, help="Levels to show.")] = 4,
-    breadth: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Children to show, most hits first.")
-    ] = 8,
+    breadth: Annotated[int, typer.Option(min=1, max=10_000, help="Children to show, most hits first.")] = 8,
     as_json: Json = False,
 ) -> None:
     """Show the radix tree: runs, depth, holders, hits, age."""

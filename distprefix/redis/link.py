@@ -98,7 +98,7 @@ class Link:
             _log.debug("could not refresh: %s", error)
 
     def is_live(self, holder: str, epoch: int) -> bool:
-        """Whether coverage under this epoch counts: a shared tier's always, a worker's when no newer process took over."""
+        """Whether coverage under this epoch counts: a shared tier's always, a worker's until a newer process comes."""
         if holder == self._config.holder:
             return epoch == self.epoch
         worker = self._workers.get(holder)

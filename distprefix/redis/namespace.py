@@ -80,11 +80,8 @@ def read_epochs(client: Client, keys: Keys, deadline: float) -> dict[str, int]:
 
 
 def _pairs(reply: Any) -> dict[str, str]:
-    if isinstance(reply, dict):
-        items = list(reply.items())
-    else:
-        items = list(zip(reply[::2], reply[1::2], strict=True))
-    return {_text(name): _text(value) for name, value in items}
+    pairs = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+    return {_text(name): _text(value) for name, value in pairs.items()}
 
 
 def _text(value: Any) -> str:

@@ -1,21 +1,20 @@
 """The Lua scripts: found beside the package or in the source tree, put together from parts, named by SHA-1.
 
 ``lua/MANIFEST`` lists these names, so that a change of any part shows. A test holds it to the scripts; renew it with
-``python -m distprefix.redis.scripts > lua/MANIFEST``.
+``python -m distprefix.redis.manifest > lua/MANIFEST``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["SCRIPTS", "Script", "load_script", "manifest"]
+__all__ = ["SCRIPTS", "Script", "load_script"]
 
 SCRIPTS = ("attach", "drop", "insert", "register", "touch", "trim", "walk")
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)
@@ -48,12 +47,3 @@ def load_script(name: str, *, with_flags: bool = True) -> Script:
     if not with_flags:
         body = rest
     return Script(name, body, hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest(), "no-writes" in first)
-
-
-def manifest() -> str:
-    """A line for every script: its name and the SHA-1 of what is loaded into a server."""
-    return "".join(f"{name} {load_script(name).sha}\n" for name in SCRIPTS)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(manifest())

@@ -42,7 +42,7 @@ class Figures:
 
 
 def router(route: str, nodes: int) -> Callable[[int, Request], int]:
-    """Which node gets a request: ``round-robin``, ``session`` (its session's node) or ``random`` (the same each run)."""
+    """Which node gets a request: ``round-robin``, ``session`` (its session's node), ``random`` (the same each run)."""
     choose = random.Random(0)  # noqa: S311 - repeatable, not secret
     if route == "random":
         return lambda _i, _request: choose.randrange(nodes)

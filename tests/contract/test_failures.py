@@ -290,7 +290,9 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def test_a_forked_child_is_refused(own_server: Server) -> None:
     """A cache opened before a fork refuses to work in the child, which can open its own; the parent goes on."""
-    done = subprocess.run([sys.executable, "-c", _FORK, own_server.url], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK, own_server.url], check=False, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What the README shows works: its commands, its program, its example. (The gate runs the two commands at its top.)"""
+"""What the README shows works: its commands, its program, its example. The gate runs the two commands at its top."""
 
 from __future__ import annotations
 

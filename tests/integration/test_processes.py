@@ -47,8 +47,13 @@ def prompts(seed: int) -> list[Chain]:
 
 
 def test_concurrent_publishers_leave_the_models_tree(real_server: Backend) -> None:
-    """Four processes publish overlapping prompts at once: every prefix is there, nothing else, and nothing is broken."""
-    settings: dict[str, Any] = {"url": real_server.url, "namespace": real_server.namespace, "strict": True, "max_prefix_length": 10**6}
+    """Four processes publish overlapping prompts at once: every prefix is there, nothing else, nothing is broken."""
+    settings: dict[str, Any] = {
+        "url": real_server.url,
+        "namespace": real_server.namespace,
+        "strict": True,
+        "max_prefix_length": 10**6,
+    }
     settings |= {"lookup_timeout_s": 20, "publish_timeout_s": 20}
     root = str(Path(__file__).parents[2])
     processes = [

@@ -13,7 +13,7 @@ from distprefix.errors import TraceError
 from distprefix.replay.trace import ideal_hits, read_trace
 from tests.cli.test_cli import run_cli
 
-_TRACES = Path(os.environ.get("DISTPREFIX_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
+_TRACES = Path(os.environ.get("PREFIX_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
 _KEYS = [
     "requests",
     "chunks",
@@ -86,7 +86,7 @@ def test_real_traces_reach_the_ideal(name: str, block_size: int, limit: int, byt
     """The first part of a real trace on four nodes hits exactly what an unlimited cache would, in few bytes a chunk."""
     trace = _TRACES / f"{name}.given.jsonl.gz"
     if not trace.exists():
-        pytest.skip("the real traces are not here: set DISTPREFIX_TRACES to their folder")
+        pytest.skip("the real traces are not here: set PREFIX_TRACES to their folder")
     arguments = ("--block-size", str(block_size), "--nodes", "4", "--in-order", "--limit", str(limit))
     figures = _replay(str(trace), *arguments)
     assert figures["hit_rate"] == figures["ideal_hit_rate"]
@@ -121,7 +121,7 @@ def test_binary_file_is_no_trace(tmp_path: Path) -> None:
     for content in (b"\x1f\x8b\x08broken", b"\xff\xfe\x00\x01"):
         path = tmp_path / "bad.gz"
         path.write_bytes(content)
-        with pytest.raises(TraceError, match="bad.gz"):
+        with pytest.raises(TraceError, match=r"bad\.gz"):
             read_trace(str(path))
     with pytest.raises(TraceError, match="absent"):
         read_trace(str(tmp_path / "absent"))

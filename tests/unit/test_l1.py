@@ -11,7 +11,8 @@ import pytest
 
 from distprefix import Chain
 from distprefix.chunking import Prompt, chain_hashes, read_prompt
-from distprefix.l1 import L1, Node, NodeView
+from distprefix.l1 import L1, Node
+from distprefix.nodes import NodeView
 
 HOLDER = "w1/0@gpu"
 

@@ -126,6 +126,6 @@ def test_luacheck_finds_nothing(tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / f"{name}.lua").write_text(load_script(name, with_flags=False).body)
     files = [str(tmp_path / f"{name}.lua") for name in FILES]
-    options = ["--std", "lua51", "--globals", "redis", "KEYS", "ARGV", "--no-color", "--ignore", "211", "--"]
-    done = subprocess.run([luacheck, *options, *files], capture_output=True, text=True, timeout=60)
+    options = ["--no-color", "--config", str(LUA.parent / ".luacheckrc"), "--"]
+    done = subprocess.run([luacheck, *options, *files], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
