@@ -76,7 +76,6 @@ class CacheHitResult:
     matched_chunks: int
     block_ids: tuple[int, ...]
     """Block ids of the matched chunks, in order, as far as the worker that was asked for (this one) has them."""
-    entry: PrefixEntry | None
     tier: CacheTier | None
     holders: tuple[Holder, ...]
     """Longest first."""
@@ -84,8 +83,17 @@ class CacheHitResult:
     l1_chunks: int = 0
     """How many of the matched chunks L1 answered for."""
     redis_calls: int = 0
+    _make_entry: Callable[[], PrefixEntry] | None = field(default=None, repr=False, compare=False)
+    _entry: PrefixEntry | None = field(default=None, init=False, repr=False, compare=False)
     _tokens: Any = field(default=(), repr=False, compare=False)
     _matched_units: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def entry(self) -> PrefixEntry | None:
+        """What is known of the matched prefix; None for a miss. Made when asked for, then the same each time."""
+        if self._entry is None and self._make_entry is not None:
+            object.__setattr__(self, "_entry", self._make_entry())
+        return self._entry
 
     @property
     def remaining_tokens(self) -> Any:

@@ -122,7 +122,8 @@ class PrefixCacheOptimizer:
             return []
         with self._lock:
             nodes = self._l1.hottest(self.config.prewarm_threshold)[:limit]
-            return [entry_of(node, node.stop, self.config.chunk_size, CacheTier.HOT, None) for node in nodes]
+            size, touches = self.config.chunk_size, self._outbox.touches
+            return [entry_of(node, node.stop, size, CacheTier.HOT, touches)() for node in nodes]
 
     # Publish
 

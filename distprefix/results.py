@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import msgpack
@@ -13,6 +14,7 @@ from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import InvalidInputError
 from distprefix.l1 import L1, Node
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
+from distprefix.nodes import Snapshot
 from distprefix.touches import Touches
 
 __all__ = ["entry_of", "pack_metadata", "result_of"]
@@ -21,28 +23,34 @@ _MAX_METADATA_BYTES = 4096
 
 
 def entry_of(
-    node: Node, depth: int, chunk_size: int, tier: CacheTier, touches: Touches | None, blocks: tuple[int, ...] = ()
+    node: Node, depth: int, chunk_size: int, tier: CacheTier, touches: Touches, blocks: tuple[int, ...] = ()
+) -> Callable[[], PrefixEntry]:
+    """What makes the entry for the prefix of `depth` chunks that ends in `node`, as the node is now."""
+    end = (depth - node.start) * HASH_BYTES
+    name = node.hashes[end - HASH_BYTES : end]
+    return partial(_make_entry, node.value, name, depth * chunk_size, node.hits, tier, blocks, touches)
+
+
+def _make_entry(
+    snapshot: Snapshot | None,
+    prefix_hash: bytes,
+    num_tokens: int,
+    hits: int,
+    tier: CacheTier,
+    blocks: tuple[int, ...],
+    touches: Touches,
 ) -> PrefixEntry:
-    """The entry for the prefix of `depth` chunks that ends in `node`."""
-    snapshot = node.value
-    at = (depth - node.start) * HASH_BYTES
     metadata = msgpack.unpackb(snapshot.metadata) if snapshot and snapshot.metadata else None
-    head = snapshot.head if snapshot else b""
-
-    def touch() -> None:
-        if touches is not None:
-            touches.add(head)
-
     return PrefixEntry(
-        prefix_hash=node.hashes[at - HASH_BYTES : at].hex(),
-        num_tokens=depth * chunk_size,
+        prefix_hash=prefix_hash.hex(),
+        num_tokens=num_tokens,
         block_ids=blocks,
         tier=tier,
-        access_count=(snapshot.hits if snapshot else 0) + node.hits,
+        access_count=(snapshot.hits if snapshot else 0) + hits,
         created_at=snapshot.created / 1000 if snapshot else 0.0,
         last_access=time.time(),
         metadata=metadata if isinstance(metadata, dict) else None,
-        _on_touch=touch,
+        _on_touch=partial(touches.add, snapshot.head) if snapshot else None,
     )
 
 
@@ -60,23 +68,23 @@ def result_of(
     touches: Touches,
 ) -> CacheHitResult:
     """The result of a look-up that matched so many chunks; `path` ends with the node that the last of them is in."""
-    entry, tier, ids = None, None, ()
+    make_entry, tier, ids = None, None, ()
     if matched:
         ids = l1.own_blocks(path, matched) if blocks is None else tuple(array("I", blocks[: 4 * matched]))
         tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
-        entry = entry_of(path[-1], matched, chunk_size, tier, touches, ids)
+        make_entry = entry_of(path[-1], matched, chunk_size, tier, touches, ids)
     holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
     return CacheHitResult(
         hit=matched > 0,
         matched_tokens=matched * chunk_size,
         matched_chunks=matched,
         block_ids=ids,
-        entry=entry,
         tier=tier,
         holders=tuple(map(Holder._make, holders)),
         lookup_time_us=(time.perf_counter_ns() - began) / 1000,
         l1_chunks=l1_chunks,
         redis_calls=calls,
+        _make_entry=make_entry,
         _tokens=prompt.tokens,
         _matched_units=matched * prompt.unit,
     )
