@@ -25,8 +25,6 @@ _TOKEN_LIMIT = 1 << 32
 _UINT32 = "I" if sys.byteorder == "little" and array("I").itemsize == _TOKEN_BYTES else None
 _SEQUENCES, _BUFFERS = (list, tuple), (bytes, bytearray, memoryview)
 
-Tokens = "Sequence[int] | array[int] | bytes | bytearray | memoryview | Chain"
-
 
 class Chain(Sequence[bytes]):
     """The chunk hashes of a prompt, root first, as opaque bytes; at least 16 bytes each, of which 16 are used.
@@ -38,6 +36,8 @@ class Chain(Sequence[bytes]):
 
     def __init__(self, hashes: Iterable[Any]) -> None:
         parts: list[bytes] = []
+        if isinstance(hashes, str) or not hasattr(hashes, "__iter__"):
+            raise InvalidInputError(f"a chain cannot be made of {type(hashes).__name__}: pass its hashes in order")
         for i, item in enumerate(hashes):
             if not isinstance(item, bytes | bytearray | memoryview):
                 raise InvalidInputError(f"chunk hash {i} is {type(item).__name__}: pass bytes, at least 16 of them")
@@ -168,12 +168,17 @@ def _find_bad_token(tokens: Iterable[Any]) -> None:
             raise InvalidInputError(f"token {i} is {token}: token ids lie in [0, 2^32)")
 
 
-def pack_block_ids(block_ids: Iterable[int] | None, chunks: int) -> bytes:
-    """Pack one block id a full chunk as uint32; one more, for a trailing partial chunk, is accepted and ignored."""
+def pack_block_ids(block_ids: Iterable[int] | None, chunks: int | None) -> bytes:
+    """Pack one block id a full chunk as uint32; one more, for a trailing partial chunk, is accepted and ignored.
+
+    With `chunks` None any number is accepted.
+    """
     if block_ids is None:
         return b""
+    if isinstance(block_ids, str) or not hasattr(block_ids, "__iter__"):
+        raise InvalidInputError(f"block ids cannot be {type(block_ids).__name__}: pass a list of integers")
     ids = list(block_ids)
-    if len(ids) not in (chunks, chunks + 1):
+    if chunks is not None and len(ids) not in (chunks, chunks + 1):
         raise InvalidInputError(
             f"{len(ids)} block ids do not fit {chunks} full chunks: pass one a full chunk "
             "(one more, for a trailing partial chunk, is ignored)"

@@ -7,13 +7,13 @@ import re
 import socket
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from distprefix.errors import ConfigError
 
-__all__ = ["PrefixCacheConfig"]
+__all__ = ["PrefixCacheConfig", "without_password"]
 
 _ENV_PREFIX = "DISTPREFIX_"
 _SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
@@ -37,13 +37,16 @@ class PrefixCacheConfig:
     hot_threshold: int = 10
     """Hits that make a node hot: L1 evicts it last."""
     cold_timeout_s: float = 300.0
+    """Nothing reads it yet: for the cold tier."""
     eviction_batch_size: int = 100
-    url: str | None = None
+    """Nothing reads it yet: for the eviction of shared nodes."""
+    url: str | None = field(default=None, repr=False)
     """redis://, rediss://, unix:// or embedded://NAME; None starts a private server."""
     namespace: str = "default"
     """What makes KV interchangeable has a namespace of its own: one model, KV layout, tokenizer, tenant."""
     worker_id: str = ""
-    """Who holds what this process publishes; default: host name and process id."""
+    """Who holds what this process publishes; default: host name and process id. Give one that survives a restart: only
+    then does the restart void what was published before."""
     rank: int = 0
     medium: str = "gpu"
     """What this worker's KV lies in: the holder is ``worker_id/rank@medium``."""
@@ -53,7 +56,7 @@ class PrefixCacheConfig:
     """Tokens in a chunk (vLLM: block)."""
     hash_algorithm: str = "xxh3_128"
     """xxh3_128 (fast) or sha256 (safe against prompts made to collide)."""
-    salt: str = ""
+    salt: str = field(default="", repr=False)
     """A secret that the hashes depend on; processes with another salt share nothing."""
     max_run: int = 256
     shards: int = 1
@@ -77,7 +80,7 @@ class PrefixCacheConfig:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ConfigError(f"{name} is {value!r}: it must lie between {low:g} and {high:g}")
+                raise ConfigError(f"{name} is {value!r}: it must lie between {low:.15g} and {high:.15g}")
         if self.min_prefix_length > self.max_prefix_length:
             raise ConfigError(
                 f"min_prefix_length is {self.min_prefix_length}: it must not be above "
@@ -92,10 +95,14 @@ class PrefixCacheConfig:
                     f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed"
                 )
         if self.url is not None and not self.url.startswith(_SCHEMES):
-            raise ConfigError(f"url is {self.url!r}: it must begin with {', '.join(_SCHEMES)}")
-        if not self.worker_id:
-            host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:48] or "host"
-            object.__setattr__(self, "worker_id", f"{host}-{os.getpid()}")
+            raise ConfigError(f"url is {without_password(self.url)!r}: it must begin with {', '.join(_SCHEMES)}")
+
+    def with_worker_id(self) -> PrefixCacheConfig:
+        """These settings with a worker id: the one given, else host name and id of the process that asks."""
+        if self.worker_id:
+            return self
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:48] or "host"
+        return replace(self, worker_id=f"{host}-{os.getpid()}")
 
     @property
     def holder(self) -> str:
@@ -128,7 +135,10 @@ class PrefixCacheConfig:
                 table: dict[str, Any] = tomllib.load(file)
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
-        return cls.from_mapping({**table.get("distprefix", table), **overrides})
+        chosen: Any = table.get("distprefix", table)
+        if not isinstance(chosen, dict):
+            raise ConfigError(f"distprefix in {path} is {chosen!r}: it must be a table, [distprefix]")
+        return cls.from_mapping({**cast("dict[str, Any]", chosen), **overrides})
 
     def _check_type(self, name: str, allowed: tuple[type, ...]) -> None:
         value = getattr(self, name)
@@ -138,6 +148,11 @@ class PrefixCacheConfig:
             object.__setattr__(self, name, float(value))
         elif not isinstance(value, allowed):
             raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    return re.sub(r"//[^@/]*@", "//***@", url)
 
 
 def _describe(allowed: tuple[type, ...]) -> str:

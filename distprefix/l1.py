@@ -227,6 +227,7 @@ class L1:
         """The node was used: it and what lies above it stay longer."""
         node.accessed = now
         node.hits += 1
+        node.recent += 1
 
     def clear(self) -> None:
         """Forget everything."""
@@ -360,5 +361,5 @@ class L1:
 
     def hottest(self, threshold: int) -> list[Any]:
         """Nodes with at least so many hits, most first."""
-        nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.hits >= threshold]
-        return sorted(nodes, key=lambda node: -(node.hits + (node.value.hits if node.value else 0)))
+        nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.recent >= threshold]
+        return sorted(nodes, key=lambda node: -(node.recent + (node.value.hits if node.value else 0)))

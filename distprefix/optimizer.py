@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -16,6 +17,7 @@ from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, pack_block_ids, read_prompt
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import (
+    ConfigError,
     DistPrefixError,
     ForkedProcessError,
     InvalidInputError,
@@ -45,7 +47,10 @@ class PrefixCacheOptimizer:
     """
 
     def __init__(self, config: PrefixCacheConfig | None = None, *, client: redis.Redis | None = None) -> None:
-        self.config = config = config or PrefixCacheConfig()
+        config = config or PrefixCacheConfig()
+        if not isinstance(config, PrefixCacheConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"config is {type(config).__name__}: pass a PrefixCacheConfig")
+        self.config = config = config.with_worker_id()
         self._root = chain_root(config.hash_algorithm, config.salt.encode())
         self._lock = threading.RLock()
         self._l1 = L1(config.chunk_size, config.max_run, config.l1_max_bytes, config.l1_ttl_s, config.hot_threshold)
@@ -123,7 +128,8 @@ class PrefixCacheOptimizer:
         with self._lock:
             nodes = self._l1.hottest(self.config.prewarm_threshold)[:limit]
             size, touches = self.config.chunk_size, self._outbox.touches
-            return [entry_of(node, node.stop, size, CacheTier.HOT, touches)() for node in nodes]
+            tier = CacheTier.HOT
+            return [entry_of(node, node.stop, size, tier, touches, used_now=False)() for node in nodes]
 
     # Publish
 
@@ -149,7 +155,7 @@ class PrefixCacheOptimizer:
         return self._publish(prompt, blocks, pack_metadata(metadata))
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
-        """The KV of a prefix that this process published lies in other blocks now. One Redis call.
+        """The KV of a prefix that this process published lies in other blocks now. Redis calls as `cache_prefix`.
 
         False when the hash names nothing that this process still knows.
         """
@@ -167,16 +173,18 @@ class PrefixCacheOptimizer:
         """This worker no longer has these blocks: no look-up counts on them, or on what lies behind them, any more.
 
         Returns how many of them it had. Redis calls: one for every radix node that the blocks lie in; the cost is in
-        proportion to the blocks named. When Redis fails, the retraction is kept and sent later.
+        proportion to the blocks named. When Redis fails, or the deadline of a publish passes, the rest is kept and sent
+        later, before anything else is published.
         """
         self._check_usable()
+        ids = array("I", pack_block_ids(block_ids, None))
         with self._lock:
-            removed, cuts = self._l1.remove_blocks(block_ids)
+            removed, cuts = self._l1.remove_blocks(ids)
             for node, depth in cuts.items():
                 self._l1.retract(node, self.config.holder, depth)
                 self._outbox.retractions.append(self._l1.recall(node, depth + 1)[1])
         if cuts:
-            self._outbox.send_retractions()
+            self._outbox.send_retractions(self._link.publish_deadline())
         return removed
 
     def clear(self) -> None:
@@ -220,18 +228,21 @@ class PrefixCacheOptimizer:
         }
 
     def check_integrity(self) -> Report:
-        """Read the whole shared tree and hold it to its invariants; changes nothing. Some calls for every node."""
+        """Read the whole shared tree and hold it to its invariants; changes nothing. One call for every key."""
         self._check_usable()
-        return check_integrity(self._link.admin.redis, self._link.keys)
+        return check_integrity(self._link.admin.redis, self._link.keys, self.config.max_run)
 
     def flush(self) -> None:
-        """Tell Redis now what otherwise goes in the background: touches, retractions. Never raises."""
+        """Tell Redis now what otherwise goes in the background: touches, retractions. Never raises on Redis failing.
+
+        One call for 300 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
+        """
         self._check_usable()
         self._outbox.send()
         self._link.refresh()
 
     def close(self) -> None:
-        """Send what waits and close. The tree keeps what was published. Calling again does nothing."""
+        """Send what waits, as `flush` does, and close. The tree keeps what was published. May be called again."""
         if self._unusable:
             return
         self.flush()
@@ -322,16 +333,17 @@ class PrefixCacheOptimizer:
 
     def _publish(self, prompt: Prompt, blocks: bytes, metadata: bytes) -> str:
         holder, link, now = self.config.holder, self._link, time.monotonic()
+        deadline = link.publish_deadline()
         with self._lock:
             found = self._l1.find(prompt, now)
             start = self._l1.published_up_to(found, holder, link.epoch, blocks)
             hashes = self._hashes(prompt, found, 0)
         self._counts["publishes"] += 1
         try:
-            if self._outbox.retractions and not self._outbox.send_retractions():
+            if self._outbox.retractions and not self._outbox.send_retractions(deadline):
                 # Sent afterwards, they would take back what is published now.
                 raise UnavailableError("Redis has not taken earlier retractions yet")
-            published = self._insert(hashes, start, blocks, metadata)
+            published = self._insert(hashes, start, blocks, metadata, deadline)
         except DistPrefixError:
             self._counts["publishes_dropped"] += 1
             with self._lock:
@@ -355,7 +367,9 @@ class PrefixCacheOptimizer:
                     self._sequences.popitem(last=False)
         return name
 
-    def _insert(self, hashes: bytes, start: int, blocks: bytes, metadata: bytes) -> operations.Published:
+    def _insert(
+        self, hashes: bytes, start: int, blocks: bytes, metadata: bytes, deadline: float
+    ) -> operations.Published:
         def insert(begin: int) -> operations.Published:
             return self._link.publish(
                 operations.publish(
@@ -367,15 +381,18 @@ class PrefixCacheOptimizer:
                     max_run=self.config.max_run,
                     blocks=blocks[4 * begin :],
                     metadata=metadata,
-                )
+                ),
+                deadline,
             )
+
+        epoch = self._link.epoch
 
         try:
             return insert(start)
         except NoParentError:  # evicted meanwhile
             return insert(0)
         except NotAttachedError:  # flushed meanwhile
-            self._link.attach_again()
+            self._link.attach_again(epoch, deadline)
             return insert(0)
 
     def _work(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 
 from distprefix import operations
@@ -24,27 +25,29 @@ class Outbox:
         self._holder = holder
         self._sending = threading.Lock()
 
-    def send_retractions(self) -> bool:
-        """Whether Redis has taken all of them. One Redis call each. Never raises."""
-        with self._sending:
+    def send_retractions(self, deadline: float) -> bool:
+        """Whether Redis has taken all of them by `deadline`; the rest waits. One Redis call each. Never raises."""
+        if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return False
+        try:
             while self.retractions:
                 chain = self.retractions[0]
-                try:
-                    self._link.publish(operations.trim(chain, self._holder, self._link.epoch))
-                except NotAttachedError:
-                    self.retractions.clear()  # flushed: there is nothing left to take back
-                except DistPrefixError:
-                    return False
-                else:
-                    self.retractions.popleft()
-            return True
+                self._link.publish(operations.trim(chain, self._holder, self._link.epoch), deadline)
+                self.retractions.popleft()
+        except NotAttachedError:
+            self.retractions.clear()  # flushed: there is nothing left to take back
+        except DistPrefixError:
+            return False
+        finally:
+            self._sending.release()
+        return True
 
     def send(self) -> None:
-        """Send all there is. Never raises."""
-        self.send_retractions()
+        """Send all there is, each kind within the deadline of a publish. Never raises."""
+        self.send_retractions(self._link.publish_deadline())
         batch = self.touches.take()
         if batch:
             try:
-                self._link.publish(operations.touch(batch))
+                self._link.publish(operations.touch(batch), self._link.publish_deadline())
             except DistPrefixError:
                 self.touches.dropped += len(batch)

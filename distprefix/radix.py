@@ -22,7 +22,20 @@ _HASH_BYTES, _BLOCK_BYTES = 16, 4
 class RadixTreeNode(Generic[V]):
     """A run of chunks with no branch inside. When a node is split, the lower half keeps its identity."""
 
-    __slots__ = ("accessed", "blocks", "children", "gone", "hashes", "hits", "parent", "run", "start", "stop", "value")
+    __slots__ = (
+        "accessed",
+        "blocks",
+        "children",
+        "gone",
+        "hashes",
+        "hits",
+        "parent",
+        "recent",
+        "run",
+        "start",
+        "stop",
+        "value",
+    )
 
     def __init__(self, run: bytes, start: int, stop: int, parent: RadixTreeNode[V] | None, value: V | None) -> None:
         self.run = run
@@ -39,6 +52,8 @@ class RadixTreeNode(Generic[V]):
         self.children: dict[bytes, RadixTreeNode[V]] = {}
         self.accessed = 0.0
         self.hits = 0
+        self.recent = 0
+        """Hits since the value was set."""
         self.gone = False
         """Taken out. Its parent is still what it was, so that who remembers it finds what lies above."""
 
@@ -151,6 +166,7 @@ class PrefixTree(Generic[V]):
         for node in path:
             if node.start >= start:
                 node.value = value
+                node.recent = 0
         last = path[-1] if path else (below or self.root)
         if matched < total and path and not last.children and last.value is value and last.start >= start:
             stop = min(total, last.start + self.max_run)

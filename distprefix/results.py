@@ -23,12 +23,19 @@ _MAX_METADATA_BYTES = 4096
 
 
 def entry_of(
-    node: Node, depth: int, chunk_size: int, tier: CacheTier, touches: Touches, blocks: tuple[int, ...] = ()
+    node: Node,
+    depth: int,
+    chunk_size: int,
+    tier: CacheTier,
+    touches: Touches,
+    blocks: tuple[int, ...] = (),
+    *,
+    used_now: bool = True,
 ) -> Callable[[], PrefixEntry]:
     """What makes the entry for the prefix of `depth` chunks that ends in `node`, as the node is now."""
     end = (depth - node.start) * HASH_BYTES
     name = node.hashes[end - HASH_BYTES : end]
-    return partial(_make_entry, node.value, name, depth * chunk_size, node.hits, tier, blocks, touches)
+    return partial(_make_entry, node.value, name, depth * chunk_size, node.recent, tier, blocks, touches, used_now)
 
 
 def _make_entry(
@@ -39,6 +46,7 @@ def _make_entry(
     tier: CacheTier,
     blocks: tuple[int, ...],
     touches: Touches,
+    used_now: bool,
 ) -> PrefixEntry:
     metadata = msgpack.unpackb(snapshot.metadata) if snapshot and snapshot.metadata else None
     return PrefixEntry(
@@ -48,7 +56,7 @@ def _make_entry(
         tier=tier,
         access_count=(snapshot.hits if snapshot else 0) + hits,
         created_at=snapshot.created / 1000 if snapshot else 0.0,
-        last_access=time.time(),
+        last_access=time.time() if used_now or not snapshot else snapshot.accessed / 1000,
         metadata=metadata if isinstance(metadata, dict) else None,
         _on_touch=partial(touches.add, snapshot.head) if snapshot else None,
     )

@@ -4,7 +4,7 @@
 -- KEYS[1]    the hash: dp:ns:<ns>, or dp:{<ns>:<shard>}:meta
 -- ARGV[1..]  field, value, field, value, ... of a new one
 -- returns    {field, value, ...} as stored
--- flags      allow-oom: a worker may join, and leaves keep their order, on a server that is full
+-- flags      allow-oom: a worker may join a server that is full
 -- cost       EXISTS, HSET, HGETALL
 if redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('HSET', KEYS[1], unpack(ARGV))

@@ -6,7 +6,7 @@
 -- ARGV[2..]  head in hex, hits, last access in ms, for each node; at most 1,000 nodes
 -- returns    how many of the nodes were there
 -- errors     DPGONE, DPSCHEMA
--- flags      allow-oom: a worker may join, and leaves keep their order, on a server that is full
+-- flags      allow-oom: leaves keep their order on a server that is full
 -- cost       one HGET, HINCRBY, HSET and ZADD a node
 -- @include guard
 -- @include keys

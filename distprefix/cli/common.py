@@ -13,10 +13,12 @@ from typing import Annotated, Any, NoReturn
 import redis
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
 from distprefix.redis.client import connect
 from distprefix.redis.embedded import EmbeddedServer
+from distprefix.redis.inspect import namespaces
 
 __all__ = [
     "EXIT_MISS",
@@ -28,6 +30,7 @@ __all__ = [
     "console",
     "errors",
     "fail",
+    "holders_text",
     "opened",
     "show",
 ]
@@ -48,7 +51,8 @@ console = Console(highlight=False)
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong on standard error and end with this exit code."""
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {message}", soft_wrap=True)
+    text = Text.assemble(("error: ", "bold red"), message)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -91,6 +95,24 @@ def show(value: Any, *, as_json: bool, render: Callable[[], Any]) -> None:
         sys.stdout.write(json.dumps(value, default=str) + "\n")
     else:
         console.print(render())
+
+
+def holders_text(holders: dict[str, tuple[int, int]], size: int, epochs: dict[str, int]) -> str:
+    """A node's first three holders by name; those of an older epoch, which no longer count, are marked."""
+    parts: list[str] = []
+    for name, (epoch, covered) in list(holders.items())[:3]:
+        worker = name.partition("@")[0].partition("/")[0]
+        part = name if covered == size else f"{name} first {covered}"
+        parts.append(f"{part} (old)" if worker and epoch < epochs.get(worker, 0) else part)
+    more = f" +{len(holders) - 3:,}" if len(holders) > 3 else ""
+    return (", ".join(parts) or "nobody") + more
+
+
+def absent(client: redis.Redis, namespace: str, *, private: bool) -> NoReturn:
+    """Say that there is no such namespace, which there are, and that a private server is a new one."""
+    there = ", ".join(namespaces(client)) or "none"
+    hint = "; this is a new private server, name yours with --url or DISTPREFIX_URL" if private else ""
+    fail(f"there is no namespace {namespace!r}; there are: {there}{hint}", EXIT_MISS)
 
 
 def age(milliseconds: int) -> str:

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from distprefix.chunking import chain_hashes, chain_root, read_prompt
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, errors, fail, opened, show
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, opened, show
 from distprefix.errors import InvalidInputError, NamespaceError
 from distprefix.l1 import L1
 from distprefix.operations import walk
@@ -40,7 +40,7 @@ def lookup(
             keys = Keys(namespace)
             settings = read_descriptor(client, keys)
             if not settings:
-                fail(f"there is no namespace {namespace!r}", EXIT_MISS)
+                absent(client, namespace, private=url is None)
             value = _look_up(client, keys, settings, tokens, salt.encode())
         show(value, as_json=as_json, render=lambda: _table(value))
         if not value["hit"]:
@@ -57,7 +57,7 @@ def _read_tokens(source: str) -> list[int]:
         if not re.fullmatch(r"-?\d+", word):
             raise InvalidInputError(f"token {i} in {source} is {word!r}: token ids are whole numbers")
     if not words:
-        raise InvalidInputError(f"{source} has no tokens")
+        raise InvalidInputError(f"{'standard input' if source == '-' else source} has no tokens")
     return [int(word) for word in words]
 
 

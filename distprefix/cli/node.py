@@ -8,6 +8,7 @@ from typing import Annotated
 import msgpack
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, age, errors, fail, opened, show
 from distprefix.redis.inspect import NodeRecord, children_of, find_node
@@ -17,14 +18,14 @@ __all__ = ["node"]
 
 
 def node(
-    chunk_hash: Annotated[str, typer.Argument(metavar="HASH", help="A chunk hash, 32 hex digits.")],
+    chunk_hash: Annotated[str, typer.Argument(metavar="HASH", help="A chunk hash (hex), or how a head begins.")],
     url: Url = None,
     namespace: Namespace = "default",
     as_json: Json = False,
 ) -> None:
     """Show the radix node that has a chunk: a head or a last chunk is found at once, others by a scan."""
-    if not re.fullmatch(r"[0-9a-fA-F]{32}", chunk_hash):
-        fail(f"{chunk_hash!r} is no chunk hash: it has 32 hex digits", EXIT_USAGE)
+    if not re.fullmatch(r"[0-9a-fA-F]{8,32}", chunk_hash):
+        fail(f"{chunk_hash!r} is no chunk hash: it has 32 hex digits, or at least the first 8 of a head", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
         record = find_node(client, keys, chunk_hash.lower())
@@ -48,7 +49,7 @@ def _table(record: NodeRecord, key: str, children: list[str], metadata: object) 
     for name, (epoch, covered) in record.holders.items():
         table.add_row("holder", f"{name}: first {covered} of {record.size} chunks, epoch {epoch}")
     if metadata is not None:
-        table.add_row("metadata", str(metadata))
+        table.add_row("metadata", Text(str(metadata)))
     more = f" … {len(children) - 8:,} more" if len(children) > 8 else ""
     table.add_row("children", (" ".join(children[:8]) + more) or "none: a leaf")
     return table

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import redis
 import typer
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, age, errors, fail, opened, show
-from distprefix.redis.inspect import NodeRecord, children_of, read_descriptor, read_node
+from distprefix.cli.common import Json, Namespace, Url, absent, age, errors, holders_text, opened, show
+from distprefix.redis.inspect import children_of, read_descriptor, read_node, read_stats
 from distprefix.redis.keys import Keys
 
 __all__ = ["tree"]
@@ -23,37 +23,37 @@ def tree(
     breadth: Annotated[int, typer.Option(min=1, max=10_000, help="Children to show, most hits first.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Show the radix tree: runs, depth, holders, hits, age."""
+    """Show the radix tree: runs, depth, holders (with what they lack), hits that ended in a node, age."""
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
         if not read_descriptor(client, keys):
-            fail(f"there is no namespace {namespace!r}", EXIT_MISS)
+            absent(client, namespace, private=url is None)
+        epochs = read_stats(client, keys)["workers"]
         found = _read(client, keys, "", depth, breadth)
-        show(found, as_json=as_json, render=lambda: _draw(Tree(f"[bold]{escape(namespace)}[/]"), found))
+        show(found, as_json=as_json, render=lambda: _draw(Tree(Text(namespace, "bold")), found, epochs))
 
 
 def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int) -> dict[str, Any]:
     heads = children_of(client, keys, last)
+    if not depth:
+        return {"children": [], "not_shown": len(heads)}
     records = [record for record in (read_node(client, keys, head) for head in heads) if record is not None]
     records.sort(key=lambda record: (-record.hits, -record.accessed_ms, record.head))
-    shown = records[:breadth] if depth else []
-    children = [_read(client, keys, record.last, depth - 1, breadth) | _own(record) for record in shown]
+    shown = records[:breadth]
+    children = [_read(client, keys, record.last, depth - 1, breadth) | record.as_dict() for record in shown]
     return {"children": children, "not_shown": len(records) - len(shown)}
 
 
-def _own(record: NodeRecord) -> dict[str, Any]:
-    return record.as_dict()
-
-
-def _draw(parent: Tree, found: dict[str, Any]) -> Tree:
+def _draw(parent: Tree, found: dict[str, Any], epochs: dict[str, int]) -> Tree:
     for child in found["children"]:
-        stop = child["depth"] + child["chunks"]
-        holders = ", ".join(f"{name} {held['chunks']}" for name, held in child["holders"].items()) or "nobody"
-        label = (
-            f"[cyan]{child['head'][:12]}[/] chunks {child['depth']}-{stop - 1} ({child['chunks']}) · "
-            f"{escape(holders)} · {child['hits']} hits · {age(child['accessed_ms'])} ago"
+        first, size = child["depth"], child["chunks"]
+        held = {name: (holder["epoch"], holder["chunks"]) for name, holder in child["holders"].items()}
+        label = Text.assemble(
+            (child["head"][:12], "cyan"),
+            f" chunks {first}-{first + size - 1} ({size}) · {holders_text(held, size, epochs)}",
+            f" · {child['hits']} hits · {age(child['accessed_ms'])} ago",
         )
-        _draw(parent.add(label), child)
+        _draw(parent.add(label), child, epochs)
     if found["not_shown"]:
-        parent.add(f"[dim]… {found['not_shown']:,} more[/]")
+        parent.add(Text(f"… {found['not_shown']:,} more", "dim"))
     return parent

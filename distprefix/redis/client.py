@@ -5,6 +5,7 @@ redis-py's own defaults re-send up to ten times and can hold a caller for a minu
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -20,6 +21,7 @@ from redis.exceptions import BusyLoadingError, NoScriptError, OutOfMemoryError
 from redis.retry import Retry
 
 from distprefix import errors
+from distprefix.config import without_password
 from distprefix.operations import Call
 from distprefix.redis.breaker import Breaker
 from distprefix.redis.scripts import load_script
@@ -27,6 +29,9 @@ from distprefix.redis.scripts import load_script
 __all__ = ["Client", "connect", "new_breaker", "run"]
 
 T = TypeVar("T")
+_log = logging.getLogger("distprefix")
+_HEALED = ("DPGONE", "DPNOPARENT")
+"""Codes after which the caller puts things right by itself."""
 _CODES: dict[str, type[errors.ScriptError]] = {
     "DPSCHEMA": errors.SchemaError,
     "DPGONE": errors.NotAttachedError,
@@ -82,7 +87,7 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
             driver_info=None,
         )
     except (ValueError, redis.RedisError) as error:
-        raise errors.ConfigError(f"url is {url!r}: {error}") from error
+        raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
 
 
 def run(operation: Generator[Call, Any, T], client: Client, meta: str, deadline: float) -> T:
@@ -175,16 +180,24 @@ class Client:
         """Close every connection."""
         self.redis.close()
 
+    def _break(self) -> None:
+        opened = self.breaker.opened
+        self.breaker.fail()
+        if self.breaker.opened != opened:
+            _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
+
     def _failure(self, reason: str, message: str, *, broke: bool = False) -> errors.UnavailableError:
         self.failures[reason] += 1
         if broke:
-            self.breaker.fail()
+            self._break()
         return errors.UnavailableError(message)
 
     def _refused(self, error: redis.ResponseError) -> errors.DistPrefixError:
         code = str(error).split(" ", 1)[0]
         if code in _CODES:
             self.breaker.succeed()
+            if code not in _HEALED:
+                self.failures[code] += 1
             return _CODES[code](str(error))
         if isinstance(error, OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
             self.breaker.succeed()
@@ -194,7 +207,7 @@ class Client:
         if isinstance(error, BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
             return self._failure(code.lower(), str(error), broke=True)
         self.failures["refused"] += 1
-        self.breaker.fail()
+        self._break()
         return errors.ScriptError(f"the server refused the call: {error}")
 
 

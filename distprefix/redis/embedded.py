@@ -30,20 +30,24 @@ __all__ = ["EmbeddedServer", "find_binary"]
 
 _START_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Runs in its own process, with the server as its child: argv = users file, then the server's command line.
+# Runs in its own process, with the server as its child: argv = users file, shared or private, the server's command.
 _WATCHER = """
-import ctypes, fcntl, os, signal, subprocess, sys, threading, time
+import ctypes, fcntl, os, shutil, signal, subprocess, sys, threading, time
 users = open(sys.argv[1])
 def die_with_watcher():
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, preexec_fn=die_with_watcher)
+server = subprocess.Popen(sys.argv[3:], stdin=subprocess.DEVNULL, preexec_fn=die_with_watcher)
 signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+left = []
 def leave_with_server():
     server.wait()
+    if left and sys.argv[2] == "private":
+        shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)
     os._exit(0)
 threading.Thread(target=leave_with_server, daemon=True).start()
 fcntl.flock(users, fcntl.LOCK_EX)
+left.append(True)
 server.terminate()
 time.sleep(5)
 server.kill()
@@ -147,9 +151,10 @@ class EmbeddedServer:
             *("--dir", str(self._folder), "--pidfile", str(self._folder / "server.pid"), "--daemonize", "no"),
             *("--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction"),
         ]
+        kind = "shared" if self._shared else "private"
         with log.open("w") as output:
             watcher = self._watcher = subprocess.Popen(
-                [sys.executable, "-c", _WATCHER, str(self._folder / "users"), *command],
+                [sys.executable, "-c", _WATCHER, str(self._folder / "users"), kind, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

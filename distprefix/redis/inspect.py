@@ -92,7 +92,15 @@ def children_of(client: redis.Redis, keys: Keys, last: str) -> list[str]:
 
 
 def find_node(client: redis.Redis, keys: Keys, chunk: str) -> NodeRecord | None:
-    """The node that has this chunk: by its head, by its last chunk, else by looking through all nodes."""
+    """The node that has this chunk: by its head, by its last chunk, else by looking through all nodes.
+
+    Fewer than 32 digits are the beginning of a head; None when several begin so.
+    """
+    if len(chunk) < 32:
+        heads = {
+            name.decode().rpartition(":")[2] for name in client.scan_iter(match=keys.node(f"{chunk}*"), count=1000)
+        }
+        return read_node(client, keys, heads.pop()) if len(heads) == 1 else None
     node = read_node(client, keys, chunk)
     owner = _hash(client, keys.junction(chunk)).get(b"o") if node is None else None
     if owner:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import redis
 
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError, NotAttachedError, UnavailableError
+from distprefix.errors import DistPrefixError, NotAttachedError, StaleEpochError, UnavailableError
 from distprefix.operations import Call
 from distprefix.redis.client import Client, connect, new_breaker, run
 from distprefix.redis.embedded import EmbeddedServer
@@ -36,6 +36,7 @@ class Link:
         """Failed calls by reason."""
         self.epoch = 0
         self.attached = False
+        self._warned_of_stale_epoch = False
         self._attaching = threading.Lock()
         self._epochs: dict[str, int] = {}
         self._workers: dict[str, str] = {}
@@ -51,35 +52,72 @@ class Link:
         self.publishes = Client(client or connect(url, config.publish_timeout_s), self.breaker, self.failures)
         self.admin = Client(client or connect(url, _ADMIN_TIMEOUT_S), own_breaker, self.failures)
         try:
-            self._attach(self.admin, _ADMIN_TIMEOUT_S)
+            self._attach(self.admin, time.monotonic() + _ADMIN_TIMEOUT_S)
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, client: Client, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _attach(self, client: Client, deadline: float) -> None:
         attach(client, self.keys, self._config, deadline)
         self.epoch = take_epoch(client, self.keys, self._config.worker_id, self.epoch, deadline)
         self._epochs = read_epochs(client, self.keys, deadline)
         self.attached = True
 
-    def attach_again(self) -> None:
-        """Make or check the namespace and take a new epoch, as after a flush, within the deadline of a publish.
+    def attach_again(self, seen_epoch: int, deadline: float) -> None:
+        """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch` fail.
 
         Four calls. Raises NamespaceError or UnavailableError.
         """
-        with self._attaching:
-            self._attach(self.publishes, self._config.publish_timeout_s)
-        _log.info("attached to %s again, epoch %d", self._config.namespace, self.epoch)
+        if not self._attaching.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise UnavailableError("another thread is still attaching")
+        try:
+            if self.epoch == seen_epoch:
+                self._attach(self.publishes, deadline)
+                _log.warning("namespace %s was gone: attached again, epoch %d", self._config.namespace, self.epoch)
+        finally:
+            self._attaching.release()
 
     def look_up(self, operation: Generator[Call, Any, T]) -> tuple[T | None, int]:
         """Run a look-up within its deadline. Returns None when Redis failed, and the calls made."""
-        return self._run(operation, self.lookups, self._config.lookup_timeout_s)
+        deadline, calls = time.monotonic() + self._config.lookup_timeout_s, 0
 
-    def publish(self, operation: Generator[Call, Any, T]) -> T:
-        """Run a change within its deadline. Raises UnavailableError or what the script refused."""
-        deadline = time.monotonic() + self._config.publish_timeout_s
-        return run(operation, self.publishes, self.keys.meta, deadline)
+        def counted() -> Generator[Call, Any, T]:
+            nonlocal calls
+            reply: Any = None
+            while True:
+                try:
+                    call = operation.send(reply)
+                except StopIteration as done:
+                    return done.value
+                calls += 1
+                reply = yield call
+
+        try:
+            return run(counted(), self.lookups, self.keys.meta, deadline), calls
+        except NotAttachedError:
+            self.attached = False
+            raise
+        except DistPrefixError:
+            if self._config.strict:
+                raise
+            return None, calls
+
+    def publish_deadline(self) -> float:
+        """When a publish that begins now has to be done with everything (time.monotonic)."""
+        return time.monotonic() + self._config.publish_timeout_s
+
+    def publish(self, operation: Generator[Call, Any, T], deadline: float | None = None) -> T:
+        """Run a change, by the deadline of a publish that begins now unless one is given.
+
+        Raises UnavailableError or what the script refused.
+        """
+        try:
+            return run(operation, self.publishes, self.keys.meta, deadline or self.publish_deadline())
+        except StaleEpochError as error:
+            if not self._warned_of_stale_epoch:
+                self._warned_of_stale_epoch = True
+                _log.warning("nothing of %s is published any more: %s", self._config.holder, error)
+            raise
 
     def administer(self, operation: Generator[Call, Any, T], timeout_s: float = 60.0) -> T:
         """Run something that nobody waits for on a request."""
@@ -87,13 +125,13 @@ class Link:
 
     def refresh(self) -> None:
         """Learn which epochs count. One call, more when this worker has to attach anew. Never raises."""
-        deadline = time.monotonic() + self._config.publish_timeout_s
+        deadline, seen_epoch = self.publish_deadline(), self.epoch
         try:
             if self.attached:
                 self._epochs = read_epochs(self.publishes, self.keys, deadline)
             current = self._epochs.get(self._config.worker_id, 0)
             if not self.attached or current < self.epoch:  # flushed, or older data were restored
-                self.attach_again()
+                self.attach_again(seen_epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
 
@@ -112,27 +150,3 @@ class Link:
             client.close()
         if self._server is not None:
             self._server.close()
-
-    def _run(self, operation: Generator[Call, Any, T], client: Client, timeout_s: float) -> tuple[T | None, int]:
-        calls = 0
-
-        def counted() -> Generator[Call, Any, T]:
-            nonlocal calls
-            reply: Any = None
-            while True:
-                try:
-                    call = operation.send(reply)
-                except StopIteration as done:
-                    return done.value
-                calls += 1
-                reply = yield call
-
-        try:
-            return run(counted(), client, self.keys.meta, time.monotonic() + timeout_s), calls
-        except NotAttachedError:
-            self.attached = False
-            raise
-        except (UnavailableError, DistPrefixError):
-            if self._config.strict:
-                raise
-            return None, calls

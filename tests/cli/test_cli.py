@@ -76,7 +76,8 @@ def test_tree_shows_nodes_within_limits(published: tuple[Backend, str]) -> None:
     cut = _json("tree", *_where(backend), "--depth", "2", "--breadth", "1")
     assert cut["children"][0]["not_shown"] == 1
     text = run_cli("tree", *_where(backend), "--breadth", "1").stdout
-    assert "w1/0@gpu 8" in text
+    assert "w1/0@gpu" in text
+    assert "w2/0@gpu" in text
     assert "1 more" in text
 
 
@@ -87,6 +88,7 @@ def test_node_is_found_by_any_of_its_chunks(published: tuple[Backend, str]) -> N
     assert leaf["last"] == name
     assert leaf["metadata"] == {"model": "tiny"}
     assert leaf["hits"] == 1
+    assert _json("node", leaf["head"][:12], *_where(backend)) == leaf
     assert _json("node", leaf["head"].upper(), *_where(backend)) == leaf
     assert _json("node", leaf["parent"], *_where(backend))["children"].count(leaf["head"]) == 1
     run: Any = backend.admin.hget(backend.keys.node(leaf["head"]), "r")
@@ -124,6 +126,9 @@ def test_exit_codes_tell_what_went_wrong(published: tuple[Backend, str], tmp_pat
         (2, "cannot be read", ("lookup", str(tmp_path / "absent"), *where), ""),
         (2, "must begin with|url is", ("stats", "--url", "http://x"), ""),
         (2, "no requests", ("replay", "-"), ""),
+        (2, r"foo\[/x\]", ("stats", "--url", "foo[/x]"), ""),
+        (1, "name yours with --url", ("stats",), ""),
+        (1, "there are: .*" + backend.namespace, ("tree", "--url", backend.url or "", "--namespace", "absent"), ""),
         (2, "one request in flight", ("replay", "-", "--in-order", "--concurrency", "2"), ""),
         (3, "does not answer", ("stats", *nowhere), ""),
         (3, "does not answer", ("tree", *nowhere), ""),

@@ -68,10 +68,11 @@ def test_server_ends_when_closed() -> None:
 
 def test_server_ends_when_its_user_is_killed() -> None:
     """A user that dies by kill -9 takes its private server with it."""
-    holder, process_id, _ = _hold("")
+    holder, process_id, url = _hold("")
     assert not _is_gone(process_id)
     _end(holder)
     assert _wait_for(lambda: _is_gone(process_id))
+    assert _wait_for(lambda: not Path(url.removeprefix("unix://")).parent.exists())
 
 
 def test_server_ends_when_its_watcher_is_killed() -> None:

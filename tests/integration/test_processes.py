@@ -6,13 +6,16 @@ import json
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from distprefix import Chain, PrefixCacheConfig, PrefixCacheOptimizer
-from tests.servers import Backend
+from tests.servers import Backend, Server
 
 _PUBLISH = """
 import json, random, sys
@@ -71,3 +74,57 @@ def test_concurrent_publishers_leave_the_models_tree(real_server: Backend) -> No
                 hit = reader.find_longest_cache_hit(prompt)
                 assert hit.matched_chunks == len(prompt)
                 assert (f"p{seed}/0@gpu", len(prompt)) in hit.holders
+
+
+def test_threads_that_publish_after_a_flush_attach_once(own_server: Server) -> None:
+    """When the namespace is flushed under eight publishing threads, one new epoch is taken and nothing is lost."""
+    config = PrefixCacheConfig(url=own_server.url, worker_id="w", touch_interval_s=0, publish_timeout_s=20, strict=True)
+    made = [list(range(1000 * i, 1000 * i + 32)) for i in range(8)]
+    with PrefixCacheOptimizer(config) as cache, PrefixCacheOptimizer(replace(config, worker_id="reader")) as reader:
+        with own_server.client() as admin:
+            admin.flushall()
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(cache.cache_prefix, made))
+        assert cache.get_metrics()["epoch"] == 2
+        assert [reader.find_longest_cache_hit(prompt).matched_tokens for prompt in made] == [32] * 8
+
+
+def test_hits_are_counted_once(real_server: Backend) -> None:
+    """An entry counts each hit once, whether Redis has heard of it or not."""
+    tokens = list(range(16))
+    real_server.open("w1").cache_prefix(tokens)
+    cache = real_server.open("w2", l1_ttl_s=0)
+    counts: list[int] = []
+    for _ in range(4):
+        entry = cache.find_longest_cache_hit(tokens).entry
+        assert entry is not None
+        counts.append(entry.access_count)
+        cache.flush()
+    assert counts == [1, 2, 3, 4]
+
+
+def test_a_publish_with_retractions_waiting_keeps_its_deadline(own_server: Server) -> None:
+    """With Redis frozen, taking back many prefixes and publishing end with one deadline each; later all is sent."""
+    config = PrefixCacheConfig(
+        url=own_server.url,
+        worker_id="w",
+        chunk_size=4,
+        touch_interval_s=0,
+        publish_timeout_s=0.3,
+        breaker_failures=1000,
+    )
+    with PrefixCacheOptimizer(config) as cache:
+        for i in range(10):
+            cache.cache_prefix(list(range(100 * i, 100 * i + 8)), [2 * i, 2 * i + 1])
+        own_server.freeze()
+        began = time.monotonic()
+        assert cache.remove_skipped_blocks(range(20)) == 20
+        cache.cache_prefix(list(range(8)), [50, 51])
+        took = time.monotonic() - began
+        own_server.thaw()
+        assert took < 2  # two deadlines, not eleven
+        assert cache.get_metrics()["publishes_dropped"] == 1
+        cache.flush()
+        assert cache.get_metrics()["retractions_waiting"] == 0
+        report = cache.check_integrity()
+        assert (report.problems, report.chunks) == ([], 0)

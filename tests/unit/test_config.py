@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_defaults_are_the_original_ones() -> None:
     assert (config.cold_timeout_s, config.eviction_batch_size) == (300.0, 100)
     assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "xxh3_128", 256, 1)
     assert (config.lookup_timeout_s, config.publish_timeout_s, config.strict) == (0.05, 0.2, False)
-    assert config.worker_id
+    assert config.worker_id == ""
+    assert config.with_worker_id().worker_id.endswith(f"-{os.getpid()}")
     assert PrefixCacheConfig(worker_id="pod-3", rank=2, medium="cpu").holder == "pod-3/2@cpu"
 
 
