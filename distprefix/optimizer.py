@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -91,7 +92,7 @@ class PrefixCacheOptimizer:
         """
         began = time.perf_counter_ns()
         prompt, now = self._read(token_ids), time.monotonic()
-        calls, blocks = 0, None
+        calls, blocks = 0, None if blocks_of is None else b""
         with self._lock:
             found = self._l1.find(prompt, now)
             answered = found.chunks
@@ -193,7 +194,8 @@ class PrefixCacheOptimizer:
         Raises UnavailableError when Redis fails.
         """
         self._check_usable()
-        self._link.administer(operations.drop())
+        with contextlib.suppress(NotAttachedError):  # flushed: there is nothing left
+            self._link.administer(operations.drop())
         with self._lock:
             self._l1.clear()
             self._sequences.clear()
@@ -370,30 +372,29 @@ class PrefixCacheOptimizer:
     def _insert(
         self, hashes: bytes, start: int, blocks: bytes, metadata: bytes, deadline: float
     ) -> operations.Published:
-        def insert(begin: int) -> operations.Published:
-            return self._link.publish(
-                operations.publish(
-                    hashes[begin * HASH_BYTES :],
-                    begin,
-                    self.config.holder,
-                    self._link.epoch,
-                    now_ms=int(time.time() * 1000),
-                    max_run=self.config.max_run,
-                    blocks=blocks[4 * begin :],
-                    metadata=metadata,
-                ),
-                deadline,
+        while True:
+            epoch = self._link.epoch
+            operation = operations.publish(
+                hashes[start * HASH_BYTES :],
+                start,
+                self.config.holder,
+                epoch,
+                now_ms=int(time.time() * 1000),
+                max_run=self.config.max_run,
+                blocks=blocks[4 * start :],
+                metadata=metadata,
             )
-
-        epoch = self._link.epoch
-
-        try:
-            return insert(start)
-        except NoParentError:  # evicted meanwhile
-            return insert(0)
-        except NotAttachedError:  # flushed meanwhile
-            self._link.attach_again(epoch, deadline)
-            return insert(0)
+            try:
+                published = self._link.publish(operation, deadline)
+            except NoParentError:  # evicted meanwhile
+                if start == 0:
+                    raise
+            except NotAttachedError:  # flushed meanwhile
+                self._link.attach_again(epoch, deadline)
+            else:
+                if epoch == self._link.settled_epoch():
+                    return published  # else another thread attached meanwhile, and the old epoch counts for nothing
+            start = 0
 
     def _work(self) -> None:
         while not self._stop.wait(self.config.touch_interval_s):

@@ -104,6 +104,7 @@ def pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
         return b""
     try:
         packed = cast("bytes", msgpack.packb(dict(metadata)))
+        msgpack.unpackb(packed)  # readers must be able to
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(f"metadata cannot be packed: {error}; use text, numbers, bytes, lists") from error
     if len(packed) > _MAX_METADATA_BYTES:

@@ -127,6 +127,8 @@ class Client:
             try:
                 self.command("SCRIPT LOAD", loaded.body, deadline=deadline)
                 return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+            except NoScriptError as error:
+                raise self._failure("no script", "the server forgets its scripts as fast as they load") from error
             except _NoFlagsError:
                 self._with_flags = False
         except _NoFlagsError:

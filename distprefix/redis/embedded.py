@@ -102,6 +102,7 @@ class EmbeddedServer:
         if self._users.closed or os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
+        fcntl.flock(self._users, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
         self._users.close()
         if self._shared:
             if self._watcher is not None:

@@ -102,6 +102,11 @@ class Link:
                 raise
             return None, calls
 
+    def settled_epoch(self) -> int:
+        """The epoch that counts, once no other thread is attaching."""
+        with self._attaching:
+            return self.epoch
+
     def publish_deadline(self) -> float:
         """When a publish that begins now has to be done with everything (time.monotonic)."""
         return time.monotonic() + self._config.publish_timeout_s
