@@ -57,7 +57,7 @@ def l1(url: str, scale: float) -> list[Figure]:
         for kind, prompt in _prompts(131_072):
             cache.cache_prefix(prompt)
             view = read_prompt(prompt, _CHUNK, 1 << 30).view
-            tree, root = cache._l1.tree(read_prompt(prompt, _CHUNK, 1 << 30)), chain_root("xxh3_128", b"")
+            tree, root = cache._state.l1.tree(read_prompt(prompt, _CHUNK, 1 << 30)), chain_root("xxh3_128", b"")
             assert cache.find_longest_cache_hit(prompt).matched_tokens == len(prompt)
             times = interleave(
                 {
@@ -92,13 +92,13 @@ def l2(url: str, scale: float) -> list[Figure]:
             chain = _chain(chunks)
             writer.cache_prefix(chain)
             keys = _store_blocks(plain, chain)
-            reader._l1.clear()
+            reader._state.l1.clear()
             result = reader.find_longest_cache_hit(chain)
             assert result.matched_chunks == chunks
             assert len(result.holders) == 1
             times = interleave(
                 {
-                    "ours": Case(lambda c=chain: reader.find_longest_cache_hit(c), reader._l1.clear, number=20),
+                    "ours": Case(lambda c=chain: reader.find_longest_cache_hit(c), reader._state.l1.clear, number=20),
                     "ping": Case(plain.ping, number=20),
                     "hkeys": Case(lambda k=keys: _pipeline(plain, [("HKEYS", key) for key in k])),
                 },
@@ -165,12 +165,12 @@ def size(url: str, scale: float) -> list[Figure]:
             stored[name] = [_chain(100) for _ in range(chunks // 100)]
             for chain in stored[name]:
                 cache.cache_prefix(chain)
-            cache._l1.clear()
+            cache._state.l1.clear()
         picked = {name: iter(_random.choices(chains, k=10_000)) for name, chains in stored.items()}
         times = interleave(
             {
-                "large": Case(lambda: large.find_longest_cache_hit(next(picked["large"])), large._l1.clear, 20),
-                "small": Case(lambda: small.find_longest_cache_hit(next(picked["small"])), small._l1.clear, 20),
+                "large": Case(lambda: large.find_longest_cache_hit(next(picked["large"])), large._state.l1.clear, 20),
+                "small": Case(lambda: small.find_longest_cache_hit(next(picked["small"])), small._state.l1.clear, 20),
             },
             int(200 * scale),
         )

@@ -63,6 +63,8 @@ class PrefixCacheConfig:
     lookup_timeout_s: float = 0.05
     publish_timeout_s: float = 0.2
     l1_max_bytes: int = 256 * 1024 * 1024
+    max_own_chunks: int = 1_000_000
+    """Chunks whose block ids this process remembers; beyond, the prompt published longest ago is taken back."""
     l1_ttl_s: float = 1.0
     """How long L1 trusts what Redis told: the bound on how stale holders can be."""
     touch_interval_s: float = 1.0
@@ -190,6 +192,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("lookup_timeout_s", 0.001, 60),
     ("publish_timeout_s", 0.001, 60),
     ("l1_max_bytes", 0, 2**50),
+    ("max_own_chunks", 1, 2**31),
     ("l1_ttl_s", 0, 1e9),
     ("touch_interval_s", 0, 3600),
     ("breaker_failures", 1, 10_000),

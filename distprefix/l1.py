@@ -1,15 +1,13 @@
 """L1: what this process knows of the shared tree. No Redis; the clock is passed in; the caller holds a lock.
 
 A tree for prompts that come as tokens, one for chains, one budget for both. Every node carries a snapshot of the L2
-node it was learned from. Nodes that name this worker's own blocks stay until the blocks go: they are what it must be
-able to take back.
+node it was learned from.
 """
 
 from __future__ import annotations
 
 import heapq
 import sys
-from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -17,17 +15,20 @@ from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.nodes import NodeView, Snapshot
 from distprefix.radix import PrefixTree, RadixTreeNode
 
-__all__ = ["L1", "NO_BLOCK", "Found"]
+__all__ = ["L1", "Found"]
 
-NO_BLOCK = 0xFFFFFFFF
 _UNCONFIRMED = float("-inf")
 _NOTHING = (0, 0)  # epoch and end of who covers nothing
 # Measured: node object, snapshot, children's dictionary and its key, queue entry. A test holds it to tracemalloc.
-_NODE_BYTES = 890
-_BLOCK_REFERENCE_BYTES = 220
+_NODE_BYTES = 830
+_HOLDER_BYTES = 85
 
 Node = RadixTreeNode[Snapshot]
 Live = Callable[[str, int], bool]
+
+
+def _weigh(snapshot: Snapshot | None) -> int:
+    return _HOLDER_BYTES * len(snapshot.holders) if snapshot else 0
 
 
 class Found(NamedTuple):
@@ -50,21 +51,17 @@ class L1:
         self.evicted_chunks = 0
         self._hot_threshold = hot_threshold
         self._trees: dict[bool, PrefixTree[Snapshot]] = {
-            False: PrefixTree(4 * chunk_size, max_run),
-            True: PrefixTree(HASH_BYTES, max_run),
+            False: PrefixTree(4 * chunk_size, max_run, _weigh),
+            True: PrefixTree(HASH_BYTES, max_run, _weigh),
         }
         self._queue: list[tuple[bool, float, int, Node, PrefixTree[Snapshot]]] = []
         self._queued = 0
-        self._blocks: dict[int, list[tuple[Node, int]]] = {}
 
     @property
     def bytes(self) -> int:
         """Memory in use, an estimate held to within a fifth of the truth."""
         trees = self._trees.values()
-        return (
-            sum(len(tree) * (tree.stride + HASH_BYTES) + tree.nodes * _NODE_BYTES for tree in trees)
-            + len(self._blocks) * _BLOCK_REFERENCE_BYTES
-        )
+        return sum(len(tree) * (tree.stride + HASH_BYTES) + tree.nodes * _NODE_BYTES + tree.weight for tree in trees)
 
     @property
     def chunks(self) -> int:
@@ -98,53 +95,47 @@ class L1:
                 return Found(path, chunks, node.start, resume)
         return Found(path, chunks, chunks, resume)
 
-    def published_up_to(self, found: Found, holder: str, epoch: int, blocks: bytes) -> int:
-        """The L2 head that a publish can begin at, because Redis was just told of all that lies above it."""
+    def published_up_to(self, found: Found, holder: str, epoch: int, told: int) -> int:
+        """The L2 head that a publish can begin at: Redis just said that the holder covers all above it.
+
+        `told`: depth up to which it knows the block ids as well.
+        """
         begin = 0
         for node in found.path:
             snapshot = node.value
-            if snapshot is None or node.stop > found.fresh or snapshot.holders.get(holder, (0, 0))[0] != epoch:
+            if snapshot is None or node.stop > min(found.fresh, told):
                 break
-            if snapshot.holders[holder][1] < node.stop:
-                break
-            if blocks and node.blocks != blocks[4 * node.start : 4 * node.stop]:
+            held_epoch, end = snapshot.holders.get(holder, _NOTHING)
+            if held_epoch != epoch or end < node.stop:
                 break
             begin = snapshot.start
         return begin
 
-    def assume(self, prompt: Prompt, hashes: bytes, offset: int, holder: str, epoch: int) -> None:
-        """This worker has the prompt's chunks, but Redis could not be told: look-ups ask again when it can."""
+    def assume(self, prompt: Prompt, hashes: bytes, holder: str, epoch: int) -> None:
+        """The holder has the prompt's chunks, but Redis could not be told: look-ups ask again when it can."""
         tree = self._trees[prompt.is_chain]
         path, chunks = tree.find_longest_prefix(prompt.view)
-        if chunks < offset:
-            return
         for node in path:
             if node.value is not None:
                 holders = {**node.value.holders, holder: (epoch, min(node.stop, chunks))}
-                node.value = node.value._replace(holders=holders, at=_UNCONFIRMED)
-        snapshot = Snapshot(b"", chunks, {holder: (epoch, prompt.chunks)}, 0, 0, 0, b"", _UNCONFIRMED)
-        whole = bytes(offset * HASH_BYTES) + hashes
-        for node in tree.insert(prompt.view, snapshot, hashes=whole, start=chunks):
+                tree.set_value(node, node.value._replace(holders=holders, at=_UNCONFIRMED))
+        snapshot = Snapshot(b"", chunks, prompt.chunks, {holder: (epoch, prompt.chunks)}, 0, 0, 0, b"", _UNCONFIRMED)
+        for node in tree.insert(prompt.view, snapshot, hashes=hashes, start=chunks):
             self._enqueue(node, tree)
 
-    def recall(self, node: Node, depth: int) -> tuple[Prompt, bytes]:
-        """A known prefix as a prompt again, and its chunk hashes."""
-        path = PrefixTree.path_to(node)
-        run, hashes = b"".join(part.run for part in path), b"".join(part.hashes for part in path)
-        stride = len(run) // node.stop
-        view = memoryview(run)[: depth * stride]
-        is_chain = stride == HASH_BYTES and run == hashes
-        return Prompt(view, stride, depth, (), 1, is_chain, depth), hashes[: depth * HASH_BYTES]
-
-    def retract(self, node: Node, holder: str, depth: int) -> None:
-        """The holder's coverage of the node, and of all below it, ends at `depth`."""
-        stack = [node]
-        while stack:
-            part = stack.pop()
-            if part.value is not None and holder in part.value.holders:
-                epoch, end = part.value.holders[holder]
-                part.value = part.value._replace(holders={**part.value.holders, holder: (epoch, min(end, depth))})
-                stack.extend(part.children.values())
+    def retract(self, chain: bytes, holder: str) -> None:
+        """The holder no longer has the chain's last chunk, nor anything behind it."""
+        depth = len(chain) // HASH_BYTES - 1
+        for tree in self._trees.values():
+            node = _node_on(tree, chain, depth)
+            stack = [node] if node else []
+            while stack:
+                part = stack.pop()
+                if part.value is not None and holder in part.value.holders:
+                    epoch, end = part.value.holders[holder]
+                    holders = {**part.value.holders, holder: (epoch, min(end, depth))}
+                    tree.set_value(part, part.value._replace(holders=holders))
+                    stack.extend(part.children.values())
 
     def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
@@ -163,6 +154,7 @@ class L1:
             snapshot = Snapshot(
                 hashes[at : at + HASH_BYTES],
                 view.start,
+                view.start + view.size,
                 {sys.intern(name): (epoch, view.start + k) for name, (epoch, k) in view.holders.items()},
                 view.hits,
                 view.accessed,
@@ -235,82 +227,12 @@ class L1:
             for child in list(tree.root.children.values()):
                 tree.cut(child, child.start)
         self._queue.clear()
-        self._blocks.clear()
 
     def expire(self) -> None:
-        """Trust nothing until Redis has confirmed it again; own blocks stay known."""
+        """Trust nothing until Redis has confirmed it again."""
         for node in self.iter_nodes():
             if node.value is not None:
                 node.value = node.value._replace(at=_UNCONFIRMED)
-
-    # Own blocks
-
-    def set_blocks(self, path: list[Node], blocks: bytes) -> None:
-        """This worker's blocks for the leading chunks of a path, from its first chunk (depth 0) on."""
-        ids = array("I", blocks)
-        for node in path:
-            size = node.stop - node.start
-            own = array("I", node.blocks or b"\xff" * (4 * size))
-            new = ids[node.start : node.stop]
-            for i, block in enumerate(new):
-                if own[i] != block:
-                    self._drop_reference(own[i], node, node.start + i)
-                    own[i] = block
-                    self._blocks.setdefault(block, []).append((node, node.start + i))
-            node.blocks = own.tobytes()
-
-    def own_blocks(self, path: list[Node], chunks: int) -> tuple[int, ...]:
-        """This worker's block ids for the leading chunks of a path, up to the first that it does not have."""
-        blocks: list[int] = []
-        for node in path:
-            if not node.blocks:
-                break
-            own = array("I", node.blocks)[: chunks - node.start]
-            if NO_BLOCK in own:
-                blocks += own[: own.index(NO_BLOCK)]
-                break
-            blocks += own
-            if len(own) < node.stop - node.start:
-                break
-        return tuple(blocks)
-
-    def remove_blocks(self, block_ids: Iterable[int]) -> tuple[int, dict[Node, int]]:
-        """Forget own blocks. Returns how many were known, and per node the depth that coverage now ends at."""
-        removed, cuts = 0, dict[Node, int]()
-        for block in block_ids:
-            known = False
-            for reference, depth in self._blocks.pop(block, []):
-                node = self.node_at(reference, depth)
-                if node is None or not node.blocks:
-                    continue
-                own = array("I", node.blocks)
-                if own[depth - node.start] == block:
-                    own[depth - node.start] = NO_BLOCK
-                    node.blocks = own.tobytes() if any(other != NO_BLOCK for other in own) else b""
-                    cuts[node] = min(depth, cuts.get(node, depth))
-                    known = True
-            removed += known
-        return removed, cuts
-
-    @staticmethod
-    def node_at(node: Node, depth: int) -> Node | None:
-        """The node that has the chunk at `depth` on the way to `node`; None when it is gone."""
-        if depth >= node.stop:
-            return None
-        current: Node | None = node
-        while current is not None and current.start > depth:
-            current = current.parent
-        return None if current is None or current.gone else current
-
-    def _drop_reference(self, block: int, node: Node, depth: int) -> None:
-        references = self._blocks.get(block)
-        if references is None:
-            return
-        left = [(other, at) for other, at in references if at != depth or self.node_at(other, at) is not node]
-        if left:
-            self._blocks[block] = left
-        else:
-            del self._blocks[block]
 
     # Budget
 
@@ -321,7 +243,7 @@ class L1:
         before = self.chunks
         while self._queue and self.bytes > self.max_bytes:
             hot, accessed, _, node, tree = heapq.heappop(self._queue)
-            if node.gone or node.children or node.blocks:
+            if node.gone or node.children:
                 continue  # gone, or not a leaf: queued again when it becomes one
             if (node.hits >= self._hot_threshold, node.accessed) > (hot, accessed):
                 self._enqueue(node, tree)
@@ -363,3 +285,14 @@ class L1:
         """Nodes with at least so many hits, most first."""
         nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.recent >= threshold]
         return sorted(nodes, key=lambda node: -(node.recent + (node.value.hits if node.value else 0)))
+
+
+def _node_on(tree: PrefixTree[Snapshot], chain: bytes, depth: int) -> Node | None:
+    """The node that has the chain's chunk at `depth`: the nearest head above it belongs to it, if the tree has it."""
+    wanted = chain[depth * HASH_BYTES : (depth + 1) * HASH_BYTES]
+    for start in range(depth, max(-1, depth - tree.max_run), -1):
+        node = tree.heads.get(chain[start * HASH_BYTES : (start + 1) * HASH_BYTES])
+        if node is not None:
+            at = (depth - node.start) * HASH_BYTES
+            return node if node.hashes[at : at + HASH_BYTES] == wanted else None
+    return None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 __all__ = ["CacheHitResult", "CacheTier", "Holder", "PrefixEntry"]
 
@@ -74,8 +74,6 @@ class CacheHitResult:
     hit: bool
     matched_tokens: int
     matched_chunks: int
-    block_ids: tuple[int, ...]
-    """Block ids of the matched chunks, in order, as far as the worker that was asked for (this one) has them."""
     tier: CacheTier | None
     holders: tuple[Holder, ...]
     """Longest first."""
@@ -83,16 +81,28 @@ class CacheHitResult:
     l1_chunks: int = 0
     """How many of the matched chunks L1 answered for."""
     redis_calls: int = 0
-    _make_entry: Callable[[], PrefixEntry] | None = field(default=None, repr=False, compare=False)
+    _make_entry: Callable[[tuple[int, ...]], PrefixEntry] | None = field(default=None, repr=False, compare=False)
     _entry: PrefixEntry | None = field(default=None, init=False, repr=False, compare=False)
+    _make_blocks: Callable[[], tuple[int, ...]] | None = field(default=None, repr=False, compare=False)
+    _blocks: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
     _tokens: Any = field(default=(), repr=False, compare=False)
     _matched_units: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        """Block ids of the matched chunks, in order, as far as the worker that was asked for (this one) has them.
+
+        This worker's own are read when first asked for: what it has removed since the look-up is not among them.
+        """
+        if self._blocks is None:
+            object.__setattr__(self, "_blocks", self._make_blocks() if self._make_blocks is not None else ())
+        return cast("tuple[int, ...]", self._blocks)
 
     @property
     def entry(self) -> PrefixEntry | None:
         """What is known of the matched prefix; None for a miss. Made when asked for, then the same each time."""
         if self._entry is None and self._make_entry is not None:
-            object.__setattr__(self, "_entry", self._make_entry())
+            object.__setattr__(self, "_entry", self._make_entry(self.block_ids))
         return self._entry
 
     @property

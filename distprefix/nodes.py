@@ -28,6 +28,8 @@ class Snapshot(NamedTuple):
 
     head: bytes
     start: int
+    stop: int
+    """Depth behind its last chunk."""
     holders: dict[str, tuple[int, int]]
     """Holder to (epoch, depth that it covers up to)."""
     hits: int

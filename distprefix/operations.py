@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
+from distprefix.errors import DamagedNodeError
 from distprefix.nodes import NodeView
 
 __all__ = ["SCHEMA", "WINDOW", "Call", "Published", "drop", "parse_nodes", "publish", "touch", "trim", "walk"]
@@ -43,7 +44,17 @@ class Published(NamedTuple):
 
 
 def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> list[NodeView]:
-    """Read what `walk` tells, from element `at` on; `start` is the depth of the first node."""
+    """Read what `walk` tells, from element `at` on; `start` is the depth of the first node.
+
+    Raises DamagedNodeError for what another hand wrote.
+    """
+    try:
+        return _parse_nodes(reply, start, at)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
+
+
+def _parse_nodes(reply: Sequence[Any], start: int, at: int) -> list[NodeView]:
     views: list[NodeView] = []
     while at < len(reply):
         size, matched, accessed, hits, created, metadata, blocks, count = reply[at : at + 8]

@@ -7,35 +7,59 @@ import time
 from collections import deque
 
 from distprefix import operations
-from distprefix.errors import DistPrefixError, NotAttachedError
+from distprefix.errors import DamagedNodeError, DistPrefixError, NotAttachedError, StaleEpochError
 from distprefix.redis.link import Link
 from distprefix.touches import Touches
 
 __all__ = ["Outbox"]
 
+_MOST_RETRACTIONS = 10_000
+
 
 class Outbox:
-    """Touches are sent once and may be lost; retractions are kept until Redis has taken them. Thread-safe."""
+    """Touches are sent once and may be lost; retractions are kept until Redis has taken them. Thread-safe.
+
+    More retractions than can be kept void everything at once instead: the worker takes a new epoch.
+    """
 
     def __init__(self, link: Link, holder: str) -> None:
         self.touches = Touches()
-        self.retractions: deque[bytes] = deque()
-        """Chains whose last chunk the holder no longer has, oldest first."""
+        self.retractions_refused = 0
+        """Taken back in vain: the node in Redis is damaged, or a newer process has this worker's id."""
+        self.retractions_overrun = 0
+        """How often so many waited that a new epoch was taken instead."""
+        self._retractions: deque[bytes] = deque()
         self._link = link
         self._holder = holder
         self._sending = threading.Lock()
 
+    @property
+    def waiting(self) -> int:
+        """Retractions that Redis has not taken yet."""
+        return len(self._retractions)
+
+    def retract(self, chain: bytes) -> None:
+        """The holder no longer has the chain's last chunk, nor what lies behind it. Sent later."""
+        self._retractions.append(chain)
+        if len(self._retractions) > _MOST_RETRACTIONS:
+            self._retractions.clear()
+            self.retractions_overrun += 1
+            self._link.detach()
+
     def send_retractions(self, deadline: float) -> bool:
         """Whether Redis has taken all of them by `deadline`; the rest waits. One Redis call each. Never raises."""
+        if not self._retractions:
+            return True
         if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         try:
-            while self.retractions:
-                chain = self.retractions[0]
-                self._link.publish(operations.trim(chain, self._holder, self._link.epoch), deadline)
-                self.retractions.popleft()
+            while self._retractions:
+                self._send(self._retractions[0], deadline)
+                self._retractions.popleft()
+        except IndexError:
+            return True  # given up meanwhile: a new epoch voids them all
         except NotAttachedError:
-            self.retractions.clear()  # flushed: there is nothing left to take back
+            self._retractions.clear()  # flushed: there is nothing left to take back
         except DistPrefixError:
             return False
         finally:
@@ -51,3 +75,9 @@ class Outbox:
                 self._link.publish(operations.touch(batch), self._link.publish_deadline())
             except DistPrefixError:
                 self.touches.dropped += len(batch)
+
+    def _send(self, chain: bytes, deadline: float) -> None:
+        try:
+            self._link.publish(operations.trim(chain, self._holder, self._link.epoch), deadline)
+        except (DamagedNodeError, StaleEpochError):
+            self.retractions_refused += 1

@@ -8,7 +8,7 @@ Not thread-safe: the caller holds a lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from distprefix.errors import InvalidInputError
@@ -75,11 +75,16 @@ class PrefixTree(Generic[V]):
     ``len(tree)`` is the number of prefixes (chunks); iterating gives the longest: keys that no other extends.
     """
 
-    def __init__(self, stride: int = 64, max_run: int = 256) -> None:
+    def __init__(self, stride: int = 64, max_run: int = 256, weigh: Callable[[V | None], int] = lambda _: 0) -> None:
         if stride < 1 or max_run < 1:
             raise InvalidInputError(f"stride and max_run are at least 1, not {stride} and {max_run}")
         self.stride = stride
         self.max_run = max_run
+        self.weight = 0
+        """What the nodes' values weigh together."""
+        self.heads: dict[bytes, RadixTreeNode[V]] = {}
+        """Nodes by the hash of their first chunk, those whose hashes are known."""
+        self._weigh = weigh
         self.root: RadixTreeNode[V] = RadixTreeNode(b"", 0, 0, None, None)
         self.nodes = 0
         self._chunks = 0
@@ -165,7 +170,7 @@ class PrefixTree(Generic[V]):
                 break
         for node in path:
             if node.start >= start:
-                node.value = value
+                self.set_value(node, value)
                 node.recent = 0
         last = path[-1] if path else (below or self.root)
         if matched < total and path and not last.children and last.value is value and last.start >= start:
@@ -177,11 +182,16 @@ class PrefixTree(Generic[V]):
             node = RadixTreeNode(bytes(view[matched * stride : stop * stride]), matched, stop, last, value)
             node.hashes = hashes[matched * _HASH_BYTES : stop * _HASH_BYTES]
             last.children[node.run[:stride]] = node
-            self.nodes += 1
+            self._add(node)
             self._chunks += stop - matched
             path.append(node)
             last, matched = node, stop
         return path
+
+    def set_value(self, node: RadixTreeNode[V], value: V | None) -> None:
+        """Give a node another value."""
+        self.weight += self._weigh(value) - self._weigh(node.value)
+        node.value = value
 
     def remove(self, key: bytes | memoryview) -> int:
         """Take `key` and all that extends it out; its siblings and shorter prefixes stay. Returns the chunks removed.
@@ -221,7 +231,10 @@ class PrefixTree(Generic[V]):
             assert len(node.run) == size * self.stride, f"{node} has {len(node.run)} bytes"
             assert len(node.hashes) in (0, size * _HASH_BYTES), f"{node} has {len(node.hashes)} bytes of hashes"
             assert len(node.blocks) in (0, size * _BLOCK_BYTES), f"{node} has {len(node.blocks)} bytes of blocks"
+            assert not node.hashes or self.heads.get(node.hashes[:_HASH_BYTES]) is node, f"{node} is not in heads"
         assert (nodes, chunks) == (self.nodes, self._chunks), "the counts are off"
+        assert self.weight == sum(self._weigh(node.value) for node in self.iter_nodes()), "the weight is off"
+        assert all(not node.gone for node in self.heads.values()), "heads names nodes that are gone"
 
     def _common(self, run: bytes, view: memoryview) -> int:
         """Leading chunks that `run` and `view` share, by bisection; at least one."""
@@ -247,7 +260,9 @@ class PrefixTree(Generic[V]):
         parent.children[upper.run[:stride]] = upper
         node.run, node.start, node.parent = node.run[at * stride :], upper.stop, upper
         upper.children[node.run[:stride]] = node
-        self.nodes += 1
+        self._add(upper)
+        if node.hashes:
+            self.heads[node.hashes[:_HASH_BYTES]] = node
         return upper
 
     def _append(self, node: RadixTreeNode[V], run: memoryview, hashes: bytes) -> None:
@@ -256,6 +271,7 @@ class PrefixTree(Generic[V]):
         if len(node.hashes) == (node.stop - node.start) * _HASH_BYTES and len(hashes) == added * _HASH_BYTES:
             node.hashes += hashes
         else:
+            self._lose_head(node)
             node.hashes = b""
         if node.blocks:
             node.blocks += b"\xff" * (added * _BLOCK_BYTES)
@@ -272,12 +288,27 @@ class PrefixTree(Generic[V]):
             return
         if bool(upper.hashes) != bool(lower.hashes) or upper.blocks or lower.blocks:
             return
+        self._lose_head(lower)
+        self.weight -= self._weigh(upper.value)
         lower.run, lower.hashes = upper.run + lower.run, upper.hashes + lower.hashes
         lower.start, lower.parent = upper.start, parent
         lower.accessed, lower.hits = max(lower.accessed, upper.accessed), max(lower.hits, upper.hits)
         parent.children[lower.run[: self.stride]] = lower
         upper.gone = True
         self.nodes -= 1
+        if lower.hashes:
+            self.heads[lower.hashes[:_HASH_BYTES]] = lower
+
+    def _add(self, node: RadixTreeNode[V]) -> None:
+        self.nodes += 1
+        self.weight += self._weigh(node.value)
+        if node.hashes:
+            self.heads[node.hashes[:_HASH_BYTES]] = node
+
+    def _lose_head(self, node: RadixTreeNode[V]) -> None:
+        head = node.hashes[:_HASH_BYTES]
+        if head and self.heads.get(head) is node:
+            del self.heads[head]
 
     def _forget(self, top: RadixTreeNode[V]) -> None:
         stack = [top]
@@ -285,6 +316,8 @@ class PrefixTree(Generic[V]):
             node = stack.pop()
             self.nodes -= 1
             self._chunks -= node.stop - node.start
+            self.weight -= self._weigh(node.value)
+            self._lose_head(node)
             node.gone = True
             stack.extend(node.children.values())
             node.run = node.hashes = node.blocks = b""

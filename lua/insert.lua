@@ -10,7 +10,7 @@
 -- ARGV[6]    depth of the chain's first chunk; above 0 that must be a node's head, and the holder cover the parent
 -- ARGV[7]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
 -- ARGV[8]    block ids, 4 bytes a chunk, or ""
--- ARGV[9]    metadata of the node that the chain ends in, msgpack, or ""
+-- ARGV[9]    metadata of the chain, msgpack, or "": kept with a node that ends where the chain does
 -- returns    {nodes made, chunks made, nodes in the shard, chunks in the shard, then the path as walk tells it}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
@@ -37,7 +37,7 @@ local is_leaf = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) 
 local stop = pos
 if last and last.matched < last.size then
   redis.call('HLEN', node_key(hex(slice(last.run, last.matched, last.matched + 1))))
-elseif last and is_leaf and last.size < max_run then
+elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
   stop = math.min(total, last.first + max_run)
 end
 check(chain, stop, max_run)
@@ -45,7 +45,7 @@ redis.call('ZCARD', leaves)
 
 -- Then write.
 local nodes, chunks = 0, total - pos
-if last and chunks > 0 and last.matched < last.size then
+if last and (chunks > 0 or metadata ~= '') and last.matched < last.size then
   split(last, last.matched, is_leaf)
   nodes = 1
 elseif stop > pos then

@@ -5,6 +5,7 @@ redis-py's own defaults re-send up to ten times and can hold a caller for a minu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import re
@@ -30,6 +31,8 @@ __all__ = ["Client", "connect", "new_breaker", "run"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
+_FRESH_S = 0.5
+"""A connection used so recently is taken to be open still."""
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
 _CODES: dict[str, type[errors.ScriptError]] = {
@@ -90,14 +93,21 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
         raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
 
 
-def run(operation: Generator[Call, Any, T], client: Client, meta: str, deadline: float) -> T:
-    """Drive an operation over a blocking client until `deadline` (time.monotonic)."""
+def run(
+    operation: Generator[Call, Any, T], client: Client, meta: str, deadline: float, sent: list[str] | None = None
+) -> T:
+    """Drive an operation over a blocking client until `deadline` (time.monotonic); `sent` gets the scripts called."""
     reply: Any = None
     while True:
         try:
             call = operation.send(reply)
         except StopIteration as done:
             return cast("T", done.value)
+        except errors.DamagedNodeError:
+            client.failures["DPDAMAGED"] += 1
+            raise
+        if sent is not None:
+            sent.append(call.script)
         reply = client.call(call.script, meta, call.args, deadline)
 
 
@@ -113,6 +123,8 @@ class Client:
         """Calls sent."""
         self._with_flags = True
         self._count = threading.Lock()
+        self._idle: list[tuple[Any, float]] = []
+        """Connections taken from the pool and when they were used last; the last used is the last here."""
 
     def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
         """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
@@ -144,8 +156,7 @@ class Client:
             raise self._failure("deadline", "the deadline passed before Redis could be asked")
         _current.deadline = deadline
         try:
-            pool = self.redis.connection_pool
-            connection = pool.get_connection()
+            connection = self._take()
         except (redis.RedisError, OSError) as error:
             _current.deadline = None
             raise self._failure("connect", f"cannot connect: {error}", broke=True) from error
@@ -153,9 +164,8 @@ class Client:
         try:
             with self._count:
                 self.calls += 1
-            wire = cast("_Connection", connection)
-            wire.send_command(*_split(args))
-            reply = wire.read_response(timeout=max(0.001, deadline - time.monotonic()))
+            connection.send_command(*_split(args))
+            reply = connection.read_response(timeout=max(0.001, deadline - time.monotonic()))
             healthy = True
         except NoScriptError:
             healthy = True
@@ -172,15 +182,39 @@ class Client:
             raise self._failure("connection", f"the connection failed: {error}", broke=True) from error
         finally:
             _current.deadline = None
-            if not healthy:
-                connection.disconnect()
-            pool.release(connection)
+            self._put_back(connection, healthy=healthy)
         self.breaker.succeed()
         return reply
 
     def close(self) -> None:
         """Close every connection."""
+        self._empty()
         self.redis.close()
+
+    def _take(self) -> _Connection:
+        """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
+        try:
+            connection, used = self._idle.pop()
+        except IndexError:
+            return cast("_Connection", self.redis.connection_pool.get_connection())
+        if time.monotonic() - used < _FRESH_S:
+            return connection
+        self.redis.connection_pool.release(connection)
+        return cast("_Connection", self.redis.connection_pool.get_connection())
+
+    def _put_back(self, connection: Any, *, healthy: bool) -> None:
+        """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
+        if healthy:
+            self._idle.append((connection, time.monotonic()))
+            return
+        connection.disconnect()
+        self.redis.connection_pool.release(connection)
+        self._empty()  # they lead to the same server
+
+    def _empty(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                self.redis.connection_pool.release(self._idle.pop()[0])
 
     def _break(self) -> None:
         opened = self.breaker.opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +59,10 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
+    newest = _newest_epochs(nodes.values())
     for head, node in nodes.items():
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
-        problems += _check_closed(head, node, above) if above else []
+        problems += _check_closed(head, node, above, newest) if above else []
     members: Any = client.zrange(keys.leaves, 0, -1)
     leaves = {member.decode() for member in members}
     expected = {head for last, head in owners.items() if last not in children}
@@ -85,16 +87,24 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
     return problems
 
 
-def _check_closed(head: str, node: dict[bytes, bytes], above: dict[bytes, bytes]) -> list[str]:
-    """Who covers a node covers all of its parent, under the same epoch or a newer one."""
+def _newest_epochs(nodes: Iterable[dict[bytes, bytes]]) -> dict[bytes, int]:
+    newest: dict[bytes, int] = {}
+    for node in nodes:
+        for name, value in node.items():
+            if name.startswith(b"h:"):
+                newest[name] = max(newest.get(name, 0), int(value.partition(b":")[0]))
+    return newest
+
+
+def _check_closed(
+    head: str, node: dict[bytes, bytes], above: dict[bytes, bytes], newest: dict[bytes, int]
+) -> list[str]:
+    """Who covers a node covers all of its parent; coverage under an older epoch counts for nothing, here as well."""
     problems: list[str] = []
     for name, value in node.items():
-        if name.startswith(b"h:"):
-            epoch, _, covered = above.get(name, b"0:0").partition(b":")
-            if int(epoch) < int(value.partition(b":")[0]) or (
-                int(epoch) == int(value.partition(b":")[0]) and int(covered) != len(above[b"r"]) // 16
-            ):
-                problems.append(f"node {head}: {name.decode()} does not cover the parent")
+        epoch, end = value.partition(b":")[0], len(above[b"r"]) // 16
+        if name.startswith(b"h:") and int(epoch) == newest[name] and above.get(name) != b"%s:%d" % (epoch, end):
+            problems.append(f"node {head}: {name.decode()} does not cover the parent")
     return problems
 
 

@@ -64,7 +64,7 @@ class Link:
         self.attached = True
 
     def attach_again(self, seen_epoch: int, deadline: float) -> None:
-        """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch` fail.
+        """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch`.
 
         Four calls. Raises NamespaceError or UnavailableError.
         """
@@ -73,34 +73,26 @@ class Link:
         try:
             if self.epoch == seen_epoch:
                 self._attach(self.publishes, deadline)
-                _log.warning("namespace %s was gone: attached again, epoch %d", self._config.namespace, self.epoch)
+                _log.warning("attached to namespace %s again, under epoch %d", self._config.namespace, self.epoch)
         finally:
             self._attaching.release()
 
-    def look_up(self, operation: Generator[Call, Any, T]) -> tuple[T | None, int]:
-        """Run a look-up within its deadline. Returns None when Redis failed, and the calls made."""
-        deadline, calls = time.monotonic() + self._config.lookup_timeout_s, 0
-
-        def counted() -> Generator[Call, Any, T]:
-            nonlocal calls
-            reply: Any = None
-            while True:
-                try:
-                    call = operation.send(reply)
-                except StopIteration as done:
-                    return done.value
-                calls += 1
-                reply = yield call
-
+    def look_up(self, operation: Generator[Call, Any, T], deadline: float) -> tuple[T | None, int]:
+        """Run a look-up. Returns None when Redis failed, and the calls made."""
+        sent: list[str] = []
         try:
-            return run(counted(), self.lookups, self.keys.meta, deadline), calls
+            return run(operation, self.lookups, self.keys.meta, deadline, sent), len(sent)
         except NotAttachedError:
             self.attached = False
             raise
         except DistPrefixError:
             if self._config.strict:
                 raise
-            return None, calls
+            return None, len(sent)
+
+    def detach(self) -> None:
+        """Take a new epoch before anything else is published: all that was published so far counts for nothing."""
+        self.attached = False
 
     def settled_epoch(self) -> int:
         """The epoch that counts, once no other thread is attaching."""
@@ -147,7 +139,12 @@ class Link:
         worker = self._workers.get(holder)
         if worker is None:
             worker = self._workers[holder] = holder.partition("@")[0].partition("/")[0]
-        return not worker or epoch >= self._epochs.get(worker, 0)
+        if not worker:
+            return True
+        known = self._epochs.get(worker, 0)
+        if epoch > known:
+            self._epochs[worker] = epoch  # a reply told of it before the epochs were read again
+        return epoch >= known
 
     def close(self) -> None:
         """Close connections and leave the private server."""

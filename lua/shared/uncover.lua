@@ -32,6 +32,7 @@ local function uncover(head, run, holder, keep)
       nodes, chunks = 1, size
     elseif longest < size then
       redis.call('HSET', key, 'r', slice(run, 0, longest))
+      redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
       redis.call('HINCRBY', KEYS[1], 'chunks', longest - size)
       redis.call('XADD', base .. 'log', 'MAXLEN', '~', 10000, '*', 'trimmed', head)
       chunks = size - longest

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +72,36 @@ def test_look_ups_answer_within_their_deadline(own_server: Server, cache: Prefix
     assert cache.find_longest_cache_hit(prompt(9)).matched_chunks == 6
     assert not cache.find_longest_cache_hit([9] * 40).hit
     assert sum(cache.get_metrics()["redis_failures"].values()) >= 3
+
+
+def test_the_deadline_covers_hashing(own_server: Server) -> None:
+    """A prompt that takes longer to hash than a look-up may take is looked up in part, in time."""
+    with PrefixCacheOptimizer(settings(own_server, chunk_size=1, max_prefix_length=2_000_000)) as cache:
+        cache.cache_prefix([7] * 5000)
+        assert cache.find_longest_cache_hit([7] * 5000).matched_chunks == 5000
+        long = array("I", [7] * 5000 + [8] * 1_000_000)
+        assert cache.find_longest_cache_hit(long).matched_chunks == 5000
+        own_server.freeze()
+        assert took(lambda: cache.find_longest_cache_hit(long)) < LOOKUP_S + MARGIN_S
+
+
+@pytest.mark.parametrize("value", [b"", b"x:y", b"1", b"1:\xff"])
+def test_a_malformed_holder_is_a_clean_miss(own_server: Server, cache: PrefixCacheOptimizer, value: bytes) -> None:
+    """Coverage that another hand wrote gives what L1 has, and is counted."""
+    admin: Any = own_server.client()
+    admin.hset(next(iter(admin.scan_iter(match="dp:*:n:*"))), "h:w9/0@gpu", value)
+    assert cache.find_longest_cache_hit(prompt(9)).matched_chunks == 6
+    assert cache.get_metrics()["redis_failures"]["DPDAMAGED"] == 1
+
+
+def test_a_forgotten_cache_ends(own_server: Server) -> None:
+    """A cache that nobody closed and nobody holds leaves no thread behind."""
+    before = threading.active_count()
+    cache = PrefixCacheOptimizer(settings(own_server, touch_interval_s=0.05))
+    assert threading.active_count() == before + 1
+    del cache
+    gc.collect()
+    wait_until(lambda: threading.active_count() == before)
 
 
 def test_publishes_are_dropped_within_their_deadline(own_server: Server, cache: PrefixCacheOptimizer) -> None:

@@ -164,6 +164,29 @@ def test_metadata_comes_back(any_server: Backend) -> None:
     assert entry.metadata == {"session": "a", "turn": 3}
 
 
+def test_metadata_belongs_to_one_prompt(any_server: Backend) -> None:
+    """Prompts that end in one another's runs keep theirs, and a match that ends elsewhere shows none."""
+    cache, reader = any_server.open("w1"), any_server.open("w2", l1_ttl_s=0)
+    cache.cache_prefix(prompt(6), metadata={"turn": 2})
+    cache.cache_prefix(prompt(3), metadata={"turn": 1})
+    cache.cache_prefix(prompt(9), metadata={"turn": 3})
+    cache.cache_prefix(prompt(12))
+    seen = [reader.find_longest_cache_hit(prompt(length)).entry for length in (2, 3, 5, 6, 9, 11, 12)]
+    turns = [entry.metadata and entry.metadata["turn"] for entry in seen if entry]
+    assert turns == [None, 1, None, 2, 3, None, None]
+    assert reader.check_integrity().ok
+
+
+def test_a_new_epoch_is_learned_from_replies(any_server: Backend) -> None:
+    """A reader that sees a worker's new epoch counts nothing of older ones, before it reads the epochs again."""
+    any_server.open("w1").cache_prefix([7] * 16)
+    reader = any_server.open("w2", l1_ttl_s=0)
+    assert reader.find_longest_cache_hit([7] * 16).hit
+    any_server.open("w1").cache_prefix([8] * 16)
+    assert reader.find_longest_cache_hit([8] * 16).hit
+    assert not reader.find_longest_cache_hit([7] * 16).hit
+
+
 def test_short_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None:
     """Empty prompts, prompts below a chunk and block ids that do not fit raise and change nothing."""
     cache = any_server.open()

@@ -83,7 +83,7 @@ def play(backend: Backend, open_cache: Callable[[str], PrefixCacheOptimizer], st
                 model.publish(worker, chunks)
             elif action == "look up":
                 for reader in caches.values():
-                    reader._link.refresh()
+                    reader._state.link.refresh()
                 check(cache, model, chunks)
                 assert (
                     cache.get_computed_blocks(tokens(chunks)) == model.ids(worker, chunks)[: model.held(worker, chunks)]
@@ -96,7 +96,7 @@ def play(backend: Backend, open_cache: Callable[[str], PrefixCacheOptimizer], st
                 cache.close()
                 caches[worker] = open_cache(worker)
                 model.has[worker] = set()
-        caches["w1"]._link.refresh()
+        caches["w1"]._state.link.refresh()
         for _, _, chunks, _ in steps:
             check(caches["w1"], model, chunks)
         report = caches["w1"].check_integrity()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distprefix import Chain, Holder, PrefixCacheOptimizer, operations
+from distprefix import Chain, PrefixCacheOptimizer, operations
 from distprefix.chunking import chain_hashes, chain_root
 from distprefix.errors import DamagedNodeError, DistPrefixError, NoParentError
 from tests.contract.test_find import prompt
@@ -166,65 +166,6 @@ def test_a_publish_goes_on_where_the_last_one_stopped(any_server: Backend, monke
     assert any_server.open("w2", max_run=4).find_longest_cache_hit(prompt(15)).matched_chunks == 15
 
 
-def test_removed_blocks_shorten_what_is_found(any_server: Backend) -> None:
-    """Taking blocks back ends the worker's coverage there, for itself and for others, and drops what nobody holds."""
-    one, two = any_server.open("w1"), any_server.open("w2")
-    one.cache_prefix(prompt(10), range(10))
-    two.cache_prefix(prompt(6), range(50, 56))
-    assert one.remove_skipped_blocks([8, 3, 77]) == 2
-    assert one.get_computed_blocks(prompt(10)) == [0, 1, 2]
-    assert any_server.open("w3").find_longest_cache_hit(prompt(10)).holders == (
-        Holder("w2/0@gpu", 6),
-        Holder("w1/0@gpu", 3),
-    )
-    sound(one, 1, 6)
-    assert two.remove_skipped_blocks(range(50, 56)) == 6
-    assert one.remove_skipped_blocks([0]) == 1
-    assert not any_server.open("w4").find_longest_cache_hit(prompt(10)).hit
-    sound(one, 0, 0)
-
-
-def test_coverage_behind_a_lost_block_goes(any_server: Backend) -> None:
-    """Coverage is closed under prefix: a lost block takes all branches behind it, and what nobody covers is removed."""
-    one, two = any_server.open("w1", max_run=4), any_server.open("w2", max_run=4)
-    one.cache_prefix(prompt(12), range(12))
-    one.cache_prefix(prompt(12, tail=6), [*range(6), *range(20, 26)])
-    two.cache_prefix(prompt(6))
-    sound(one, 6, 18)
-    assert one.remove_skipped_blocks([1]) == 1
-    sound(one, 2, 6)
-    assert one.find_longest_cache_hit(prompt(12)).matched_chunks == 1
-    one.cache_prefix(prompt(3), range(3))
-    assert any_server.open("w3", max_run=4).find_longest_cache_hit(prompt(12)).holders == (
-        Holder("w2/0@gpu", 6),
-        Holder("w1/0@gpu", 3),
-    )
-
-
-def test_removal_leaves_siblings_alone(any_server: Backend) -> None:
-    """Blocks behind a fork go without touching the other branches."""
-    cache = any_server.open()
-    cache.cache_prefix(prompt(9), range(9))
-    cache.cache_prefix(prompt(9, tail=5), [*range(5), *range(20, 24)])
-    assert cache.remove_skipped_blocks([5]) == 1
-    reader = any_server.open("w2")
-    assert reader.find_longest_cache_hit(prompt(9)).matched_chunks == 5
-    assert reader.find_longest_cache_hit(prompt(9, tail=5)).matched_chunks == 9
-    sound(cache, 2, 9)
-
-
-def test_blocks_of_a_prefix_can_move(any_server: Backend) -> None:
-    """update_prefix_state gives a published prefix other blocks, and is False for what it does not know."""
-    cache = any_server.open()
-    name = cache.cache_prefix(prompt(5), range(5))
-    assert cache.update_prefix_state(name, range(90, 95))
-    assert cache.get_computed_blocks(prompt(5)) == list(range(90, 95))
-    result = any_server.open("w2").find_longest_cache_hit(prompt(5), blocks_of="w1/0@gpu")
-    assert result.block_ids == tuple(range(90, 95))
-    assert cache.remove_skipped_blocks(range(5)) == 0
-    assert not cache.update_prefix_state("00" * 16, range(5))
-
-
 def test_touches_count_and_order_leaves(any_server: Backend) -> None:
     """Touches add hits, renew the access time, move the leaf to the end of the order, and never go back in time."""
     cache = any_server.open()
@@ -232,11 +173,11 @@ def test_touches_count_and_order_leaves(any_server: Backend) -> None:
     cache.cache_prefix(prompt(3, tail=1)[4:])
     old, new = heads(prompt(3))[0], heads(prompt(3, tail=1)[4:])[0]
     later = int(time.time() * 1000) + 60_000
-    touched = cache._link.publish(operations.touch([(bytes.fromhex(old), 2, later), (b"\0" * 16, 1, later)]))
+    touched = cache._state.link.publish(operations.touch([(bytes.fromhex(old), 2, later), (b"\0" * 16, 1, later)]))
     assert touched == 1
     leaves: Any = any_server.admin.zrange(any_server.keys.leaves, 0, -1)
     assert leaves == [new.encode(), old.encode()]
-    cache._link.publish(operations.touch([(bytes.fromhex(old), 1, 5)]))
+    cache._state.link.publish(operations.touch([(bytes.fromhex(old), 1, 5)]))
     node = fields(any_server, any_server.keys.node(old))
     assert (node[b"n"], node[b"a"]) == (b"3", str(later).encode())
 
@@ -257,7 +198,7 @@ def test_drop_takes_a_subtree_in_portions(any_server: Backend, monkeypatch: pyte
     cache = any_server.open(max_run=2)
     cache.cache_prefix(prompt(20))
     cache.cache_prefix(prompt(20, tail=4))
-    assert cache._link.administer(operations.drop(heads(prompt(20))[4])) == (8, 16)
+    assert cache._state.link.administer(operations.drop(heads(prompt(20))[4])) == (8, 16)
     sound(cache, 10, 20)
     assert any_server.open("w2", max_run=2).find_longest_cache_hit(prompt(20)).matched_chunks == 4
 
@@ -317,7 +258,7 @@ def test_foreign_keys_are_refused_without_partial_writes(any_server: Backend, pl
     before = any_server.dump()
     other = any_server.open("w2", max_run=4, strict=False) if place != "meta" else cache
     with pytest.raises(DistPrefixError):
-        other._link.publish(
+        other._state.link.publish(
             operations.publish(bytes.fromhex("".join(names)), 0, "w2/0@gpu", 99, now_ms=5_000_000_000_000, max_run=4)
         )
     assert any_server.dump() == before
@@ -335,7 +276,7 @@ def test_touches_of_a_foreign_key_change_nothing(any_server: Backend) -> None:
     any_server.admin.set(any_server.keys.leaves, "foreign")
     before = any_server.dump()
     with pytest.raises(DistPrefixError):
-        cache._link.publish(operations.touch([(bytes.fromhex(heads(prompt(3))[0]), 1, 5_000_000_000_000)]))
+        cache._state.link.publish(operations.touch([(bytes.fromhex(heads(prompt(3))[0]), 1, 5_000_000_000_000)]))
     assert any_server.dump() == before
 
 
@@ -347,13 +288,13 @@ def test_running_an_insert_again_changes_nothing(any_server: Backend, first: int
     chain = bytes.fromhex("".join(heads(prompt(12, tail=7))))
     before: dict[str, Any] = {}
     for attempt in range(2):
-        made = cache._link.publish(
+        made = cache._state.link.publish(
             operations.publish(chain, 0, "w2/0@gpu", 1, now_ms=5_000_000_000_000, max_run=4, blocks=b"abcd" * 12)
         )
         assert attempt == 0 or (made.nodes_made, made.chunks_made, any_server.dump()) == (0, 0, before)
         before = any_server.dump()
     for attempt in range(2):
-        taken = cache._link.publish(operations.trim(chain[: 16 * 6], "w2/0@gpu", 1))
+        taken = cache._state.link.publish(operations.trim(chain[: 16 * 6], "w2/0@gpu", 1))
         assert attempt == 0 or (taken, any_server.dump()) == (0, before)
         before = any_server.dump()
     assert cache.check_integrity().ok
@@ -366,7 +307,7 @@ def test_going_on_from_a_node_that_is_gone_is_refused(any_server: Backend) -> No
     chain = bytes.fromhex("".join(heads(prompt(12))))
     any_server.open("w2", max_run=4).clear()
     with pytest.raises(NoParentError):
-        cache._link.publish(operations.publish(chain[64:], 4, "w1/0@gpu", 1, now_ms=1, max_run=4))
+        cache._state.link.publish(operations.publish(chain[64:], 4, "w1/0@gpu", 1, now_ms=1, max_run=4))
     cache.cache_prefix(prompt(12))
     assert any_server.open("w3", max_run=4).find_longest_cache_hit(prompt(12)).matched_chunks == 12
     sound(cache, 3, 12)

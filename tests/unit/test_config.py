@@ -40,6 +40,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("lookup_timeout_s", 0.0, "between 0.001 and 60"),
     ("publish_timeout_s", "fast", "a number"),
     ("l1_max_bytes", -1, "between 0 and"),
+    ("max_own_chunks", 0, "between 1 and"),
     ("l1_ttl_s", -0.1, "between 0 and"),
     ("touch_interval_s", 3601.0, "between 0 and 3600"),
     ("breaker_failures", 0, "between 1 and 10000"),

@@ -1,11 +1,9 @@
-"""What a process knows: snapshots, trust, own blocks, and a budget that is honest."""
+"""What a process knows: snapshots, trust, and a budget that is honest."""
 
 from __future__ import annotations
 
 import random
 import tracemalloc
-from array import array
-from typing import Any
 
 import pytest
 
@@ -48,14 +46,6 @@ def live(holder: str, epoch: int) -> bool:
     return True
 
 
-def with_blocks(l1: L1, prompt: Prompt, ids: list[int], now: float = 0.0) -> list[Node]:
-    """Learn a prompt and say which blocks it lies in."""
-    learn(l1, prompt, now)
-    path = l1.find(prompt, now).path
-    l1.set_blocks(path, array("I", ids).tobytes())
-    return path
-
-
 def test_young_snapshots_are_trusted_and_old_ones_are_not() -> None:
     """What is older than the time to live still is there, but has to be asked for again, from its own head on."""
     l1, prompt = new(ttl_s=10), prompt_of(*range(8))
@@ -84,7 +74,7 @@ def test_retracted_coverage_ends_on_all_branches() -> None:
     l1, prompt, branch = new(max_run=2), prompt_of(*range(6)), prompt_of(0, 1, 2, 7)
     learn(l1, prompt, 0.0, view(0, 2, 2, w=2, v=2), view(2, 2, 2, w=2, v=2), view(4, 2, 2, w=2))
     learn(l1, branch, 0.0, view(0, 2, 2, w=2, v=2), view(2, 1, 1, w=1, v=1), view(3, 1, 1, w=1))
-    l1.retract(l1.find(prompt, 0.0).path[0], "w", 1)
+    l1.retract(hashes_of(prompt)[:32], "w")
     for each in (prompt, branch):
         found = l1.find(each, 0.0)
         assert l1.coverage(found.path, found.chunks, live)["w"] == 1
@@ -110,81 +100,6 @@ def test_a_cut_forgets_what_redis_does_not_have() -> None:
     assert l1.find(prompt, 0.0).chunks == 4
     l1.cut(prompt, 0)
     assert l1.chunks == 0
-
-
-def test_blocks_are_those_of_the_leading_chunks() -> None:
-    """Own blocks come in order, up to the first chunk that has none, through splits too."""
-    l1, prompt = new(), prompt_of(*range(6))
-    with_blocks(l1, prompt, [10, 11, 12, 13, 14, 15])
-    learn(l1, prompt_of(0, 1, 2, 7), 0.0, view(0, 3, 3, w=3), view(3, 1, 1, w=1))
-    assert l1.own_blocks(l1.find(prompt, 0.0).path, 5) == (10, 11, 12, 13, 14)
-    other = l1.find(prompt_of(0, 1, 2, 7), 0.0)
-    assert l1.own_blocks(other.path, other.chunks) == (10, 11, 12)
-
-
-def test_removed_blocks_are_found_at_their_nodes() -> None:
-    """Removing blocks tells how many were known and where coverage ends now, per node, and changes no other node."""
-    l1 = new()
-    kept = with_blocks(l1, prompt_of(8, 8, 8), [80, 81, 82])[0]
-    (node,) = with_blocks(l1, prompt_of(*range(6)), [10, 11, 12, 13, 14, 15])
-    before = kept.blocks
-    assert l1.remove_blocks([14, 12, 99]) == (2, {node: 2})
-    assert kept.blocks is before
-    assert l1.own_blocks([node], 6) == (10, 11)
-    assert l1.remove_blocks([12]) == (0, {})
-
-
-def test_removal_reads_only_the_nodes_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cost of a removal is in proportion to the blocks named: as many nodes are visited with 10 as with 1,000."""
-    visits: list[int] = []
-    for size in (10, 1000):
-        l1, seen = new(), 0
-        for i in range(size):
-            with_blocks(l1, prompt_of(i, i, i), [3 * i, 3 * i + 1, 3 * i + 2])
-        node_at = L1.node_at
-
-        def counted(node: Node, depth: int, node_at: Any = node_at) -> Node | None:
-            nonlocal seen
-            seen += 1
-            return node_at(node, depth)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(L1, "node_at", staticmethod(counted))
-            patch.setattr(L1, "iter_nodes", None)
-            assert l1.remove_blocks([4, 7])[0] == 2
-        visits.append(seen)
-    assert visits == [2, 2]
-
-
-def test_a_block_that_moved_is_known_where_it_is() -> None:
-    """A chunk published with another block is no longer in the old one."""
-    l1, prompt = new(), prompt_of(1, 2, 3)
-    with_blocks(l1, prompt, [5, 6, 7])
-    with_blocks(l1, prompt, [5, 9, 7])
-    assert l1.remove_blocks([6])[0] == 0
-    assert l1.remove_blocks([9])[0] == 1
-
-
-def test_blocks_above_a_forgotten_branch_stay_known() -> None:
-    """Own blocks of a prefix can be taken back after the branch that they were published with has been forgotten."""
-    l1, prompt = new(), prompt_of(*range(6))
-    with_blocks(l1, prompt, [10, 11, 12, 13, 14, 15])
-    l1.cut(prompt, 3)
-    removed, cuts = l1.remove_blocks([11])
-    assert (removed, list(cuts.values())) == (1, [1])
-    assert l1.remove_blocks([14])[0] == 0
-
-
-def test_blocks_above_an_evicted_branch_stay_known() -> None:
-    """The same when the branch was evicted after its own blocks had gone."""
-    l1, prompt = new(), prompt_of(*range(6))
-    with_blocks(l1, prompt, [10, 11, 12, 13, 14, 15])
-    learn(l1, prompt_of(0, 1, 2, 7), 0.0, view(0, 3, 3, w=3), view(3, 1, 1, w=1))
-    l1.remove_blocks([13, 14, 15])
-    l1.max_bytes = 0
-    l1.shrink()
-    assert l1.find(prompt, 0.0).chunks == 3
-    assert l1.remove_blocks([10])[0] == 1
 
 
 def test_leaves_go_first_and_oldest_first() -> None:
@@ -215,27 +130,14 @@ def test_hot_nodes_go_last() -> None:
     assert [l1.find(prompt_of(i, i), 9.0).chunks for i in range(1, 6)] == [2, 0, 0, 0, 0]
 
 
-def test_own_blocks_are_never_evicted() -> None:
-    """Nodes that name own blocks stay whatever the budget is, until the blocks go."""
-    l1 = new(max_bytes=0)
-    with_blocks(l1, prompt_of(1, 1), [4, 5])
-    learn(l1, prompt_of(2, 2), 1.0)
-    l1.shrink()
-    assert [l1.find(prompt_of(i, i), 1.0).chunks for i in (1, 2)] == [2, 0]
-    l1.remove_blocks([4, 5])
-    learn(l1, prompt_of(1, 1), 2.0)
-    l1.shrink()
-    assert l1.chunks == 0
-
-
 def test_unpublished_prefixes_are_never_trusted() -> None:
     """What Redis could not be told is known here and asked for again."""
     l1, prompt = new(), prompt_of(1, 2, 3)
-    l1.assume(prompt, hashes_of(prompt), 0, HOLDER, 1)
+    l1.assume(prompt, hashes_of(prompt), HOLDER, 1)
     found = l1.find(prompt, 0.0)
     assert (found.chunks, found.fresh, found.resume) == (3, 0, 0)
     assert l1.coverage(found.path, 3, live) == {HOLDER: 3}
-    assert l1.published_up_to(found, HOLDER, 1, b"") == 0
+    assert l1.published_up_to(found, HOLDER, 1, 3) == 0
 
 
 def test_a_publish_begins_where_redis_was_just_told() -> None:
@@ -244,15 +146,12 @@ def test_a_publish_begins_where_redis_was_just_told() -> None:
     told = [view(0, 4, 4), view(4, 2, 2)]
     told = [each._replace(holders={HOLDER: (3, each.size)}) for each in told]
     learn(l1, prompt, 0.0, *told)
-    path = l1.find(prompt, 0.0).path
-    ids = array("I", range(6)).tobytes()
-    l1.set_blocks(path, ids)
     found = l1.find(prompt, 0.0)
-    assert l1.published_up_to(found, HOLDER, 3, ids) == 4
-    assert l1.published_up_to(found, HOLDER, 4, ids) == 0
-    assert l1.published_up_to(found, "w2/0@gpu", 3, b"") == 0
-    assert l1.published_up_to(found, HOLDER, 3, bytes(24)) == 0
-    assert l1.published_up_to(l1.find(prompt, 99.0), HOLDER, 3, ids) == 0
+    assert l1.published_up_to(found, HOLDER, 3, 6) == 4
+    assert l1.published_up_to(found, HOLDER, 3, 5) == 0
+    assert l1.published_up_to(found, HOLDER, 4, 6) == 0
+    assert l1.published_up_to(found, "w2/0@gpu", 3, 6) == 0
+    assert l1.published_up_to(l1.find(prompt, 99.0), HOLDER, 3, 6) == 0
 
 
 def test_the_hottest_come_first() -> None:
@@ -264,15 +163,14 @@ def test_the_hottest_come_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunks", "fanout", "blocks", "holders"),
-    [(1, 4000, False, 1), (4, 4000, False, 1), (60, 1500, False, 1), (8, 1500, True, 1), (3, 3000, False, 4)],
+    ("chunks", "fanout", "holders"),
+    [(1, 4000, 1), (4, 4000, 1), (60, 1500, 1), (3, 3000, 4), (2, 400, 64)],
 )
-def test_the_budget_is_honest(chunks: int, fanout: int, blocks: bool, holders: int) -> None:
+def test_the_budget_is_honest(chunks: int, fanout: int, holders: int) -> None:
     """The bytes that L1 says it takes are within a fifth of what is really allocated, in trees of different shapes."""
     rng = random.Random(4)
     prompts = [prompt_of(i % 50, *(rng.randrange(2**31) for _ in range(chunks))) for i in range(fanout)]
     hashes = [hashes_of(prompt) for prompt in prompts]
-    next_block = 1000
     tracemalloc.start()
     try:
         l1 = new()
@@ -283,12 +181,6 @@ def test_the_budget_is_honest(chunks: int, fanout: int, blocks: bool, holders: i
                 for at, size in ((0, 1), (1, chunks))
             ]
             l1.learn(prompt, packed, 0, told, 1.0)
-            if blocks:
-                count = prompt.chunks
-                ids = array("I", range(next_block, next_block + count))
-                ids[0] = 7
-                l1.set_blocks(l1.find(prompt, 1.0).path, ids.tobytes())
-                next_block += count
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()

@@ -1,0 +1,139 @@
+"""Looking a prompt up: L1 first, one walk of Redis from where L1 stopped, the answer taken over into L1."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from typing import Any
+
+from distprefix import operations
+from distprefix.chunking import Prompt
+from distprefix.errors import NotAttachedError
+from distprefix.l1 import Found, Node
+from distprefix.model import CacheHitResult, CacheTier, Holder
+from distprefix.nodes import NodeView
+from distprefix.results import entry_of
+from distprefix.state import State
+
+__all__ = ["look_up"]
+
+_HASHING_SHARE = 0.6
+"""Of a look-up's deadline: a prompt so long that hashing takes longer is looked up in part."""
+
+
+def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResult:
+    """See `PrefixCacheOptimizer.find_longest_cache_hit`."""
+    began = time.perf_counter_ns()
+    prompt, now = state.read(token_ids), time.monotonic()
+    deadline = now + state.config.lookup_timeout_s
+    with state.lock:
+        found = state.l1.find(prompt, now)
+        if found.fresh == prompt.chunks and blocks_of is None:
+            return _conclude(state, prompt, found, found.chunks, 0, None, began)
+    start = found.resume if blocks_of is None else 0
+    hashes = state.hashes(prompt, found, start, now + _HASHING_SHARE * state.config.lookup_timeout_s)
+    views, calls = _ask(state, operations.walk(hashes, start, blocks_of or ""), deadline)
+    blocks = None if blocks_of is None else b""
+    with state.lock:
+        answered = found.chunks
+        if views is not None:
+            answered = found.fresh
+            reached = views[-1].start + views[-1].matched if views else start
+            state.l1.learn(prompt, hashes, start, views, now)
+            if reached < found.chunks:
+                state.l1.cut(prompt, reached)
+            if blocks_of is not None:
+                blocks = _blocks_of(state, views, blocks_of)
+        result = _conclude(state, prompt, state.l1.find(prompt, now), answered, calls, blocks, began)
+        state.l1.shrink()  # not before: the prompt may be larger than the budget
+        return result
+
+
+def _ask(state: State, operation: Any, deadline: float) -> tuple[list[NodeView] | None, int]:
+    try:
+        return state.link.look_up(operation, deadline)
+    except NotAttachedError:
+        if state.config.strict:
+            raise
+        return [], 1
+
+
+def _conclude(
+    state: State, prompt: Prompt, found: Found, answered: int, calls: int, blocks: bytes | None, began: int
+) -> CacheHitResult:
+    """The result, from what L1 knows now. Under the lock.
+
+    `answered`: leading chunks that L1 vouched for; `blocks`: block ids of the holder that was asked for.
+    """
+    size, counts = state.config.chunk_size, state.counts
+    coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
+    matched = max(coverage.values()) if coverage else 0
+    if matched * size < state.config.min_prefix_length:
+        matched, coverage = 0, {}
+    counts["lookups"] += 1
+    counts["chunks"] += prompt.chunks
+    l1_chunks = min(matched, answered)
+    make_entry = make_blocks = tier = None
+    if matched:
+        tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
+        node = _last_node(found.path, matched)
+        state.l1.touch(node, time.monotonic())
+        if node.value is not None:
+            state.outbox.touches.add(node.value.head)
+        counts["hits"] += 1
+        counts["chunks_hit"] += matched
+        counts["chunks_hit_l1"] += l1_chunks
+        make_entry = entry_of(node, matched, size, tier, state.outbox.touches)
+        if blocks is not None:
+            ids = tuple(array("I", blocks[: 4 * matched]))
+            make_blocks = lambda: ids  # noqa: E731
+        elif len(state.own):
+            make_blocks = lambda: own_blocks(state, prompt, matched)  # noqa: E731
+    holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
+    return CacheHitResult(
+        hit=matched > 0,
+        matched_tokens=matched * size,
+        matched_chunks=matched,
+        tier=tier,
+        holders=tuple(map(Holder._make, holders)),
+        lookup_time_us=(time.perf_counter_ns() - began) / 1000,
+        l1_chunks=l1_chunks,
+        redis_calls=calls,
+        _make_entry=make_entry,
+        _make_blocks=make_blocks,
+        _tokens=prompt.tokens,
+        _matched_units=matched * prompt.unit,
+    )
+
+
+def own_blocks(state: State, prompt: Prompt, chunks: int) -> tuple[int, ...]:
+    """This worker's own block ids for a prompt's leading chunks, as many as it has. No Redis call."""
+    if not len(state.own):
+        return ()
+    prompt = prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
+    with state.lock:
+        found = state.l1.find(prompt, time.monotonic())
+    hashes = state.hashes(prompt, found, 0)
+    with state.lock:
+        return state.own.ids(hashes)
+
+
+def _last_node(path: list[Node], depth: int) -> Node:
+    """The node that the chunk before `depth` is in."""
+    end = len(path)
+    while path[end - 1].start >= depth:
+        end -= 1
+    return path[end - 1]
+
+
+def _blocks_of(state: State, views: list[NodeView], holder: str) -> bytes:
+    """A holder's block ids up to its first gap; none that an older process of its worker id left behind."""
+    blocks: list[bytes] = []
+    for view in views:
+        epoch, covered = view.holders.get(holder, (0, 0))
+        if not covered or not state.link.is_live(holder, epoch):
+            break
+        blocks.append(view.blocks[: 4 * min(covered, view.matched)])
+        if len(blocks[-1]) < 4 * view.matched:
+            break
+    return b"".join(blocks)

@@ -1,0 +1,40 @@
+"""What happened so far in a process, as numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distprefix.state import State
+
+__all__ = ["metrics_of"]
+
+
+def metrics_of(state: State) -> dict[str, Any]:
+    """Every counter and gauge; `PrefixCacheOptimizer.get_metrics` has it. No Redis call."""
+    counts, link, outbox, l1 = state.counts, state.link, state.outbox, state.l1
+    return {
+        "lookups": counts["lookups"],
+        "hits": counts["hits"],
+        "misses": counts["lookups"] - counts["hits"],
+        "hit_rate": counts["hits"] / counts["lookups"] if counts["lookups"] else 0.0,
+        "chunks_looked_up": counts["chunks"],
+        "chunks_hit": counts["chunks_hit"],
+        "chunks_hit_l1": counts["chunks_hit_l1"],
+        "publishes": counts["publishes"],
+        "publishes_dropped": counts["publishes_dropped"],
+        "redis_calls_lookup": link.lookups.calls,
+        "redis_calls_publish": link.publishes.calls,
+        "redis_failures": dict(link.failures),
+        "breaker": str(link.breaker.state),
+        "breaker_opened": link.breaker.opened,
+        "touches_dropped": outbox.touches.dropped,
+        "retractions_waiting": outbox.waiting,
+        "retractions_refused": outbox.retractions_refused,
+        "retractions_overrun": outbox.retractions_overrun,
+        "l1_bytes": l1.bytes,
+        "l1_chunks": l1.chunks,
+        "l1_nodes": l1.nodes,
+        "l1_evicted_chunks": l1.evicted_chunks,
+        "own_chunks": len(state.own),
+        "epoch": link.epoch,
+    }

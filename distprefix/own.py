@@ -1,0 +1,155 @@
+"""Which of this worker's blocks its chunks lie in: its own truth, whatever L1 or Redis loses. No Redis, no lock.
+
+Kept by chunk hash, so that a prompt is the same one whether it comes as tokens or as a chain.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from distprefix.chunking import HASH_BYTES
+from distprefix.radix import PrefixTree, RadixTreeNode
+
+__all__ = ["OwnBlocks", "node_at"]
+
+Node = RadixTreeNode[bool]
+_FEW_REFERENCES = 64
+
+
+def node_at(node: RadixTreeNode[bool], depth: int) -> Node | None:
+    """The node that has the chunk at `depth` on the way to `node`, which may have been split; None when it is gone."""
+    if depth >= node.stop:
+        return None
+    current: Node | None = node
+    while current is not None and current.start > depth:
+        current = current.parent
+    return None if current is None or current.gone else current
+
+
+class OwnBlocks:
+    """A tree of the worker's chains with a block id for every chunk; a node's value: whether Redis was told of it.
+
+    Closed under prefix: a chunk whose block is gone takes along what lies behind it. Bounded: the chain published
+    longest ago is given up, from its tail on.
+    """
+
+    def __init__(self, max_run: int, max_chunks: int) -> None:
+        self._tree: PrefixTree[bool] = PrefixTree(HASH_BYTES, max_run)
+        self._max_chunks = max_chunks
+        self._references: dict[int, list[tuple[Node, int]]] = {}
+        """Block to the nodes and depths that it was given to; what moved or went is skipped when it is read."""
+        self._leaves: dict[Node, None] = {}
+        """Longest ago published first."""
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def remember(self, hashes: bytes, blocks: bytes, *, told: bool) -> tuple[Node, int | None]:
+        """The chain's chunks lie in these blocks; `told` says whether Redis knows.
+
+        Returns its last node, and the depth of the first chunk that lay in another block until now.
+        """
+        path = self._tree.insert(hashes, told)
+        moved: int | None = None
+        ids = array("I", blocks)
+        for node in path:
+            new = ids[node.start : node.stop]
+            old = array("I", node.blocks)
+            if new == old:
+                continue
+            for i, block in enumerate(new):
+                if i >= len(old) or old[i] != block:
+                    if i < len(old) and old[i] != 0xFFFFFFFF and moved is None:
+                        moved = node.start + i
+                    self._refer(block, node, node.start + i)
+            node.blocks = new.tobytes()
+        last = path[-1]
+        self._leaves.pop(last, None)
+        if not last.children:
+            self._leaves[last] = None
+        return last, moved
+
+    def give_up(self) -> list[bytes]:
+        """Forget what is over the bound. Returns the chains whose last chunk, and all behind it, is forgotten."""
+        lost: list[bytes] = []
+        while len(self._tree) > self._max_chunks:
+            leaf = next(iter(self._leaves))
+            del self._leaves[leaf]
+            if not leaf.gone and not leaf.children:
+                lost.append(self._cut(leaf, leaf.start))
+        return lost
+
+    def ids(self, hashes: bytes) -> tuple[int, ...]:
+        """The blocks of a chain's leading chunks, as many as this worker has."""
+        path, matched = self._tree.find_longest_prefix(hashes)
+        return tuple(array("I", b"".join(node.blocks for node in path)[: 4 * matched]))
+
+    def told_up_to(self, hashes: bytes, blocks: bytes) -> int:
+        """How many leading chunks Redis was told to lie in just these blocks."""
+        depth = 0
+        for node in self._tree.find_longest_prefix(hashes).path:
+            if not node.value or node.blocks != blocks[4 * node.start : 4 * node.stop]:
+                break
+            depth = node.stop
+        return depth
+
+    def forget_told(self) -> None:
+        """Redis knows none of it any more."""
+        for node in self._tree.iter_nodes():
+            self._tree.set_value(node, False)
+
+    def remove(self, block_ids: Iterable[int]) -> tuple[int, list[bytes]]:
+        """Forget blocks, and what lies behind them.
+
+        Returns how many were known, and the chains whose last chunk, and all behind it, this worker no longer has.
+        """
+        removed, places = 0, list[tuple[int, Node]]()
+        for block in block_ids:
+            found = [(depth, node) for node, depth in self._valid(block, self._references.pop(block, []))]
+            removed += bool(found)
+            places += found
+        places.sort(key=lambda place: place[0])
+        lost: list[bytes] = []
+        for depth, reference in places:
+            node = node_at(reference, depth)
+            if node is not None:
+                lost.append(self._cut(node, depth))
+        return removed, lost
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for child in list(self._tree.root.children.values()):
+            self._tree.cut(child, 0)
+        self._references.clear()
+        self._leaves.clear()
+
+    def _valid(self, block: int, references: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+        valid: list[tuple[Node, int]] = []
+        for reference, depth in references:
+            node = node_at(reference, depth)
+            if node is not None:
+                at = 4 * (depth - node.start)
+                if node.blocks[at : at + 4] == array("I", (block,)).tobytes():
+                    valid.append((node, depth))
+        return valid
+
+    def _refer(self, block: int, node: Node, depth: int) -> None:
+        references = self._references.setdefault(block, [])
+        if len(references) >= _FEW_REFERENCES and len(references) & (len(references) - 1) == 0:
+            references = self._references[block] = self._valid(block, references)
+        references.append((node, depth))
+
+    def _cut(self, node: Node, depth: int) -> bytes:
+        chain = self._tree.key_of(node)[: (depth + 1) * HASH_BYTES]
+        stack = [node]
+        while stack:
+            part = stack.pop()
+            self._leaves.pop(part, None)
+            stack += part.children.values()
+        parent = node.parent
+        self._tree.cut(node, depth)
+        above = node.parent or parent
+        if above is not None and above.parent is not None and not above.gone and not above.children:
+            self._leaves[above] = None
+        return chain

@@ -1,0 +1,72 @@
+"""What the parts of one cache share: settings, L1, own blocks, the tie to Redis, and the lock over the first two."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import redis
+
+from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, read_prompt
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
+from distprefix.l1 import L1, Found
+from distprefix.operations import WINDOW
+from distprefix.outbox import Outbox
+from distprefix.own import OwnBlocks
+from distprefix.redis.link import Link
+
+__all__ = ["State"]
+
+
+class State:
+    """One process's cache. Raises what opening a cache raises."""
+
+    def __init__(self, config: PrefixCacheConfig, client: redis.Redis | None) -> None:
+        self.config = config
+        self.lock = threading.RLock()
+        self.l1 = L1(config.chunk_size, config.max_run, config.l1_max_bytes, config.l1_ttl_s, config.hot_threshold)
+        self.own = OwnBlocks(config.max_run, config.max_own_chunks)
+        self.counts: Counter[str] = Counter()
+        self.unusable = ""
+        """Why nothing can be asked of this cache any more; empty while it can."""
+        self.link = Link(config, client)
+        self.outbox = Outbox(self.link, config.holder)
+        self._root = chain_root(config.hash_algorithm, config.salt.encode())
+
+    def check_usable(self) -> None:
+        """Raise ForkedProcessError or DistPrefixError when the cache is closed or belongs to another process."""
+        if self.unusable:
+            raise (ForkedProcessError() if self.unusable == "forked" else DistPrefixError(self.unusable))
+
+    def read(self, token_ids: Any) -> Prompt:
+        """A prompt with at least one token. Raises InvalidInputError."""
+        self.check_usable()
+        prompt = read_prompt(token_ids, self.config.chunk_size, self.config.max_prefix_length)
+        if not prompt.length:
+            raise InvalidInputError("an empty prompt has no prefix: pass at least one token")
+        return prompt
+
+    def hashes(self, prompt: Prompt, found: Found, start: int, until: float = float("inf")) -> bytes:
+        """Chunk hashes from `start` on: those that L1 knows, then computed ones, as far as `until` (time.monotonic).
+
+        `start` is not behind what was found, and what was found is always in the answer.
+        """
+        if prompt.is_chain:
+            return bytes(prompt.view[start * HASH_BYTES :])
+        with self.lock:
+            known = self.l1.hashes(found.path, 0, found.chunks)
+        if len(known) < found.chunks * HASH_BYTES:  # forgotten meanwhile
+            known = b""
+        parts, parent = [known[start * HASH_BYTES :]], known[-HASH_BYTES:] or self._root
+        window = WINDOW * prompt.stride
+        for at in range(len(known) // HASH_BYTES * prompt.stride, len(prompt.view), window):
+            if time.monotonic() > until and at >= found.chunks * prompt.stride:
+                break
+            parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
+            parent = parts[-1][-HASH_BYTES:]
+        if not known and start:
+            return b"".join(parts)[start * HASH_BYTES :]
+        return b"".join(parts)
