@@ -7,7 +7,6 @@ node it was learned from.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -155,7 +154,7 @@ class L1:
                 hashes[at : at + HASH_BYTES],
                 view.start,
                 view.start + view.size,
-                {sys.intern(name): (epoch, view.start + k) for name, (epoch, k) in view.holders.items()},
+                view.holders,
                 view.hits,
                 view.accessed,
                 view.created,

@@ -130,10 +130,10 @@ def _blocks_of(state: State, views: list[NodeView], holder: str) -> bytes:
     """A holder's block ids up to its first gap; none that an older process of its worker id left behind."""
     blocks: list[bytes] = []
     for view in views:
-        epoch, covered = view.holders.get(holder, (0, 0))
-        if not covered or not state.link.is_live(holder, epoch):
+        epoch, end = view.holders.get(holder, (0, 0))
+        if end <= view.start or not state.link.is_live(holder, epoch):
             break
-        blocks.append(view.blocks[: 4 * min(covered, view.matched)])
+        blocks.append(view.blocks[: 4 * min(end - view.start, view.matched)])
         if len(blocks[-1]) < 4 * view.matched:
             break
     return b"".join(blocks)

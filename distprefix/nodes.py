@@ -20,7 +20,7 @@ class NodeView(NamedTuple):
     metadata: bytes
     blocks: bytes
     holders: dict[str, tuple[int, int]]
-    """Holder to (epoch, leading chunks covered)."""
+    """Holder to (epoch, depth that it covers up to)."""
 
 
 class Snapshot(NamedTuple):

@@ -5,7 +5,9 @@ A driver runs it over a client (`redis.client.run` does over a blocking one), so
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
@@ -54,6 +56,11 @@ def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> list[NodeView]
         raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
 
 
+@lru_cache(4096)
+def _name(holder: bytes) -> str:
+    return sys.intern(holder.decode())
+
+
 def _parse_nodes(reply: Sequence[Any], start: int, at: int) -> list[NodeView]:
     views: list[NodeView] = []
     while at < len(reply):
@@ -62,7 +69,7 @@ def _parse_nodes(reply: Sequence[Any], start: int, at: int) -> list[NodeView]:
         holders: dict[str, tuple[int, int]] = {}
         for i in range(at, at + 2 * count, 2):
             epoch, _, covered = reply[i + 1].partition(b":")
-            holders[reply[i].decode()] = (int(epoch), int(covered))
+            holders[_name(reply[i])] = (int(epoch), start + int(covered))
         at += 2 * count
         views.append(NodeView(start, size, matched, int(accessed), int(hits), int(created), metadata, blocks, holders))
         start += matched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import tracemalloc
 
 import pytest
@@ -27,7 +28,7 @@ def hashes_of(prompt: Prompt) -> bytes:
 
 def view(start: int, size: int, matched: int, **holders: int) -> NodeView:
     """A node as Redis tells it; holders of epoch 1 by what they cover."""
-    return NodeView(start, size, matched, 1, 0, 1, b"", b"", {name: (1, k) for name, k in holders.items()})
+    return NodeView(start, size, matched, 1, 0, 1, b"", b"", {name: (1, start + k) for name, k in holders.items()})
 
 
 def learn(l1: L1, prompt: Prompt, now: float = 0.0, *views: NodeView) -> list[Node]:
@@ -144,7 +145,7 @@ def test_a_publish_begins_where_redis_was_just_told() -> None:
     """The last node that Redis knows this holder and these blocks for is where a publish goes on."""
     l1, prompt = new(), prompt_of(*range(8))
     told = [view(0, 4, 4), view(4, 2, 2)]
-    told = [each._replace(holders={HOLDER: (3, each.size)}) for each in told]
+    told = [each._replace(holders={HOLDER: (3, each.start + each.size)}) for each in told]
     learn(l1, prompt, 0.0, *told)
     found = l1.find(prompt, 0.0)
     assert l1.published_up_to(found, HOLDER, 3, 6) == 4
@@ -176,8 +177,8 @@ def test_the_budget_is_honest(chunks: int, fanout: int, holders: int) -> None:
         l1 = new()
         before = tracemalloc.get_traced_memory()[0]
         for prompt, packed in zip(prompts, hashes, strict=True):
-            told = [  # with names of their own, as they come out of a reply
-                view(at, size, size)._replace(holders={f"pod-{i}/0@gpu": (1, size) for i in range(holders)})
+            told = [  # as they come out of a reply
+                view(at, size, size)._replace(holders={sys.intern(f"pod-{i}/0@gpu"): (1, at + size) for i in range(holders)})
                 for at, size in ((0, 1), (1, chunks))
             ]
             l1.learn(prompt, packed, 0, told, 1.0)

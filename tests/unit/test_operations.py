@@ -92,7 +92,7 @@ def test_views_are_read_as_told() -> None:
     """Each node's numbers, metadata, blocks and holders are taken over, with its depth."""
     (view,) = Tree(3).run(operations.walk(chain_of(2), 40))
     assert (view.start, view.size, view.matched, view.accessed, view.hits, view.created) == (40, 3, 2, 7, 3, 5)
-    assert (view.metadata, len(view.blocks), view.holders) == (b"meta", 12, {"w/0@gpu": (2, 3)})
+    assert (view.metadata, len(view.blocks), view.holders) == (b"meta", 12, {"w/0@gpu": (2, 43)})
 
 
 @pytest.mark.parametrize(("chunks", "calls"), CALLS)
