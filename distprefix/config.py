@@ -18,6 +18,7 @@ __all__ = ["PrefixCacheConfig", "without_password"]
 _ENV_PREFIX = "DISTPREFIX_"
 _SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_POLICIES = ("cost", "lru")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -26,7 +27,8 @@ class PrefixCacheConfig:
     """Settings of a cache. A wrong value raises ConfigError and names the field, the value and what is allowed."""
 
     max_cached_sequences: int = 10_000
-    """How many published prefixes this process can still name by their hash (`update_prefix_state`)."""
+    """Leaves of the shared tree: prompts that no other one extends. Also how many published prefixes this process can
+    still name by their hash (`update_prefix_state`)."""
     min_prefix_length: int = 1
     """Shorter matches (tokens) count as misses, shorter prompts are not published."""
     max_prefix_length: int = 4096
@@ -35,11 +37,24 @@ class PrefixCacheConfig:
     prewarm_threshold: int = 3
     """Hits that make a node a candidate for pre-warming."""
     hot_threshold: int = 10
-    """Hits that make a node hot: L1 evicts it last."""
+    """Hits that make a node hot: L1 evicts it last, and the shared tree after all that was used within
+    `cold_timeout_s` before it."""
     cold_timeout_s: float = 300.0
-    """Nothing reads it yet: for the cold tier."""
+    """How much longer than others a hot node stays; what the cold tier begins at."""
     eviction_batch_size: int = 100
-    """Nothing reads it yet: for the eviction of shared nodes."""
+    """Leaves that one eviction call takes at most."""
+    l2_max_chunks: int | None = None
+    """Chunks that the shared tree may hold; None for any number."""
+    l2_max_bytes: int | None = None
+    """Bytes that it may take in Redis, by its own estimate; None for any number."""
+    high_watermark: float = 0.95
+    """Share of a budget above which a publish evicts, ..."""
+    low_watermark: float = 0.9
+    """... down to this share."""
+    policy: str = "lru"
+    """Order of eviction, the same for all who share the namespace: lru or cost."""
+    maintain_interval_s: float = 0.0
+    """How often a background thread looks after the budgets; 0: only publishes do."""
     url: str | None = field(default=None, repr=False)
     """redis://, rediss://, unix:// or embedded://NAME; None starts a private server."""
     namespace: str = "default"
@@ -66,7 +81,17 @@ class PrefixCacheConfig:
     max_own_chunks: int = 1_000_000
     """Chunks whose block ids this process remembers; beyond, the prompt published longest ago is taken back."""
     l1_ttl_s: float = 1.0
-    """How long L1 trusts what Redis told: the bound on how stale holders can be."""
+    """How long L1 trusts what Redis told: the bound on how stale holders can be, when the feed says nothing."""
+    feed_interval_s: float = 0.1
+    """How often the shard's log is read for what L1 must forget, in the background. 0: never."""
+    staleness_sample: float = 0.001
+    """Share of the look-ups answered by L1 that are checked against Redis in the background."""
+    prewarm_on_start: bool = False
+    """Fill L1 with the hottest prefixes of the namespace before the cache opens."""
+    prewarm_time_s: float = 2.0
+    """The longest that this may take."""
+    prewarm_max_bytes: int = 64 * 1024 * 1024
+    """The most of L1 that it may fill."""
     touch_interval_s: float = 1.0
     """How often hits that L1 answered are told to Redis, in the background. 0: only by `flush()`."""
     breaker_failures: int = 3
@@ -81,15 +106,13 @@ class PrefixCacheConfig:
             self._check_type(spec.name, _TYPES[spec.name])
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name} is {value!r}: it must lie between {low:.15g} and {high:.15g}")
-        if self.min_prefix_length > self.max_prefix_length:
-            raise ConfigError(
-                f"min_prefix_length is {self.min_prefix_length}: it must not be above "
-                f"max_prefix_length ({self.max_prefix_length})"
-            )
+        self._check_order()
         if self.hash_algorithm not in ("xxh3_128", "sha256"):
             raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be 'xxh3_128' or 'sha256'")
+        if self.policy not in _POLICIES:
+            raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, _POLICIES))}")
         for name in ("namespace", "worker_id", "medium"):
             value = getattr(self, name)
             if not _NAME.fullmatch(value) and not (name == "worker_id" and not value):
@@ -142,6 +165,17 @@ class PrefixCacheConfig:
             raise ConfigError(f"distprefix in {path} is {chosen!r}: it must be a table, [distprefix]")
         return cls.from_mapping({**cast("dict[str, Any]", chosen), **overrides})
 
+    def _check_order(self) -> None:
+        if self.min_prefix_length > self.max_prefix_length:
+            raise ConfigError(
+                f"min_prefix_length is {self.min_prefix_length}: it must not be above "
+                f"max_prefix_length ({self.max_prefix_length})"
+            )
+        if self.low_watermark > self.high_watermark:
+            raise ConfigError(
+                f"low_watermark is {self.low_watermark}: it must not be above high_watermark ({self.high_watermark})"
+            )
+
     def _check_type(self, name: str, allowed: tuple[type, ...]) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) and bool not in allowed:
@@ -185,6 +219,15 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("hot_threshold", 1, 2**31),
     ("cold_timeout_s", 0, 1e9),
     ("eviction_batch_size", 1, 10_000),
+    ("l2_max_chunks", 1, 2**53),
+    ("l2_max_bytes", 1, 2**53),
+    ("high_watermark", 0.01, 1),
+    ("low_watermark", 0.01, 1),
+    ("maintain_interval_s", 0, 3600),
+    ("feed_interval_s", 0, 3600),
+    ("staleness_sample", 0, 1),
+    ("prewarm_time_s", 0, 3600),
+    ("prewarm_max_bytes", 0, 2**50),
     ("rank", 0, 2**16),
     ("chunk_size", 1, 65_536),
     ("max_run", 1, 256),

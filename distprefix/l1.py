@@ -72,6 +72,11 @@ class L1:
         """Nodes in both trees."""
         return sum(tree.nodes for tree in self._trees.values())
 
+    @property
+    def chains(self) -> int:
+        """Chunks in the tree of chains."""
+        return len(self._trees[True])
+
     def tree(self, prompt: Prompt) -> PrefixTree[Snapshot]:
         """The tree that this kind of prompt is compared with."""
         return self._trees[prompt.is_chain]
@@ -136,10 +141,13 @@ class L1:
                     tree.set_value(part, part.value._replace(holders=holders))
                     stack.extend(part.children.values())
 
-    def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
+    def learn(
+        self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float, *, sure: bool = True
+    ) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
 
-        Returns the path's nodes from the first view on; nothing when L1 forgot the way there meanwhile.
+        Not `sure` means that something was revoked since the script ran: look-ups ask again. Returns the path's nodes
+        from the first view on; nothing when L1 forgot the way there meanwhile.
         """
         tree, stride = self._trees[prompt.is_chain], prompt.stride
         whole = bytes(offset * HASH_BYTES) + hashes
@@ -159,7 +167,7 @@ class L1:
                 view.accessed,
                 view.created,
                 view.metadata,
-                now,
+                now if sure else _UNCONFIRMED,
             )
             key = prompt.view[: (view.start + view.matched) * stride]
             path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
@@ -170,6 +178,37 @@ class L1:
             node.accessed = max(node.accessed, now)
             self._enqueue(node, tree)
         return learned
+
+    def adopt(self, prompt: Prompt, hashes: bytes, now: float) -> None:
+        """Let a prompt of tokens know what a chain with its `hashes` does: what came as hashes learns its tokens."""
+        chains, tree = self._trees[True], self._trees[False]
+        known = chains.find_longest_prefix(hashes)
+        for node in known.path:
+            if node.value is None or not node.value.head:
+                return
+            end = min(node.stop, known.chunks)
+            path = tree.insert(prompt.view[: end * prompt.stride], node.value, hashes=hashes, start=node.start)
+            path[-1].accessed = now
+            self._enqueue(path[-1], tree)
+
+    def learn_chain(self, chain: bytes, view: NodeView, now: float) -> None:
+        """Take over a node that came without being asked for: `chain` ends with its run."""
+        tree = self._trees[True]
+        snapshot = Snapshot(
+            *(
+                chain[view.start * HASH_BYTES :][:HASH_BYTES],
+                view.start,
+                view.start + view.size,
+                view.holders,
+                view.hits,
+                view.accessed,
+                view.created,
+            ),
+            *(view.metadata, now),
+        )
+        path = tree.insert(chain, snapshot, hashes=chain, start=view.start)
+        path[-1].accessed = now
+        self._enqueue(path[-1], tree)
 
     def cut(self, prompt: Prompt, depth: int) -> None:
         """Forget what L1 has of the prompt's path from `depth` on: Redis does not have it."""
@@ -232,6 +271,71 @@ class L1:
         for node in self.iter_nodes():
             if node.value is not None:
                 node.value = node.value._replace(at=_UNCONFIRMED)
+
+    # What the log tells
+
+    def forget(self, head: str) -> None:
+        """The L2 node is gone, and with it all that lay behind it."""
+        for tree in self._trees.values():
+            node = tree.heads.get(bytes.fromhex(head))
+            if node is not None:
+                parent = node.parent
+                tree.cut(node, node.start)
+                self._requeue_leaf(parent, tree)
+
+    def split(self, upper: str, lower: str) -> None:
+        """The L2 node `upper` ends before the chunk `lower` now, which is a node's head."""
+        head = bytes.fromhex(lower)
+        for tree, parts in self._parts(upper):
+            for node in parts:
+                at = node.hashes.find(head)
+                if at >= 0 and at % HASH_BYTES == 0:
+                    if at:
+                        tree.split(node, at // HASH_BYTES)
+                    self._relabel(tree, parts, node, head)
+                    break
+
+    def trim(self, head: str, size: int) -> None:
+        """The L2 node has only so many chunks left."""
+        for tree, parts in self._parts(head):
+            depth = parts[0].start + size
+            for node in parts:
+                if node.stop > depth and not node.gone:
+                    tree.cut(node, max(depth, node.start))
+                    self._requeue_leaf(node.parent, tree)
+                for part in (node, node.parent):
+                    if part and not part.gone and part.value and part.value.head == bytes.fromhex(head):
+                        tree.set_value(part, part.value._replace(stop=min(part.value.stop, depth)))
+
+    def doubt(self, head: str) -> None:
+        """Who covers the L2 node has changed: ask again."""
+        for tree, parts in self._parts(head):
+            for node in parts:
+                if node.value is not None:
+                    tree.set_value(node, node.value._replace(at=_UNCONFIRMED))
+
+    def _parts(self, head: str) -> list[tuple[PrefixTree[Snapshot], list[Node]]]:
+        """For each tree that knows the L2 node: its parts there, from the top down."""
+        name, found = bytes.fromhex(head), list[tuple[PrefixTree[Snapshot], list[Node]]]()
+        for tree in self._trees.values():
+            node = tree.heads.get(name)
+            parts: list[Node] = [node] if node is not None else []
+            for part in parts:
+                parts += [child for child in part.children.values() if child.value and child.value.head == name]
+            if parts:
+                found.append((tree, parts))
+        return found
+
+    @staticmethod
+    def _relabel(tree: PrefixTree[Snapshot], parts: list[Node], lower: Node, head: bytes) -> None:
+        depth = lower.start
+        for part in [*parts, lower.parent]:
+            if part is None or part.value is None:
+                continue
+            if part.start >= depth:
+                tree.set_value(part, part.value._replace(head=head, start=depth))
+            elif part.value.stop > depth:
+                tree.set_value(part, part.value._replace(stop=depth))
 
     # Budget
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from array import array
+from functools import partial
+from random import random
 from typing import Any
 
 from distprefix import operations
-from distprefix.chunking import Prompt
+from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import NotAttachedError
 from distprefix.l1 import Found, Node
 from distprefix.model import CacheHitResult, CacheTier, Holder
@@ -29,9 +31,17 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
     with state.lock:
         found = state.l1.find(prompt, now)
         if found.fresh == prompt.chunks and blocks_of is None:
-            return _conclude(state, prompt, found, found.chunks, 0, None, began)
-    start = found.resume if blocks_of is None else 0
-    hashes = state.hashes(prompt, found, start, now + _HASHING_SHARE * state.config.lookup_timeout_s)
+            return _answer(state, prompt, found, began)
+    hashes = state.hashes(prompt, found, 0, now + _HASHING_SHARE * state.config.lookup_timeout_s)
+    with state.lock:
+        if not prompt.is_chain and blocks_of is None and state.l1.chains:
+            state.l1.adopt(prompt, hashes, now)
+            found = state.l1.find(prompt, now)
+            if found.fresh == prompt.chunks:
+                return _answer(state, prompt, found, began)
+        start = found.resume if blocks_of is None else 0
+        generation = state.feed.generation
+    hashes = hashes[start * HASH_BYTES :]
     views, calls = _ask(state, operations.walk(hashes, start, blocks_of or ""), deadline)
     blocks = None if blocks_of is None else b""
     with state.lock:
@@ -39,7 +49,7 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
         if views is not None:
             answered = found.fresh
             reached = views[-1].start + views[-1].matched if views else start
-            state.l1.learn(prompt, hashes, start, views, now)
+            state.l1.learn(prompt, hashes, start, views, now, sure=generation == state.feed.generation)
             if reached < found.chunks:
                 state.l1.cut(prompt, reached)
             if blocks_of is not None:
@@ -47,6 +57,14 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
         result = _conclude(state, prompt, state.l1.find(prompt, now), answered, calls, blocks, began)
         state.l1.shrink()  # not before: the prompt may be larger than the budget
         return result
+
+
+def _answer(state: State, prompt: Prompt, found: Found, began: int) -> CacheHitResult:
+    """What L1 says, which is all that is asked for. Now and then it is to be checked. Under the lock."""
+    result = _conclude(state, prompt, found, found.chunks, 0, None, began)
+    if state.config.staleness_sample and random() < state.config.staleness_sample:  # noqa: S311 - not for secrets
+        state.samples.append((state.l1.hashes(found.path, 0, found.chunks), dict(result.holders)))
+    return result
 
 
 def _ask(state: State, operation: Any, deadline: float) -> tuple[list[NodeView] | None, int]:
@@ -101,6 +119,9 @@ def _conclude(
         redis_calls=calls,
         _make_entry=make_entry,
         _make_blocks=make_blocks,
+        _reservations=state.reservations,
+        _prompt=prompt,
+        _again=partial(look_up, state, prompt.tokens, None),
         _tokens=prompt.tokens,
         _matched_units=matched * prompt.unit,
     )

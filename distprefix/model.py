@@ -6,7 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+from distprefix.chunking import Prompt
+from distprefix.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from distprefix.reservations import Claim, Lease
 
 __all__ = ["CacheHitResult", "CacheTier", "Holder", "PrefixEntry"]
 
@@ -67,6 +73,18 @@ class PrefixEntry:
             self._on_touch()
 
 
+class Reserving(Protocol):
+    """Where leases and claims of a result come from."""
+
+    def lease(self, prompt: Prompt, chunks: int, ttl_s: float) -> Lease:
+        """Protect the prompt's leading chunks."""
+        ...
+
+    def claim(self, prompt: Prompt, result: CacheHitResult, ttl_s: float) -> Claim:
+        """Announce what the result leaves to compute."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CacheHitResult:
     """The longest prefix of a prompt that a live worker or a shared tier holds."""
@@ -85,6 +103,9 @@ class CacheHitResult:
     _entry: PrefixEntry | None = field(default=None, init=False, repr=False, compare=False)
     _make_blocks: Callable[[], tuple[int, ...]] | None = field(default=None, repr=False, compare=False)
     _blocks: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _reservations: Reserving | None = field(default=None, repr=False, compare=False)
+    _prompt: Prompt | None = field(default=None, repr=False, compare=False)
+    _again: Callable[[], CacheHitResult] | None = field(default=None, repr=False, compare=False)
     _tokens: Any = field(default=(), repr=False, compare=False)
     _matched_units: int = field(default=0, repr=False, compare=False)
 
@@ -112,3 +133,28 @@ class CacheHitResult:
         NumPy arrays and memoryviews give views; bytes give bytes, four a token; chains give the chunks left.
         """
         return self._tokens[self._matched_units :]
+
+    def lease(self, ttl_s: float = 30.0) -> Lease:
+        """Protect the matched prefix from eviction, for everybody, until `ttl_s` passed or it is released.
+
+        A context manager. One Redis call. Never raises on Redis failing: `chunks` of the lease says what is protected.
+        """
+        reservations, prompt = self._made_by()
+        return reservations.lease(prompt, self.matched_chunks, ttl_s)
+
+    def claim(self, ttl_s: float = 5.0) -> Claim:
+        """Announce that this worker computes what is missing, or learn who announced it before. Advisory.
+
+        Publishing the missing chunk ends it. One Redis call. Never raises on Redis failing: the claim is yours then.
+        """
+        reservations, prompt = self._made_by()
+        return reservations.claim(prompt, self, ttl_s)
+
+    def again(self) -> CacheHitResult:
+        """Look the same prompt up again. Redis calls as a look-up."""
+        return self._again() if self._again is not None else self
+
+    def _made_by(self) -> tuple[Reserving, Prompt]:
+        if self._reservations is None or self._prompt is None:
+            raise InvalidInputError("this result was not made by a cache: look the prompt up")
+        return self._reservations, self._prompt

@@ -14,7 +14,29 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import DamagedNodeError
 from distprefix.nodes import NodeView
 
-__all__ = ["SCHEMA", "WINDOW", "Call", "Published", "drop", "parse_nodes", "publish", "touch", "trim", "walk"]
+__all__ = [
+    "SCHEMA",
+    "WINDOW",
+    "Bounds",
+    "Call",
+    "Claimed",
+    "Evicted",
+    "FeedPage",
+    "HotNode",
+    "Published",
+    "Usage",
+    "claim",
+    "drop",
+    "evict",
+    "feed",
+    "lease",
+    "parse_nodes",
+    "prewarm",
+    "publish",
+    "touch",
+    "trim",
+    "walk",
+]
 
 SCHEMA = b"1"
 """Version of the data model. Another one is refused at attach and by every script."""
@@ -35,14 +57,78 @@ class Call(NamedTuple):
 Operation = Generator[Call, Any, Any]
 
 
+class Usage(NamedTuple):
+    """What a shard holds."""
+
+    nodes: int
+    chunks: int
+    bytes: int
+    """An estimate of what Redis takes for them."""
+    leaves: int
+
+
+class Bounds(NamedTuple):
+    """How much a shard may hold; None for any number."""
+
+    chunks: int | None
+    bytes: int | None
+    leaves: int | None
+
+    def exceeded_by(self, usage: Usage) -> bool:
+        """Whether the shard holds more than it may."""
+        held = (usage.chunks, usage.bytes, usage.leaves)
+        return any(bound is not None and has > bound for has, bound in zip(held, self, strict=True))
+
+
 class Published(NamedTuple):
-    """What a publish did."""
+    """What a publish did, and what the shard holds now."""
 
     views: list[NodeView]
     nodes_made: int
     chunks_made: int
-    shard_nodes: int
-    shard_chunks: int
+    usage: Usage
+
+
+class Evicted(NamedTuple):
+    """What an eviction took."""
+
+    nodes: int
+    chunks: int
+    leased: int
+    """Leased leaves that it passed over."""
+    more: bool
+    """Whether the shard still is over its bounds, and more can go."""
+
+
+class Claimed(NamedTuple):
+    """Who computes a missing chunk."""
+
+    worker: str
+    """Empty when nobody does."""
+    since_ms: int
+    """By the server's clock."""
+    left_ms: int
+    """How long the claim counts yet."""
+
+
+class FeedPage(NamedTuple):
+    """A part of a shard's log."""
+
+    created: str
+    """Tells this shard from another one of the same name."""
+    newest: int
+    """Number of the newest entry."""
+    entries: list[tuple[str, dict[str, str]]]
+    """Id and fields."""
+
+
+class HotNode(NamedTuple):
+    """A node that came for pre-warming."""
+
+    parent: bytes
+    """Hash of the chunk before its head; empty above a root."""
+    run: bytes
+    view: NodeView
 
 
 def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> list[NodeView]:
@@ -112,7 +198,7 @@ def publish(
     """
     views: list[NodeView] = []
     total, pos, limit = len(chain) // HASH_BYTES, 0, WINDOW
-    nodes = chunks = shard_nodes = shard_chunks = 0
+    nodes = chunks = 0
     while True:
         stop = min(limit, total)
         reply = yield Call(
@@ -130,10 +216,9 @@ def publish(
             ),
         )
         nodes, chunks = nodes + reply[0], chunks + reply[1]
-        shard_nodes, shard_chunks = reply[2], reply[3]
-        views += parse_nodes(reply, start + pos, 4)
+        views += parse_nodes(reply, start + pos, 6)
         if stop == total:
-            return Published(views, nodes, chunks, shard_nodes, shard_chunks)
+            return Published(views, nodes, chunks, Usage(*reply[2:6]))
         pos, limit = views.pop().start - start, limit + WINDOW
 
 
@@ -153,11 +238,14 @@ def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
     return taken
 
 
-def touch(touches: Sequence[tuple[bytes, int, int]]) -> Generator[Call, Any, int]:
-    """Nodes (head, hits, last access in ms) were used. One call for every 300 of them. Returns how many were there."""
+def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) -> Generator[Call, Any, int]:
+    """Nodes (head, hits, last access in ms) were used. One call for every 300 of them. Returns how many were there.
+
+    With `candidate_hits` hits, unless that is 0, a node becomes a candidate for pre-warming.
+    """
     touched = 0
     for i in range(0, len(touches), TOUCHES_A_CALL):
-        args: list[Any] = [SCHEMA]
+        args: list[Any] = [SCHEMA, candidate_hits]
         for head, hits, accessed in touches[i : i + TOUCHES_A_CALL]:
             args += (head.hex(), hits, accessed)
         touched += yield Call("touch", tuple(args))
@@ -172,3 +260,52 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         if reply[2]:
             return nodes, chunks
+
+
+def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
+    """Take at most `batch` leaves while a shard is over its bounds. One call."""
+    limits = tuple("" if bound is None else bound for bound in bounds)
+    nodes, chunks, leased, more = yield Call("evict", (SCHEMA, batch, *limits))
+    return Evicted(nodes, chunks, leased, bool(more))
+
+
+def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:
+    """Keep a chain, beginning at a node's head, from eviction; 0 ms ends that. One call.
+
+    Returns how many leading chunks are there, and when the lease ends in ms of the server's clock.
+    """
+    reply = yield Call("lease", (SCHEMA, name, ttl_ms, chain))
+    return reply[0], reply[1]
+
+
+def claim(chunk: bytes, worker: str, ttl_ms: int) -> Generator[Call, Any, Claimed]:
+    """Say that `worker` computes a chunk, unless another one said so before; 0 ms takes it back. One call."""
+    worker_now, since, left = yield Call("claim", (SCHEMA, chunk.hex(), worker, ttl_ms))
+    return Claimed(worker_now.decode(), since, left)
+
+
+def feed(last: str, most: int) -> Generator[Call, Any, FeedPage]:
+    """The log from entry `last` on, that one included; "" for the newest entry only. One call."""
+    created, newest, *rest = yield Call("feed", (SCHEMA, last, most))
+    entries: list[tuple[str, dict[str, str]]] = []
+    for entry, flat in zip(rest[::2], rest[1::2], strict=True):
+        words = [word.decode() for word in flat]
+        entries.append((entry.decode(), dict(zip(words[::2], words[1::2], strict=True))))
+    return FeedPage(created.decode(), int(newest), entries)
+
+
+def prewarm(rank: int, chunks: int) -> Generator[Call, Any, tuple[int, list[HotNode]]]:
+    """The hottest nodes from `rank` on, with their parents before them. One call, for about so many chunks.
+
+    Returns the rank to go on with, -1 when there are no more, and the nodes.
+    """
+    reply = yield Call("prewarm", (SCHEMA, rank, chunks))
+    nodes: list[HotNode] = []
+    at = 1
+    while at < len(reply):
+        parent, depth, run = reply[at : at + 3]
+        count = 8 + 2 * int(reply[at + 10])
+        (view,) = parse_nodes(reply[at + 3 : at + 3 + count], int(depth))
+        nodes.append(HotNode(bytes.fromhex(parent.decode()), run, view))
+        at += 3 + count
+    return reply[0], nodes

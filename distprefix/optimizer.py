@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import weakref
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import redis
 
 from distprefix import operations
 from distprefix.background import Background
+from distprefix.budget import maintain
 from distprefix.chunking import pack_block_ids
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
+from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
 from distprefix.metrics import metrics_of
 from distprefix.model import CacheHitResult, CacheTier, PrefixEntry
+from distprefix.operations import Evicted
+from distprefix.prewarm import Prewarmed, prewarm
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.results import entry_of, pack_metadata
+from distprefix.staleness import check_samples
 from distprefix.state import State
 
 __all__ = ["PrefixCacheOptimizer"]
@@ -44,9 +49,13 @@ class PrefixCacheOptimizer:
         self.config = config = config.with_worker_id()
         self._state = State(config, client)
         self._publisher = Publisher(self._state)
+        if config.prewarm_on_start:
+            self.prewarm()
+        self._due: dict[str, float] = {}
+        intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s)
         self._background: Background | None = None
-        if config.touch_interval_s > 0:
-            self._background = Background(self, PrefixCacheOptimizer._work, config.touch_interval_s)
+        if any(intervals):
+            self._background = Background(self, PrefixCacheOptimizer._work, min(filter(None, intervals)))
         _open.add(self)
 
     def __enter__(self) -> Self:
@@ -148,6 +157,43 @@ class PrefixCacheOptimizer:
             state.own.clear()
             self._publisher.clear()
 
+    # Keep it well
+
+    def catch_up(self) -> bool:
+        """Read the log now, so that L1 knows no more than there is. Whether Redis answered; never raises.
+
+        One call for every 1,000 entries. A background thread does this every `feed_interval_s`.
+        """
+        self._state.check_usable()
+        return self._state.feed.poll()
+
+    def maintain(self) -> Evicted:
+        """Bring the shared tree within its budgets, down to the low watermark. Several may do so at once.
+
+        One call for every `eviction_batch_size` leaves. Raises UnavailableError when Redis fails.
+        """
+        self._state.check_usable()
+        return maintain(self._state)
+
+    def prewarm(
+        self,
+        time_s: float | None = None,
+        max_bytes: int | None = None,
+        progress: Callable[[Prewarmed], object] | None = None,
+    ) -> Prewarmed:
+        """Bring the hottest prefixes of the namespace into L1, most hits first; `progress` is told after each call.
+
+        Ends after `time_s` or when L1 grew by `max_bytes`, by default as configured. One call for about 4,096 chunks.
+        Never raises on Redis failing: the result says what came.
+        """
+        self._state.check_usable()
+        return prewarm(
+            self._state,
+            self.config.prewarm_time_s if time_s is None else time_s,
+            self.config.prewarm_max_bytes if max_bytes is None else max_bytes,
+            progress,
+        )
+
     # Look into it
 
     def get_metrics(self) -> dict[str, Any]:
@@ -180,8 +226,23 @@ class PrefixCacheOptimizer:
         self._state.link.close()
 
     def _work(self) -> None:
-        if not self._state.unusable:
+        if self._state.unusable:
+            return
+        if self._is_due("feed", self.config.feed_interval_s):
+            self._state.feed.poll()
+        if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
+            check_samples(self._state)
+        if self._is_due("maintain", self.config.maintain_interval_s):
+            with contextlib.suppress(DistPrefixError):
+                self.maintain()
+
+    def _is_due(self, task: str, interval_s: float) -> bool:
+        now = time.monotonic()
+        if not interval_s or now < self._due.get(task, 0.0):
+            return False
+        self._due[task] = now + interval_s
+        return True
 
 
 def _refuse_after_fork() -> None:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 
 from distprefix import operations
+from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DamagedNodeError, DistPrefixError, NotAttachedError, StaleEpochError
 from distprefix.redis.link import Link
 from distprefix.touches import Touches
@@ -22,7 +23,7 @@ class Outbox:
     More retractions than can be kept void everything at once instead: the worker takes a new epoch.
     """
 
-    def __init__(self, link: Link, holder: str) -> None:
+    def __init__(self, link: Link, config: PrefixCacheConfig) -> None:
         self.touches = Touches()
         self.retractions_refused = 0
         """Taken back in vain: the node in Redis is damaged, or a newer process has this worker's id."""
@@ -30,7 +31,8 @@ class Outbox:
         """How often so many waited that a new epoch was taken instead."""
         self._retractions: deque[bytes] = deque()
         self._link = link
-        self._holder = holder
+        self._holder = config.holder
+        self._candidate_hits = config.prewarm_threshold if config.enable_prewarm else 0
         self._sending = threading.Lock()
 
     @property
@@ -72,7 +74,7 @@ class Outbox:
         batch = self.touches.take()
         if batch:
             try:
-                self._link.publish(operations.touch(batch), self._link.publish_deadline())
+                self._link.publish(operations.touch(batch, self._candidate_hits), self._link.publish_deadline())
             except DistPrefixError:
                 self.touches.dropped += len(batch)
 

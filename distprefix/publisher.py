@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from distprefix import operations
+from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, NoParentError, NotAttachedError, UnavailableError
 from distprefix.operations import Published
@@ -32,13 +33,13 @@ class Publisher:
         Raises what went wrong with Redis when `strict`; otherwise it is counted as dropped.
         """
         state, holder = self._state, self._state.config.holder
-        now, epoch = time.monotonic(), state.link.epoch
+        now, generation = time.monotonic(), state.feed.generation
         with state.lock:
             found = state.l1.find(prompt, now)
         hashes = state.hashes(prompt, found, 0)
         with state.lock:
             told = state.own.told_up_to(hashes, blocks) if blocks else prompt.chunks
-            start = state.l1.published_up_to(found, holder, epoch, told)
+            start = state.l1.published_up_to(found, holder, state.link.epoch, told)
             state.counts["publishes"] += 1
         deadline = state.link.publish_deadline()
         published = None
@@ -53,7 +54,10 @@ class Publisher:
             if state.config.strict:
                 raise
         finally:
-            self._take_over(prompt, hashes, blocks, published, now)
+            self._take_over(prompt, hashes, blocks, published, now, generation)
+        if published is not None:
+            state.reservations.fulfil(hashes)
+            keep_within(state, published.usage)
         return hashes[-HASH_BYTES:].hex()
 
     def move_blocks(self, prefix_hash: str, blocks: bytes) -> bool:
@@ -116,7 +120,9 @@ class Publisher:
                     return published  # else another thread attached meanwhile, and the old epoch counts for nothing
             start = 0
 
-    def _take_over(self, prompt: Prompt, hashes: bytes, blocks: bytes, published: Published | None, now: float) -> None:
+    def _take_over(
+        self, prompt: Prompt, hashes: bytes, blocks: bytes, published: Published | None, now: float, generation: int
+    ) -> None:
         """L1 and own blocks learn what was published, or what would have been."""
         state = self._state
         with state.lock:
@@ -125,7 +131,8 @@ class Publisher:
                 l1.assume(prompt, hashes, config.holder, state.link.epoch)
             else:
                 begin = published.views[0].start
-                l1.learn(prompt, hashes[begin * HASH_BYTES :], begin, published.views, now)
+                sure = generation == state.feed.generation
+                l1.learn(prompt, hashes[begin * HASH_BYTES :], begin, published.views, now, sure=sure)
             if blocks:
                 last, moved = state.own.remember(hashes, blocks, told=published is not None)
                 if published is None and moved is not None:

@@ -193,6 +193,10 @@ class PrefixTree(Generic[V]):
         self.weight += self._weigh(value) - self._weigh(node.value)
         node.value = value
 
+    def split(self, node: RadixTreeNode[V], at: int) -> RadixTreeNode[V]:
+        """Cut a node's run at chunk `at` of it, though nothing branches there. Returns the upper half."""
+        return self._split(node, at)
+
     def remove(self, key: bytes | memoryview) -> int:
         """Take `key` and all that extends it out; its siblings and shorter prefixes stay. Returns the chunks removed.
 

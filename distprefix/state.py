@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import redis
@@ -12,11 +12,13 @@ import redis
 from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, read_prompt
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
+from distprefix.feed import Feed
 from distprefix.l1 import L1, Found
 from distprefix.operations import WINDOW
 from distprefix.outbox import Outbox
 from distprefix.own import OwnBlocks
 from distprefix.redis.link import Link
+from distprefix.reservations import Reservations
 
 __all__ = ["State"]
 
@@ -33,7 +35,13 @@ class State:
         self.unusable = ""
         """Why nothing can be asked of this cache any more; empty while it can."""
         self.link = Link(config, client)
-        self.outbox = Outbox(self.link, config.holder)
+        self.outbox = Outbox(self.link, config)
+        self.feed = Feed(self.link, self.l1, self.lock)
+        if config.feed_interval_s:
+            self.feed.poll()  # to begin before L1 learns anything
+        self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
+        """Chains and who L1 said holds how much of them, to be checked against Redis."""
+        self.reservations = Reservations(self)
         self._root = chain_root(config.hash_algorithm, config.salt.encode())
 
     def check_usable(self) -> None:

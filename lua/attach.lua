@@ -5,8 +5,9 @@
 -- ARGV[1..]  field, value, field, value, ... of a new one
 -- returns    {field, value, ...} as stored
 -- flags      allow-oom: a worker may join a server that is full
--- cost       EXISTS, HSET, HGETALL
+-- cost       EXISTS, HSET, TIME, HGETALL
 if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('HSET', KEYS[1], unpack(ARGV))
+  local time = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'created', time[1] .. '.' .. time[2], unpack(ARGV))
 end
 return redis.call('HGETALL', KEYS[1])

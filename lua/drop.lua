@@ -11,6 +11,10 @@
 -- cost       one HGET, one HKEYS and one removal a node; every junction on the way down is read once
 -- @include guard
 -- @include keys
+-- @include policies
+-- @include score
+-- @include account
+-- @include tell
 -- @include unlink
 local top, budget = ARGV[2], tonumber(ARGV[3])
 redis.call('ZCARD', base .. 'leaves')
@@ -30,9 +34,9 @@ while #stack > 0 and nodes < budget do
   else
     stack[#stack] = nil
     if run then
-      unlink(head)
-      nodes, chunks = nodes + 1, chunks + #run / 16
+      nodes, chunks = nodes + 1, chunks + unlink(head)
     end
   end
 end
+settle()
 return { nodes, chunks, #stack == 0 and 1 or 0 }

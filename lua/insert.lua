@@ -11,7 +11,7 @@
 -- ARGV[7]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
 -- ARGV[8]    block ids, 4 bytes a chunk, or ""
 -- ARGV[9]    metadata of the chain, msgpack, or "": kept with a node that ends where the chain does
--- returns    {nodes made, chunks made, nodes in the shard, chunks in the shard, then the path as walk tells it}
+-- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, then the path as walk tells it}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       one HMGET, one HGETALL and a few HSET a node on the path; a split moves no child
@@ -19,11 +19,15 @@
 -- @include keys
 -- @include walk
 -- @include path
+-- @include policies
+-- @include score
+-- @include account
+-- @include tell
 -- @include edit
 -- @include create
 local now, max_run, holder, epoch = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local depth, chain, blocks, metadata = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
-local leaves, total = base .. 'leaves', #chain / 16
+local total = #chain / 16
 
 -- First only look, at every key that is going to change: what is wrong must show before anything is written.
 local path, pos = read_path(chain, holder, epoch)
@@ -41,7 +45,6 @@ elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_
   stop = math.min(total, last.first + max_run)
 end
 check(chain, stop, max_run)
-redis.call('ZCARD', leaves)
 
 -- Then write.
 local nodes, chunks = 0, total - pos
@@ -49,7 +52,7 @@ if last and (chunks > 0 or metadata ~= '') and last.matched < last.size then
   split(last, last.matched, is_leaf)
   nodes = 1
 elseif stop > pos then
-  pos, last.matched = stop, stop - last.first
+  pos, last.matched, last.size = stop, stop - last.first, stop - last.first
   redis.call('HSET', node_key(last.head), 'r', slice(chain, last.first, pos))
 end
 for _, node in ipairs(path) do
@@ -58,18 +61,19 @@ end
 local tail = last and last.head
 if pos < total then
   if tail then
-    redis.call('ZREM', leaves, tail)
+    redis.call('ZREM', base .. 'leaves', tail)
   end
   local made
   tail, made = create(chain, pos, depth, tail, max_run, { now = now, holder = holder, epoch = epoch }, blocks)
-  redis.call('ZADD', leaves, now, tail)
   nodes = nodes + made
 else
-  redis.call('HSET', node_key(tail), 'a', ('%.0f'):format(math.max(tonumber(now), tonumber(last.accessed))))
-  redis.call('ZADD', leaves, 'XX', 'GT', now, tail)
+  local accessed = ('%.0f'):format(math.max(tonumber(now), tonumber(last.accessed)))
+  redis.call('HSET', node_key(tail), 'a', accessed)
+  rank(tail, accessed, last.hits, last.depth, last.size)
 end
 if metadata ~= '' then
+  account(0, 0, 0, #metadata - #(redis.call('HGET', node_key(tail), 'm') or ''))
   redis.call('HSET', node_key(tail), 'm', metadata)
 end
-local usage = { redis.call('HINCRBY', KEYS[1], 'nodes', nodes), redis.call('HINCRBY', KEYS[1], 'chunks', chunks) }
-return walk(chain, '', { nodes, chunks, usage[1], usage[2] })
+account(nodes, chunks, 0, 0)
+return walk(chain, '', { nodes, chunks, unpack(settle()) })

@@ -16,6 +16,10 @@
 -- @include keys
 -- @include walk
 -- @include path
+-- @include policies
+-- @include score
+-- @include account
+-- @include tell
 -- @include unlink
 -- @include uncover
 local holder, epoch, chain, budget = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
@@ -48,4 +52,5 @@ while #stack > 0 and changed < budget do
     changed, taken, nodes, chunks = changed + 1, taken + lost, nodes + gone, chunks + cut
   end
 end
+settle()
 return { taken, nodes, chunks, #stack == 0 and 1 or 0 }

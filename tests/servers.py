@@ -179,6 +179,7 @@ class Backend:
             "publish_timeout_s": 20.0,
             "l1_ttl_s": 600.0,
             "touch_interval_s": 0,
+            "feed_interval_s": 0,
             "strict": True,
         }
         return PrefixCacheConfig(**{**defaults, **settings})

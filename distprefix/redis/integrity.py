@@ -19,6 +19,8 @@ class Report:
 
     nodes: int = 0
     chunks: int = 0
+    bytes: int = 0
+    """By the scripts' own estimate."""
     problems: list[str] = field(default_factory=list[str])
 
     @property
@@ -57,6 +59,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
             continue
         owners[run[-16:].hex()] = head
         children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
+        report.bytes += _weigh(node)
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
     newest = _newest_epochs(nodes.values())
@@ -69,10 +72,19 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
     problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]
     meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
-    for name, count in (("nodes", report.nodes), ("chunks", report.chunks)):
+    hot: Any = client.zrange(keys.hot, 0, -1)
+    problems += [f"hot names {head.decode()}, which is no node" for head in hot if head.decode() not in nodes]
+    for name, count in (("nodes", report.nodes), ("chunks", report.chunks), ("bytes", report.bytes)):
         if int(meta.get(name.encode(), b"0")) != count:
             problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
     return report
+
+
+def _weigh(node: dict[bytes, bytes]) -> int:
+    """What `lua/shared/account.lua` estimates for a node."""
+    holders = sum(name.startswith(b"h:") for name in node)
+    extra = sum(len(value) for name, value in node.items() if name == b"m" or name.startswith(b"b:"))
+    return 700 + len(node[b"r"]) + 70 * holders + extra
 
 
 def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]:

@@ -18,6 +18,8 @@ class Keys:
         """The one key that every script declares; the others of the shard are derived from it."""
         self.leaves = f"{self.base}leaves"
         self.log = f"{self.base}log"
+        self.hot = f"{self.base}hot"
+        """Candidates for pre-warming by hits."""
 
     def node(self, head: str) -> str:
         """The radix node whose first chunk has the hash `head` (hex)."""

@@ -30,6 +30,7 @@ def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
         "hash_algorithm": config.hash_algorithm,
         "max_run": str(config.max_run),
         "shards": str(config.shards),
+        "policy": config.policy,
         "fingerprint": config.fingerprint,
         "salt_check": salt_check(root),
     }
@@ -57,7 +58,10 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
             f"namespace {config.namespace!r} was made with other settings: {'; '.join(differences)}. "
             "Use the same settings, or another namespace"
         )
-    meta = ("schema", SCHEMA.decode(), "nodes", "0", "chunks", "0")
+    meta = (
+        *("schema", SCHEMA.decode(), "nodes", "0", "chunks", "0", "bytes", "0", "log", "0", "policy", config.policy),
+        *("hot_hits", config.hot_threshold, "hot_ms", int(config.cold_timeout_s * 1000)),
+    )
     try:
         shard = _pairs(client.call("attach", keys.meta, meta, deadline))
     except ScriptError as error:

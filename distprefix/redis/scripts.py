@@ -14,9 +14,12 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["SCRIPTS", "Script", "load_script"]
+__all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
-SCRIPTS = ("attach", "drop", "insert", "register", "touch", "trim", "walk")
+SCRIPTS = (
+    *("attach", "claim", "drop", "evict", "feed", "insert", "lease", "prewarm", "register", "repair"),
+    *("touch", "trim", "walk"),
+)
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)
 
 
@@ -35,11 +38,22 @@ def _folder() -> Traversable:
 
 
 @cache
+def policy_names() -> tuple[str, ...]:
+    """The eviction policies: the files in ``lua/policies``. Every script that ranks leaves knows all of them."""
+    names = (item.name.removesuffix(".lua") for item in (_folder() / "policies").iterdir())
+    return tuple(sorted(name for name in names if not name.startswith(".")))
+
+
+@cache
 def load_script(name: str, *, with_flags: bool = True) -> Script:
     """The script with its parts put in. Without flags for servers that do not know the ``#!lua`` line."""
     folder = _folder()
 
     def part(match: re.Match[str]) -> str:
+        if match[1] == "policies":
+            return "local policies = {}\n" + "".join(
+                (folder / "policies" / f"{policy}.lua").read_text(encoding="utf-8") for policy in policy_names()
+            )
         return (folder / "shared" / f"{match[1]}.lua").read_text(encoding="utf-8")
 
     body = _INCLUDE.sub(part, (folder / f"{name}.lua").read_text(encoding="utf-8"))

@@ -5,6 +5,17 @@ local function set(key, values)
   end
 end
 
+-- A node about to be made that is there already lost its parent once (a failover): it is replaced.
+local function discard(head)
+  local orphan = redis.call('HGET', node_key(head), 'r')
+  if orphan then
+    local holders, extra = weigh(redis.call('HGETALL', node_key(head)))
+    account(-1, -math.floor(#orphan / 16), -holders, -extra)
+    redis.call('DEL', node_key(head))
+    redis.call('ZREM', base .. 'leaves', head)
+  end
+end
+
 -- Cuts a node at chunk `at`. The upper half keeps the key, the lower half takes over the children by one field.
 local function split(node, at, is_leaf)
   local key, last, lower_head = node_key(node.head), hex(slice(node.run, at - 1, at)), hex(slice(node.run, at, at + 1))
@@ -22,6 +33,7 @@ local function split(node, at, is_leaf)
       if tonumber(covered) > at then
         add(upper, name, epoch .. ':' .. at)
         add(lower, name, epoch .. ':' .. covered - at)
+        account(0, 0, 1, 0)
       end
     elseif name:sub(1, 2) == 'b:' then
       if #value > at * 4 then
@@ -29,20 +41,22 @@ local function split(node, at, is_leaf)
         add(lower, name, value:sub(at * 4 + 1))
       end
     elseif name ~= 'p' and name ~= 'r' then
-      add(lower, name, value)
+      add(lower, name, value) -- a lease stays with both halves
     end
   end
+  discard(lower_head)
   set(node_key(lower_head), lower)
   set(key, upper)
   redis.call('HDEL', key, 'm')
   if is_leaf then
-    local score = redis.call('ZSCORE', base .. 'leaves', node.head) or node.accessed
+    local standing = redis.call('ZSCORE', base .. 'leaves', node.head) or node.accessed
     redis.call('ZREM', base .. 'leaves', node.head)
-    redis.call('ZADD', base .. 'leaves', score, lower_head)
+    redis.call('ZADD', base .. 'leaves', standing, lower_head)
   else
     redis.call('HSET', junction_key(hex(node.run:sub(-16))), 'o', lower_head)
   end
   redis.call('HSET', junction_key(last), 'o', node.head, lower_head, '')
+  tell('split', node.head, 'lower', lower_head)
   node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * 4)
 end
 
@@ -52,6 +66,7 @@ local function cover(node, holder, epoch, k, blocks)
   if node.epoch == epoch then
     ids, k = ids .. node.ids:sub(#ids + 1), math.max(k, node.covered)
   end
+  account(0, 0, node.held and 0 or 1, #ids - #node.ids)
   if node.epoch ~= epoch or k > node.covered then
     redis.call('HSET', node_key(node.head), 'h:' .. holder, epoch .. ':' .. k)
   end

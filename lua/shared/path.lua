@@ -4,8 +4,8 @@ local function read_path(chain, holder, epoch)
   local path, first, total = {}, 0, #chain / 16
   while first < total do
     local head = hex(slice(chain, first, first + 1))
-    local run, accessed, held, ids =
-      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, 'b:' .. holder))
+    local run, accessed, held, ids, hits, depth =
+      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, 'b:' .. holder, 'n', 'd'))
     if not run then
       break
     end
@@ -17,8 +17,11 @@ local function read_path(chain, holder, epoch)
     if tonumber(held_epoch) > epoch then
       return nil, redis.error_reply('DPSTALE ' .. holder .. ' has been taken over: its epoch is ' .. held_epoch)
     end
-    path[#path + 1] = { head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
-      accessed = accessed or '0', epoch = tonumber(held_epoch), covered = tonumber(covered), held = held }
+    path[#path + 1] = {
+      head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
+      accessed = accessed or '0', hits = hits or '0', depth = depth or '0',
+      epoch = tonumber(held_epoch), covered = tonumber(covered), held = held,
+    }
     first = first + matched
     if matched * 16 < #run then
       break

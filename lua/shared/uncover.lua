@@ -15,28 +15,27 @@ local function uncover(head, run, holder, keep)
   local key = node_key(head)
   local held, ids = unpack(redis.call('HMGET', key, 'h:' .. holder, 'b:' .. holder))
   local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
-  local left = math.min(tonumber(covered), keep)
-  if left == 0 then
+  local left, had = math.min(tonumber(covered), keep), #(ids or '')
+  if left == tonumber(covered) then
+    return 0, 0, 0
+  elseif left == 0 then
     redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder)
-  elseif left < tonumber(covered) then
+    account(0, 0, -1, -had)
+  else
     redis.call('HSET', key, 'h:' .. holder, epoch .. ':' .. left)
-    if ids then
+    if had > left * 4 then
       redis.call('HSET', key, 'b:' .. holder, ids:sub(1, left * 4))
+      account(0, 0, 0, left * 4 - had)
     end
   end
-  local nodes, chunks, size = 0, 0, #run / 16
   if redis.call('HLEN', junction_key(hex(run:sub(-16)))) == 0 then
     local longest = longest_coverage(head)
     if longest == 0 then
-      unlink(head)
-      nodes, chunks = 1, size
-    elseif longest < size then
-      redis.call('HSET', key, 'r', slice(run, 0, longest))
-      redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
-      redis.call('HINCRBY', KEYS[1], 'chunks', longest - size)
-      redis.call('XADD', base .. 'log', 'MAXLEN', '~', 10000, '*', 'trimmed', head)
-      chunks = size - longest
+      return tonumber(covered) - left, 1, unlink(head)
+    elseif longest < #run / 16 then
+      return tonumber(covered) - left, 0, shorten(head, longest)
     end
   end
-  return tonumber(covered) - left, nodes, chunks
+  tell('changed', head)
+  return tonumber(covered) - left, 0, 0
 end

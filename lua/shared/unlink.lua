@@ -1,21 +1,56 @@
+-- A node's fields by name.
+local function fields_of(head)
+  local flat, named = redis.call('HGETALL', node_key(head)), {}
+  for i = 1, #flat, 2 do
+    named[flat[i]] = flat[i + 1]
+  end
+  return flat, named
+end
+
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
--- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns that parent or false.
+-- A parent that lost its last child becomes a leaf, with the newer of both access times.
 local function unlink(head)
-  local parent, run, accessed = unpack(redis.call('HMGET', node_key(head), 'p', 'r', 'a'))
-  redis.call('DEL', node_key(head), junction_key(hex(run:sub(-16))))
+  local flat, node = fields_of(head)
+  local size = #node.r / 16
+  redis.call('DEL', node_key(head), junction_key(hex(node.r:sub(-16))))
   redis.call('ZREM', base .. 'leaves', head)
-  redis.call('HINCRBY', KEYS[1], 'nodes', -1)
-  redis.call('HINCRBY', KEYS[1], 'chunks', -#run / 16)
-  redis.call('XADD', base .. 'log', 'MAXLEN', '~', 10000, '*', 'removed', head)
-  local junction = junction_key(parent)
+  redis.call('ZREM', base .. 'hot', head)
+  local holders, extra = weigh(flat)
+  account(-1, -size, -holders, -extra)
+  tell('removed', head)
+  local junction = junction_key(node.p)
   redis.call('HDEL', junction, head)
   local owner = redis.call('HGET', junction, 'o')
   if not owner or redis.call('HLEN', junction) > 1 then
-    return false
+    return size
   end
   redis.call('DEL', junction)
-  local newer = math.max(tonumber(accessed), tonumber(redis.call('HGET', node_key(owner), 'a') or accessed))
-  redis.call('HSET', node_key(owner), 'a', ('%.0f'):format(newer))
-  redis.call('ZADD', base .. 'leaves', newer, owner)
-  return owner
+  local run, accessed, hits, depth = unpack(redis.call('HMGET', node_key(owner), 'r', 'a', 'n', 'd'))
+  if run then
+    local newer = ('%.0f'):format(math.max(tonumber(node.a), tonumber(accessed)))
+    redis.call('HSET', node_key(owner), 'a', newer)
+    redis.call('ZADD', base .. 'leaves', score(newer, hits, depth, #run / 16), owner)
+  end
+  return size
+end
+
+-- Cuts a leaf's tail off, and everybody's coverage of it. Returns the chunks cut.
+local function shorten(head, keep)
+  local flat, node = fields_of(head)
+  local key, cut = node_key(head), #node.r / 16 - keep
+  local holders, extra = weigh(flat)
+  for name, value in pairs(node) do
+    local epoch, covered = value:match('^(%d+):(%d+)$')
+    if name:sub(1, 2) == 'h:' and tonumber(covered) > keep then
+      redis.call('HSET', key, name, epoch .. ':' .. keep)
+    elseif name:sub(1, 2) == 'b:' and #value > keep * 4 then
+      redis.call('HSET', key, name, value:sub(1, keep * 4))
+    end
+  end
+  redis.call('HSET', key, 'r', slice(node.r, 0, keep))
+  redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
+  local holders_left, extra_left = weigh(redis.call('HGETALL', key))
+  account(0, -cut, holders_left - holders, extra_left - extra)
+  tell('trimmed', head, 'size', keep)
+  return cut
 end

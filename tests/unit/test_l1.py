@@ -178,7 +178,9 @@ def test_the_budget_is_honest(chunks: int, fanout: int, holders: int) -> None:
         before = tracemalloc.get_traced_memory()[0]
         for prompt, packed in zip(prompts, hashes, strict=True):
             told = [  # as they come out of a reply
-                view(at, size, size)._replace(holders={sys.intern(f"pod-{i}/0@gpu"): (1, at + size) for i in range(holders)})
+                view(at, size, size)._replace(
+                    holders={sys.intern(f"pod-{i}/0@gpu"): (1, at + size) for i in range(holders)}
+                )
                 for at, size in ((0, 1), (1, chunks))
             ]
             l1.learn(prompt, packed, 0, told, 1.0)

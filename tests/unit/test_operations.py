@@ -51,11 +51,11 @@ class Tree:
             if call.script == "walk":
                 reply = self.nodes(call.args[2])
             elif call.script == "insert":
-                reply = [1, len(call.args[6]) // 16, 50, 900, *self.nodes(call.args[6])]
+                reply = [1, len(call.args[6]) // 16, 50, 900, 9000, 5, *self.nodes(call.args[6])]
             elif call.script == "trim":
                 reply = [2, 0, 0, int(len(self.calls) > 3)]
             elif call.script == "touch":
-                reply = len(call.args) // 3
+                reply = (len(call.args) - 2) // 3
             else:
                 reply = [2, 8, int(len(self.calls) == 3)]
 
@@ -104,7 +104,7 @@ def test_a_publish_goes_in_windows(chunks: int, calls: int, run: int) -> None:
         operations.publish(chain_of(chunks), 500, "w/0@gpu", 2, now_ms=9, max_run=run, blocks=blocks, metadata=b"m")
     )
     assert len(tree.calls) == calls
-    assert (published.nodes_made, published.shard_nodes, published.shard_chunks) == (calls, 50, 900)
+    assert (published.nodes_made, published.usage) == (calls, (50, 900, 9000, 5))
     assert [view.start for view in published.views] == [500 + at for at in range(0, chunks, run)]
     for i, call in enumerate(tree.calls):
         schema, now, max_run, holder, epoch, depth, window, ids, metadata = call.args
@@ -139,8 +139,8 @@ def test_touches_go_in_batches(touches: int, calls: int) -> None:
     assert tree.run(operations.touch([(i.to_bytes(16, "big"), 2, 1000 + i) for i in range(touches)])) == touches
     assert len(tree.calls) == calls
     if calls:
-        assert tree.calls[0].args[:4] == (SCHEMA, "00" * 16, 2, 1000)
-        assert max(len(call.args) for call in tree.calls) <= 1 + 3 * 300
+        assert tree.calls[0].args[:5] == (SCHEMA, 0, "00" * 16, 2, 1000)
+        assert max(len(call.args) for call in tree.calls) <= 2 + 3 * 300
 
 
 def test_a_drop_is_called_until_it_is_done() -> None:

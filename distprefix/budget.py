@@ -1,0 +1,56 @@
+"""Keeping the shared tree within its budget: what it may hold, and evicting what is over."""
+
+from __future__ import annotations
+
+import time
+
+from distprefix import operations
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import DistPrefixError
+from distprefix.operations import Bounds, Evicted, Usage
+from distprefix.state import State
+
+__all__ = ["bounds_of", "keep_within", "maintain"]
+
+_CALLS = 10_000
+
+
+def bounds_of(config: PrefixCacheConfig, watermark: float) -> Bounds:
+    """How much a shard may hold at a watermark, a share of the budgets."""
+
+    def share(budget: int | None) -> int | None:
+        return None if budget is None else int(budget * watermark)
+
+    return Bounds(share(config.l2_max_chunks), share(config.l2_max_bytes), share(config.max_cached_sequences))
+
+
+def keep_within(state: State, usage: Usage) -> None:
+    """After a publish: evict down to the low watermark when the shard is over the high one.
+
+    One call for every `eviction_batch_size` leaves, as many as a publish may take time for. Never raises.
+    """
+    if bounds_of(state.config, state.config.high_watermark).exceeded_by(usage):
+        try:
+            _evict(state, state.link.publish_deadline())
+        except DistPrefixError:
+            state.counts["evictions_failed"] += 1
+
+
+def maintain(state: State, timeout_s: float = 60.0) -> Evicted:
+    """Evict down to the low watermark, whoever else does so at the same time. Raises UnavailableError."""
+    return _evict(state, time.monotonic() + timeout_s)
+
+
+def _evict(state: State, deadline: float) -> Evicted:
+    config, total = state.config, Evicted(0, 0, 0, more=False)
+    bounds = bounds_of(config, config.low_watermark)
+    for _ in range(_CALLS):
+        evicted = state.link.publish(operations.evict(bounds, config.eviction_batch_size), deadline)
+        total = Evicted(*(a + b for a, b in zip(total[:3], evicted[:3], strict=True)), more=evicted.more)
+        with state.lock:
+            state.counts["evicted_nodes"] += evicted.nodes
+            state.counts["evicted_chunks"] += evicted.chunks
+            state.counts["evictions"] += 1
+        if not evicted.more:
+            break
+    return total

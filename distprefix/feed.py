@@ -1,0 +1,100 @@
+"""The shard's log as it comes: what L1 must forget. Resumed exactly; when an entry is missing, L1 forgets all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from distprefix import operations
+from distprefix.errors import DistPrefixError, NotAttachedError
+from distprefix.l1 import L1
+from distprefix.operations import FeedPage
+from distprefix.redis.link import Link
+
+__all__ = ["Feed"]
+
+_PAGE = 1000
+
+
+class Feed:
+    """Applies the log to L1. One thread polls at a time."""
+
+    def __init__(self, link: Link, l1: L1, lock: AbstractContextManager[object]) -> None:
+        self.generation = 0
+        """Counts what was applied: a reply that was asked for under an older one may be outdated."""
+        self.entries = 0
+        self.gaps = 0
+        """How often entries were missing, and L1 forgot everything."""
+        self.failures = 0
+        self.read_at = float("-inf")
+        """When all there was had been read (time.monotonic)."""
+        self._link = link
+        self._l1 = l1
+        self._lock = lock
+        self._created = ""
+        self._last = ""
+        self._number = 0
+        self._apply: dict[str, Callable[[dict[str, str]], None]] = {
+            "removed": lambda entry: l1.forget(entry["removed"]),
+            "split": lambda entry: l1.split(entry["split"], entry["lower"]),
+            "trimmed": lambda entry: l1.trim(entry["trimmed"], int(entry["size"])),
+            "changed": lambda entry: l1.doubt(entry["changed"]),
+        }
+
+    def poll(self) -> bool:
+        """Read and apply what is new. One call for every 1,000 entries. Whether Redis answered; never raises."""
+        try:
+            while self._read():
+                pass
+        except NotAttachedError:
+            self._forget()
+        except (DistPrefixError, ValueError, KeyError):
+            self.failures += 1
+            return False
+        return True
+
+    def _read(self) -> bool:
+        """One page. Returns whether there may be another one."""
+        began = time.monotonic()
+        page = self._link.publish(operations.feed(self._last, _PAGE))
+        if self._created and (page.created != self._created or not self._continues(page)):
+            self._forget()
+            return True
+        if not self._created:  # begin behind what is there: L1 is empty
+            self._created, self._number = page.created, page.newest
+            self._last = page.entries[-1][0] if page.entries else "0-0"
+            self.read_at = began
+            return False
+        new = page.entries if self._last == "0-0" else page.entries[1:]
+        with self._lock:
+            for _, entry in new:
+                apply = next((self._apply[name] for name in entry if name in self._apply), None)
+                if apply is not None:
+                    apply(entry)
+            self.generation += bool(new)
+        self.entries += len(new)
+        if new:
+            self._last, self._number = new[-1][0], int(new[-1][1]["n"])
+        if len(page.entries) < _PAGE:
+            self.read_at = began
+        return len(page.entries) >= _PAGE
+
+    def _continues(self, page: FeedPage) -> bool:
+        """Whether nothing is missing between what was read and what came."""
+        entries = page.entries
+        if self._last != "0-0":
+            if not entries or entries[0][0] != self._last or int(entries[0][1].get("n", "-1")) != self._number:
+                return False
+            entries = entries[1:]
+        numbers = [int(entry.get("n", "-1")) for _, entry in entries]
+        wanted = list(range(self._number + 1, self._number + 1 + len(numbers)))
+        complete = len(page.entries) >= _PAGE or page.newest == self._number + len(numbers)
+        return numbers == wanted and complete
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._l1.clear()
+            self.generation += 1
+        self.gaps += 1
+        self._created, self._last, self._number = "", "", 0

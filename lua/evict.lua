@@ -1,0 +1,61 @@
+#!lua flags=allow-oom
+-- evict: while the shard is over a bound, take the leaf that stands first in the order of eviction: its tail when that
+-- is enough, else all of it; its parent may be a leaf then. Leased and pinned leaves stay.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    the most leaves to take in this call
+-- ARGV[3]    chunks that may stay, "" for any number
+-- ARGV[4]    bytes that may stay, likewise
+-- ARGV[5]    leaves that may stay, likewise
+-- returns    {nodes removed, chunks removed, leased leaves passed over, 1 when there is more to do, else 0}
+-- errors     DPGONE, DPSCHEMA
+-- flags      allow-oom: it only makes room
+-- cost       a ZRANGE and two HGETALL a leaf, and its removal
+-- @include guard
+-- @include keys
+-- @include clock
+-- @include policies
+-- @include score
+-- @include account
+-- @include tell
+-- @include unlink
+-- @include leases
+local most, most_chunks = tonumber(ARGV[2]), tonumber(ARGV[3]) or math.huge
+local most_bytes, most_leaves, leaves = tonumber(ARGV[4]) or math.huge, tonumber(ARGV[5]) or math.huge, base .. 'leaves'
+redis.call('XLEN', base .. 'log')
+redis.call('ZCARD', base .. 'hot')
+local held = redis.call('HMGET', KEYS[1], 'chunks', 'bytes')
+
+-- How many chunks must go, at least; 0 when every bound holds.
+local function excess()
+  if redis.call('ZCARD', leaves) > most_leaves then
+    return math.huge
+  end
+  local chunks, bytes = held[1] + added.chunks - most_chunks, held[2] + added.bytes - most_bytes
+  return math.max(chunks, math.ceil(bytes / 16), 0)
+end
+
+local nodes, chunks, leased, over = 0, 0, 0, excess()
+while over > 0 and nodes + leased < most do
+  local head = redis.call('ZRANGE', leaves, 0, 0)[1]
+  local run = head and redis.call('HGET', node_key(head), 'r')
+  if not run then
+    break
+  end
+  local until_ms = leased_until(head)
+  if until_ms > now then
+    if tonumber(redis.call('ZSCORE', leaves, head)) >= until_ms then
+      break -- nothing but leased leaves is left
+    end
+    redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head)
+    leased = leased + 1
+  elseif #run / 16 > over then
+    chunks = chunks + shorten(head, #run / 16 - over)
+  else
+    nodes, chunks = nodes + 1, chunks + unlink(head)
+  end
+  over = excess()
+end
+settle()
+return { nodes, chunks, leased, (over > 0 and nodes + leased >= most) and 1 or 0 }

@@ -1,0 +1,42 @@
+#!lua flags=allow-oom
+-- lease: protect a chain from eviction for a while, or end that. Only the node that the chain ends in is marked: what
+-- lies above a node stays as long as it does.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    name of the lease
+-- ARGV[3]    how long, ms; 0 ends it
+-- ARGV[4]    the chain, 16 bytes a chunk, at most 4,096 and one run; begins at a node's head
+-- returns    {leading chunks that are protected now, when the lease ends in ms of the server's clock}
+-- errors     DPGONE, DPSCHEMA
+-- flags      allow-oom: what is used now stays on a server that is full
+-- cost       one HGET a node, one HSET and ZADD
+-- @include guard
+-- @include keys
+-- @include clock
+-- @include policies
+-- @include score
+-- @include walk
+local name, ttl, chain = 'l:' .. ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local first, total, leaves, deepest = 0, #chain / 16, base .. 'leaves', nil
+redis.call('ZCARD', leaves)
+while first < total do
+  local head = hex(slice(chain, first, first + 1))
+  local run = redis.call('HGET', node_key(head), 'r') or ''
+  local matched = #run % 16 == 0 and match(run, chain, first) or 0
+  if matched == 0 then
+    break
+  elseif ttl == 0 and redis.call('HDEL', node_key(head), name) == 1 and redis.call('ZSCORE', leaves, head) then
+    local accessed, hits, depth = unpack(redis.call('HMGET', node_key(head), 'a', 'n', 'd'))
+    redis.call('ZADD', leaves, score(accessed, hits, depth, #run / 16), head)
+  end
+  deepest, first = head, first + matched
+  if matched * 16 < #run then
+    break
+  end
+end
+local ends = now + ttl
+if deepest and ttl > 0 then
+  redis.call('HSET', node_key(deepest), name, ('%.0f'):format(ends))
+end
+return { first, ends }

@@ -1,0 +1,4 @@
+-- lru: the leaf used longest ago goes first.
+policies.lru = function(accessed)
+  return accessed
+end

@@ -1,0 +1,20 @@
+#!lua flags=allow-oom
+-- repair: correct the shard's counts, if they still are what the caller saw before it counted.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2..]  nodes, chunks, bytes, number of the newest log entry as the caller saw them; true nodes, chunks, bytes
+-- returns    1 when written, 0 when something changed meanwhile
+-- errors     DPGONE, DPSCHEMA
+-- flags      allow-oom: it takes no room
+-- cost       an HMGET and an HSET
+-- @include guard
+local seen = redis.call('HMGET', KEYS[1], 'nodes', 'chunks', 'bytes', 'log')
+for i = 1, 4 do
+  if (seen[i] or '0') ~= ARGV[i + 1] then
+    return 0
+  end
+end
+local nodes, chunks, bytes = select(#ARGV - 2, unpack(ARGV))
+redis.call('HSET', KEYS[1], 'nodes', nodes, 'chunks', chunks, 'bytes', bytes)
+return 1

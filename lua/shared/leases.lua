@@ -1,0 +1,14 @@
+-- When the last lease of a node ends, in ms; 0 when it has none. Leases that ended are cleared away.
+local function leased_until(head)
+  local latest, fields = 0, redis.call('HGETALL', node_key(head))
+  for i = 1, #fields, 2 do
+    if fields[i]:sub(1, 2) == 'l:' then
+      local ends = tonumber(fields[i + 1])
+      if ends <= now then
+        redis.call('HDEL', node_key(head), fields[i])
+      end
+      latest = math.max(latest, ends)
+    end
+  end
+  return latest
+end

@@ -1,0 +1,215 @@
+"""The shared tree within its budget: leaf first, tail first, by the namespace's policy; leased and hot prefixes stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distprefix import PrefixCacheOptimizer, operations
+from distprefix.errors import NamespaceError
+from tests.contract.test_find import prompt
+from tests.servers import Backend
+
+EXACT: dict[str, Any] = {"high_watermark": 1.0, "low_watermark": 1.0, "hot_threshold": 1_000_000, "l1_ttl_s": 0}
+
+
+def found(cache: PrefixCacheOptimizer, *prompts: list[int]) -> list[int]:
+    """Chunks found of each prompt, without changing the order of eviction."""
+    hits = [cache.find_longest_cache_hit(each).matched_chunks for each in prompts]
+    cache._state.outbox.touches.take()
+    return hits
+
+
+def publish_at(backend: Backend, cache: PrefixCacheOptimizer, tokens: list[int], now_ms: int) -> None:
+    """Publish with a clock of the test's own."""
+    view = cache._state.read(tokens)
+    hashes = cache._state.hashes(view, cache._state.l1.find(view, 0.0), 0)
+    operation = operations.publish(hashes, 0, cache.config.holder, cache._state.link.epoch, now_ms=now_ms, max_run=256)
+    cache._state.link.publish(operation)
+
+
+def test_the_tail_used_longest_ago_goes_first(any_server: Backend) -> None:
+    """Over its budget the tree loses just as many chunks as it must, from the tail of the oldest leaf."""
+    cache = any_server.open("w1", l2_max_chunks=12, **EXACT)
+    for i in range(2):
+        publish_at(any_server, cache, [i] * 20, 1000 + i)
+    cache.cache_prefix([2] * 20)
+    assert found(cache, [0] * 20, [1] * 20, [2] * 20) == [2, 5, 5]
+    cache.cache_prefix([3] * 20)
+    assert found(cache, [0] * 20, [1] * 20, [2] * 20, [3] * 20) == [0, 2, 5, 5]
+    report = cache.check_integrity()
+    assert (report.problems, report.chunks) == ([], 12)
+    assert cache.get_metrics()["evicted_chunks"] == 8
+
+
+def test_a_parent_inherits_the_newer_time(any_server: Backend) -> None:
+    """A parent that becomes a leaf is as young as its youngest child was, though only that was touched."""
+    cache = any_server.open("w1", l2_max_chunks=9, **EXACT)
+    publish_at(any_server, cache, prompt(3), 1000)
+    publish_at(any_server, cache, prompt(3, tail=1), 1001)
+    publish_at(any_server, cache, [9] * 12, 1500)
+    publish_at(any_server, cache, prompt(5), 2000)
+    cache.cache_prefix([8] * 12)
+    assert found(cache, [9] * 12, prompt(5), prompt(3, tail=1)) == [1, 5, 1]
+    assert cache.check_integrity().ok
+
+
+def test_bytes_and_sequences_are_budgets_too(any_server: Backend) -> None:
+    """A bound on bytes or on leaves is kept like one on chunks."""
+    cache = any_server.open("w1", max_cached_sequences=3, **EXACT)
+    for i in range(6):
+        cache.cache_prefix([i] * 40)
+    assert sum(found(cache, *([i] * 40 for i in range(6)))) == 30
+    any_server.open("w2", l2_max_bytes=2000, **EXACT).maintain()
+    report = cache.check_integrity()
+    assert report.ok
+    assert 1 <= report.nodes <= 2
+    assert report.bytes <= 2000
+
+
+def test_leased_prefixes_stay_until_the_lease_ends(any_server: Backend) -> None:
+    """A lease protects the whole path, through a split too, and what is not leased goes in its place."""
+    cache, other = any_server.open("w1", l2_max_chunks=10, **EXACT), any_server.open("w2", l2_max_chunks=1, **EXACT)
+    cache.cache_prefix(prompt(8))
+    lease = cache.find_longest_cache_hit(prompt(6)).lease(60)
+    assert (lease.active, lease.chunks) == (True, 6)
+    cache.cache_prefix(prompt(8, tail=4))
+    other.maintain()
+    assert found(cache, prompt(6))[0] == 6
+    lease.release()
+    assert not lease.active
+    other.maintain()
+    assert found(cache, prompt(8)) == [1]
+    assert cache.check_integrity().ok
+
+
+def test_a_lease_ends_by_itself(any_server: Backend) -> None:
+    """When its time is over a lease protects nothing any more."""
+    cache = any_server.open("w1", **EXACT)
+    cache.cache_prefix(prompt(4))
+    lease = cache.find_longest_cache_hit(prompt(4)).lease(0.001)
+    any_server.open("w2", l2_max_chunks=1, **EXACT).maintain()
+    assert cache.check_integrity().chunks in (1, 4)  # the clocks of some servers stand still within a millisecond
+    while cache.check_integrity().chunks != 1:
+        any_server.open("w3", l2_max_chunks=1, **EXACT).maintain()
+    assert not lease.active
+    lease.release()
+
+
+def test_a_lease_of_what_is_gone_is_not_active(any_server: Backend) -> None:
+    """A lease taken after the prefix went says so and raises nothing."""
+    cache = any_server.open("w1", l1_ttl_s=600)
+    cache.cache_prefix(prompt(4))
+    hit = cache.find_longest_cache_hit(prompt(4))
+    any_server.open("w2").clear()
+    lease = hit.lease(5)
+    assert (lease.active, lease.chunks) == (False, 0)
+    assert cache.get_metrics()["leases_failed"] == 1
+
+
+def test_hot_prefixes_go_last(any_server: Backend) -> None:
+    """A node with enough hits outlives what was used after it."""
+    cache = any_server.open("w1", l2_max_chunks=10, **{**EXACT, "hot_threshold": 2})
+    cache.cache_prefix([1] * 20)
+    for _ in range(2):
+        cache.find_longest_cache_hit([1] * 20)
+    cache.flush()
+    for i in range(2, 5):
+        cache.cache_prefix([i] * 20)
+    assert found(cache, [1] * 20, [2] * 20, [3] * 20, [4] * 20) == [5, 0, 0, 5]
+
+
+def test_one_policy_a_namespace(any_server: Backend) -> None:
+    """Who wants another order of eviction than the namespace has is refused."""
+    any_server.open("w1", policy="cost")
+    with pytest.raises(NamespaceError, match="policy is 'cost' there and 'lru' here"):
+        any_server.open("w2")
+
+
+def test_the_cost_policy_keeps_what_is_deep_and_hit(any_server: Backend) -> None:
+    """Under `cost` a prefix with hits outlives one that was published a little later."""
+    cache = any_server.open("w1", l2_max_chunks=10, policy="cost", **EXACT)
+    cache.cache_prefix([1] * 20)
+    for _ in range(3):
+        cache.find_longest_cache_hit([1] * 20)
+    cache.flush()
+    cache.cache_prefix([2] * 20)
+    cache.cache_prefix([3] * 20)
+    assert found(cache, [1] * 20, [2] * 20, [3] * 20)[0] == 5
+
+
+def test_claims_tell_who_computes(any_server: Backend) -> None:
+    """The second who misses a chunk learns who computes it and since when; publishing it ends the claim."""
+    one, two = any_server.open("w1", l1_ttl_s=0), any_server.open("w2", l1_ttl_s=0)
+    one.cache_prefix(prompt(2))
+    mine = one.find_longest_cache_hit(prompt(5)).claim(30)
+    theirs = two.find_longest_cache_hit(prompt(5)).claim(30)
+    assert (mine.mine, theirs.mine, theirs.worker) == (True, False, "w1")
+    assert theirs.since > 1e9
+    assert theirs.wait(0.05).matched_chunks == 2
+    one.cache_prefix(prompt(5))
+    assert theirs.wait(5).matched_chunks == 5
+    again = two.find_longest_cache_hit(prompt(9)).claim(30)
+    assert again.mine
+    again.release()
+    assert one.find_longest_cache_hit(prompt(9)).claim(30).mine
+
+
+def test_prewarming_brings_the_hottest_paths(any_server: Backend) -> None:
+    """A fresh process that pre-warms answers hot prompts, given as tokens, without asking Redis."""
+    cache = any_server.open("w1", max_run=4, prewarm_threshold=2)
+    for i in range(4):
+        cache.cache_prefix(prompt(9, tail=i))
+    for _ in range(3):
+        cache.find_longest_cache_hit(prompt(9, tail=2))
+    cache.flush()
+    fresh = any_server.open("w2", max_run=4)
+    seen: list[Any] = []
+    warmed = fresh.prewarm(progress=seen.append)
+    assert (warmed.complete, warmed.chunks, len(seen)) == (True, 9, 1)
+    first = fresh.find_longest_cache_hit(prompt(9, tail=2))
+    assert (first.matched_chunks, first.redis_calls) == (9, 0)
+    assert fresh.prewarm(max_bytes=0).chunks == 0
+    assert any_server.open("w3", max_run=4, prewarm_on_start=True).get_metrics()["l1_chunks"] == 9
+
+
+@pytest.mark.parametrize("change", ["evict", "split", "trim", "drop", "restore", "flush", "cut log"])
+def test_l1_follows_the_log(any_server: Backend, change: str) -> None:
+    """What other workers take out is revoked in L1 with the next poll; when the log has a gap, L1 forgets all."""
+    cache = any_server.open("w1", max_run=8)
+    cache.cache_prefix(prompt(6))
+    cache.cache_prefix([9] * 20, range(5))
+    reader = any_server.open("w2", max_run=8, l1_ttl_s=600)
+    reader.catch_up()
+    assert found(reader, prompt(6), [9] * 20) == [6, 5]
+    admin: Any = any_server.admin
+    if change == "evict":
+        any_server.open("w3", max_run=8, l2_max_chunks=1, **{**EXACT, "l1_ttl_s": 600}).maintain()
+    elif change == "split":
+        cache.cache_prefix(prompt(6, tail=3))
+        reader.catch_up()
+        any_server.open("w3", max_run=8, l2_max_chunks=1, **{**EXACT, "l1_ttl_s": 600}).maintain()
+    elif change == "trim":
+        cache.remove_skipped_blocks([3])
+    elif change == "drop":
+        cache.clear()
+    elif change == "restore":
+        meta = admin.hgetall(any_server.keys.meta)
+        admin.hset(any_server.keys.meta, "log", int(meta[b"log"]) + 7)
+    elif change == "flush":
+        admin.delete(*any_server.dump(), any_server.keys.log)
+    else:
+        for _ in range(3):
+            cache.remove_skipped_blocks([4])
+            cache.cache_prefix([9] * 20, range(5))
+        admin.xtrim(any_server.keys.log, maxlen=1, approximate=False)
+    reader.catch_up()
+    gaps, chunks = reader._state.feed.gaps, reader.get_metrics()["l1_chunks"]
+    if change in ("restore", "flush", "cut log"):
+        assert (gaps, chunks) == (1, 0)
+    else:
+        assert gaps == 0
+        again = found(reader, prompt(6), [9] * 20)
+        assert again == {"evict": again, "split": again, "trim": [6, 3], "drop": [0, 0]}[change]
+        assert sum(again) == any_server.open("w4", max_run=8).check_integrity().chunks
