@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row: a measured value and what it has to be."""
+    """One row: a measured value and what it has to be; without a relation it has no target."""
 
     what: str
     ours: str
@@ -41,9 +41,9 @@ class Figure:
     unit: str
 
     @property
-    def met(self) -> bool:
-        """Whether the value is as good as it has to be."""
-        return _RELATIONS[self.relation](self.value, self.target)
+    def met(self) -> bool | None:
+        """Whether the value is as good as it has to be; None without a target."""
+        return _RELATIONS[self.relation](self.value, self.target) if self.relation else None
 
 
 def interleave(cases: dict[str, Case], rounds: int) -> dict[str, float]:
@@ -76,8 +76,8 @@ def print_table(figures: list[Figure]) -> None:
             figure.ours,
             figure.other,
             _number(figure.value) + figure.unit,
-            f"{figure.relation} {_number(figure.target)}{figure.unit}",
-            "yes" if figure.met else "NO",
+            f"{figure.relation} {_number(figure.target)}{figure.unit}" if figure.relation else "-",
+            {True: "yes", False: "NO", None: "-"}[figure.met],
         )
         for figure in figures
     ]

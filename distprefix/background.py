@@ -10,29 +10,44 @@ from typing import Any
 __all__ = ["Background"]
 
 
+class _Signals:
+    """What the thread waits for."""
+
+    def __init__(self) -> None:
+        self.wake = threading.Event()
+        self.ended = False
+
+    def end(self, _: object = None) -> None:
+        self.ended = True
+        self.wake.set()
+
+
 class Background:
-    """Calls a method of `owner` every `interval_s`, until it is stopped or the owner is gone."""
+    """Calls a method of `owner` every `interval_s` and whenever it is woken, until stopped or the owner is gone."""
 
     def __init__(self, owner: Any, method: Callable[[Any], None], interval_s: float) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=_work, args=(weakref.ref(owner, lambda _: self._stop.set()), method, interval_s, self._stop)
-        )
-        self._thread.name = "distprefix"
-        self._thread.daemon = True
+        self._signals = _Signals()
+        arguments = (weakref.ref(owner, self._signals.end), method, interval_s, self._signals)
+        self._thread = threading.Thread(target=_work, args=arguments, name="distprefix", daemon=True)
         self._thread.start()
+
+    def wake(self) -> None:
+        """Begin a round now."""
+        self._signals.wake.set()
 
     def stop(self) -> None:
         """Begin no other round, and wait a second for the one that runs."""
-        self._stop.set()
+        self._signals.end()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=1)
 
 
-def _work(reference: weakref.ref[Any], method: Callable[[Any], None], interval_s: float, stop: threading.Event) -> None:
-    while not stop.wait(interval_s):
+def _work(reference: weakref.ref[Any], method: Callable[[Any], None], interval_s: float, signals: _Signals) -> None:
+    while True:
+        signals.wake.wait(interval_s)
+        signals.wake.clear()
         owner = reference()
-        if owner is None:
+        if signals.ended or owner is None:
             return
         method(owner)
         del owner

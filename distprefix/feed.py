@@ -34,6 +34,7 @@ class Feed:
         self._lock = lock
         self._created = ""
         self._last = ""
+        self._last_entry: dict[str, str] = {}
         self._number = 0
         self._apply: dict[str, Callable[[dict[str, str]], None]] = {
             "removed": lambda entry: l1.forget(entry["removed"]),
@@ -49,9 +50,11 @@ class Feed:
                 pass
         except NotAttachedError:
             self._forget()
-        except (DistPrefixError, ValueError, KeyError):
+        except DistPrefixError:
             self.failures += 1
             return False
+        except (ValueError, KeyError):  # another hand wrote it: what else is missing cannot be known
+            self._forget()
         return True
 
     def _read(self) -> bool:
@@ -61,9 +64,12 @@ class Feed:
         if self._created and (page.created != self._created or not self._continues(page)):
             self._forget()
             return True
-        if not self._created:  # begin behind what is there: L1 is empty
+        if not self._created:  # begin behind what is there, of which L1 may have learned before
+            with self._lock:
+                self._l1.expire()
+                self.generation += 1
             self._created, self._number = page.created, page.newest
-            self._last = page.entries[-1][0] if page.entries else "0-0"
+            self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
             self.read_at = began
             return False
         new = page.entries if self._last == "0-0" else page.entries[1:]
@@ -75,7 +81,7 @@ class Feed:
             self.generation += bool(new)
         self.entries += len(new)
         if new:
-            self._last, self._number = new[-1][0], int(new[-1][1]["n"])
+            (self._last, self._last_entry), self._number = new[-1], self._number + len(new)
         if len(page.entries) < _PAGE:
             self.read_at = began
         return len(page.entries) >= _PAGE
@@ -84,7 +90,7 @@ class Feed:
         """Whether nothing is missing between what was read and what came."""
         entries = page.entries
         if self._last != "0-0":
-            if not entries or entries[0][0] != self._last or int(entries[0][1].get("n", "-1")) != self._number:
+            if not entries or entries[0] != (self._last, self._last_entry):
                 return False
             entries = entries[1:]
         numbers = [int(entry.get("n", "-1")) for _, entry in entries]
@@ -97,4 +103,4 @@ class Feed:
             self._l1.clear()
             self.generation += 1
         self.gaps += 1
-        self._created, self._last, self._number = "", "", 0
+        self._created, self._last, self._last_entry, self._number = "", "", {}, 0

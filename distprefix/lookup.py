@@ -64,6 +64,7 @@ def _answer(state: State, prompt: Prompt, found: Found, began: int) -> CacheHitR
     result = _conclude(state, prompt, found, found.chunks, 0, None, began)
     if state.config.staleness_sample and random() < state.config.staleness_sample:  # noqa: S311 - not for secrets
         state.samples.append((state.l1.hashes(found.path, 0, found.chunks), dict(result.holders)))
+        state.wake()  # checked later, what changed in between would count as stale
     return result
 
 
@@ -101,6 +102,7 @@ def _conclude(
         counts["hits"] += 1
         counts["chunks_hit"] += matched
         counts["chunks_hit_l1"] += l1_chunks
+        counts[f"hits_{tier}"] += 1
         make_entry = entry_of(node, matched, size, tier, state.outbox.touches)
         if blocks is not None:
             ids = tuple(array("I", blocks[: 4 * matched]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distprefix.config import PrefixCacheConfig
+from distprefix.operations import Usage
 from distprefix.state import State
 
 __all__ = ["metrics_of"]
@@ -12,16 +14,20 @@ __all__ = ["metrics_of"]
 def metrics_of(state: State) -> dict[str, Any]:
     """Every counter and gauge; `PrefixCacheOptimizer.get_metrics` has it. No Redis call."""
     counts, link, outbox, l1 = state.counts, state.link, state.outbox, state.l1
+    usage = state.usage or Usage(0, 0, 0, 0)
     return {
         "lookups": counts["lookups"],
         "hits": counts["hits"],
         "misses": counts["lookups"] - counts["hits"],
+        "hits_hot": counts["hits_hot"],
+        "hits_warm": counts["hits_warm"],
         "hit_rate": counts["hits"] / counts["lookups"] if counts["lookups"] else 0.0,
         "chunks_looked_up": counts["chunks"],
         "chunks_hit": counts["chunks_hit"],
         "chunks_hit_l1": counts["chunks_hit_l1"],
         "publishes": counts["publishes"],
         "publishes_dropped": counts["publishes_dropped"],
+        "publishes_dropped_by": dict(state.drops),
         "redis_calls_lookup": link.lookups.calls,
         "redis_calls_publish": link.publishes.calls,
         "redis_failures": dict(link.failures),
@@ -36,6 +42,10 @@ def metrics_of(state: State) -> dict[str, Any]:
         "l1_nodes": l1.nodes,
         "l1_evicted_chunks": l1.evicted_chunks,
         "own_chunks": len(state.own),
+        "l2_chunks": usage.chunks,
+        "l2_bytes": usage.bytes,
+        "l2_leaves": usage.leaves,
+        "l2_budget_use": _budget_use(state.config, usage),
         "evictions": counts["evictions"],
         "evicted_nodes": counts["evicted_nodes"],
         "evicted_chunks": counts["evicted_chunks"],
@@ -54,3 +64,10 @@ def metrics_of(state: State) -> dict[str, Any]:
         "staleness_under": counts["staleness_under"],
         "epoch": link.epoch,
     }
+
+
+def _budget_use(config: PrefixCacheConfig, usage: Usage) -> float:
+    """How much of the budget that is nearest to its end is used, as a share."""
+    budgets = ((config.l2_max_chunks, usage.chunks), (config.l2_max_bytes, usage.bytes))
+    shares = [held / budget for budget, held in (*budgets, (config.max_cached_sequences, usage.leaves)) if budget]
+    return round(max(shares), 4)

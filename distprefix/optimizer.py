@@ -25,6 +25,7 @@ from distprefix.operations import Evicted
 from distprefix.prewarm import Prewarmed, prewarm
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
+from distprefix.redis.metrics import withdraw_metrics, write_metrics
 from distprefix.results import entry_of, pack_metadata
 from distprefix.staleness import check_samples
 from distprefix.state import State
@@ -52,10 +53,12 @@ class PrefixCacheOptimizer:
         if config.prewarm_on_start:
             self.prewarm()
         self._due: dict[str, float] = {}
+        self._told = False
         intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s)
         self._background: Background | None = None
         if any(intervals):
             self._background = Background(self, PrefixCacheOptimizer._work, min(filter(None, intervals)))
+            self._state.wake = self._background.wake
         _open.add(self)
 
     def __enter__(self) -> Self:
@@ -220,6 +223,8 @@ class PrefixCacheOptimizer:
         if self._state.unusable:
             return
         self.flush()
+        if self._told:
+            self._tell_metrics(withdraw=True)
         self._state.unusable = "this cache is closed: open another one"
         if self._background is not None:
             self._background.stop()
@@ -228,14 +233,24 @@ class PrefixCacheOptimizer:
     def _work(self) -> None:
         if self._state.unusable:
             return
+        check_samples(self._state)
         if self._is_due("feed", self.config.feed_interval_s):
             self._state.feed.poll()
         if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
-            check_samples(self._state)
+            self._tell_metrics()
         if self._is_due("maintain", self.config.maintain_interval_s):
             with contextlib.suppress(DistPrefixError):
                 self.maintain()
+
+    def _tell_metrics(self, *, withdraw: bool = False) -> None:
+        link, holder = self._state.link, self.config.holder
+        with contextlib.suppress(DistPrefixError):
+            if withdraw:
+                withdraw_metrics(link.publishes, link.keys, holder, link.publish_deadline())
+            else:
+                self._told = True
+                write_metrics(link.publishes, link.keys, holder, self.get_metrics(), link.publish_deadline())
 
     def _is_due(self, task: str, interval_s: float) -> bool:
         now = time.monotonic()

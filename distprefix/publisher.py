@@ -48,15 +48,17 @@ class Publisher:
                 # Sent afterwards, they would take back what is published now.
                 raise UnavailableError("Redis has not taken earlier retractions yet")
             published = self._insert(hashes, start, blocks, metadata, deadline)
-        except DistPrefixError:
+        except DistPrefixError as error:
             with state.lock:
                 state.counts["publishes_dropped"] += 1
+                state.drops[type(error).__name__] += 1
             if state.config.strict:
                 raise
         finally:
             self._take_over(prompt, hashes, blocks, published, now, generation)
         if published is not None:
             state.reservations.fulfil(hashes)
+            state.usage = published.usage
             keep_within(state, published.usage)
         return hashes[-HASH_BYTES:].hex()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -14,7 +15,7 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
 from distprefix.feed import Feed
 from distprefix.l1 import L1, Found
-from distprefix.operations import WINDOW
+from distprefix.operations import WINDOW, Usage
 from distprefix.outbox import Outbox
 from distprefix.own import OwnBlocks
 from distprefix.redis.link import Link
@@ -32,6 +33,10 @@ class State:
         self.l1 = L1(config.chunk_size, config.max_run, config.l1_max_bytes, config.l1_ttl_s, config.hot_threshold)
         self.own = OwnBlocks(config.max_run, config.max_own_chunks)
         self.counts: Counter[str] = Counter()
+        self.drops: Counter[str] = Counter()
+        """Publishes that Redis did not take, by reason."""
+        self.usage: Usage | None = None
+        """What the shard held after this process's last publish."""
         self.unusable = ""
         """Why nothing can be asked of this cache any more; empty while it can."""
         self.link = Link(config, client)
@@ -41,6 +46,8 @@ class State:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
         """Chains and who L1 said holds how much of them, to be checked against Redis."""
+        self.wake: Callable[[], object] = lambda: None
+        """Has the background begin a round now."""
         self.reservations = Reservations(self)
         self._root = chain_root(config.hash_algorithm, config.salt.encode())
 

@@ -9,9 +9,11 @@ import typer
 from distprefix import __version__
 from distprefix.cli.demo import demo
 from distprefix.cli.lookup import lookup
+from distprefix.cli.maintain import maintain
 from distprefix.cli.node import node
 from distprefix.cli.replay import replay
 from distprefix.cli.stats import stats
+from distprefix.cli.top import top
 from distprefix.cli.tree import tree
 
 __all__ = ["app"]
@@ -40,5 +42,5 @@ def _main(
     del version
 
 
-for command in (demo, replay, stats, tree, node, lookup):
+for command in (demo, replay, stats, top, tree, node, lookup, maintain):
     app.command()(command)

@@ -27,6 +27,8 @@ __all__ = [
     "Json",
     "Namespace",
     "Url",
+    "absent",
+    "age",
     "console",
     "errors",
     "fail",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -15,11 +17,18 @@ from distprefix.cli.common import EXIT_USAGE, Json, Url, errors, fail, opened, s
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.redis.inspect import namespaces
 from distprefix.replay.fleet import Fleet
-from distprefix.replay.report import Figures
+from distprefix.replay.report import Figures, Restarting
 from distprefix.replay.report import replay as run_replay
-from distprefix.replay.trace import read_trace
+from distprefix.replay.trace import ideal_hits, read_trace
 
 __all__ = ["replay"]
+
+
+class Policy(StrEnum):
+    """What goes first when the tree is full."""
+
+    LRU = "lru"
+    COST = "cost"
 
 
 class Route(StrEnum):
@@ -45,6 +54,14 @@ def replay(
     as_tokens: Annotated[bool, typer.Option("--as-tokens", help="Made-up tokens, hashed, not ids.")] = False,
     no_share: Annotated[bool, typer.Option("--no-share", help="The baseline: every node on its own.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Chunks that the tree may hold, or a share of the trace's, as 1%.")
+    ] = None,
+    policy: Annotated[Policy, typer.Option(help="Order of eviction, with --capacity.")] = Policy.LRU,
+    restart_at: Annotated[
+        str | None, typer.Option(help="Restart node 0 before this request, or at a share of the trace, as 50%.")
+    ] = None,
+    prewarm: Annotated[bool, typer.Option("--prewarm", help="Pre-warm it then.")] = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace on several nodes and report hit rates, latencies and memory."""
@@ -52,6 +69,8 @@ def replay(
         if in_order and (concurrency or 1) > 1:
             fail(f"--in-order means one request in flight: leave --concurrency {concurrency} out", EXIT_USAGE)
         requests = read_trace(trace, limit)
+        most = None if capacity is None else _part_of(capacity, "--capacity", lambda: ideal_hits(requests)[1])
+        restart = None if restart_at is None else _part_of(restart_at, "--restart-at", lambda: len(requests))
         name = namespace or f"replay-{time.time_ns():x}"
         with opened(url) as (client, address):
             if any(there == name or there.startswith(f"{name}-") for there in namespaces(client)):
@@ -61,6 +80,10 @@ def replay(
             settings: dict[str, Any] = {
                 **{"url": address, "namespace": name, "chunk_size": block_size, "max_prefix_length": 2**31},
                 **{"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "strict": True},
+                # The bare policy is measured, to the chunk: nothing else bounds or spares.
+                **{"max_cached_sequences": 2**31, "hot_threshold": 2**31, "policy": policy.value},
+                **{"l2_max_chunks": most and max(1, most // (nodes if no_share else 1))},
+                **{"high_watermark": 1.0, "low_watermark": 1.0, "in_step": most is not None},
             }
             try:
                 with Fleet(nodes, settings, share=not no_share, as_tokens=as_tokens) as fleet, _progress() as progress:
@@ -73,11 +96,26 @@ def replay(
                         concurrency=1 if in_order else concurrency or nodes,
                         used_memory=lambda: int(client.info("memory")["used_memory"]),
                         progress=lambda: progress.advance(task),
+                        restarting=None if restart is None else Restarting(restart, prewarm),
                     )
             finally:
                 if namespace is None:
                     remove_namespaces(client, name, nodes)
+        if most is None:
+            figures = replace(figures, evicted_chunks=None)
         show(figures.as_dict(), as_json=as_json, render=lambda: _table(figures, block_size))
+
+
+def _part_of(text: str, option: str, whole: Callable[[], int]) -> int:
+    """A number, or a share of the whole such as 1%."""
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number)
+        if not 0 <= value <= (100 if text.strip().endswith("%") else 2**53):
+            raise ValueError
+    except ValueError:
+        fail(f"{option} is {text!r}: it must be a whole number, or a share such as 1%", EXIT_USAGE)
+    return int(value) if number == text.strip() else max(1, int(value * whole() / 100))
 
 
 def _progress() -> Progress:
@@ -104,4 +142,8 @@ def _table(figures: Figures, block_size: int) -> Table:
     table.add_row("look-up", f"p50 {figures.lookup_p50_us:,.0f} µs, p99 {figures.lookup_p99_us:,.0f} µs")
     table.add_row("publish", f"p50 {figures.publish_p50_us:,.0f} µs, p99 {figures.publish_p99_us:,.0f} µs")
     table.add_row("Redis", f"{figures.redis_bytes_per_chunk:.1f} bytes a chunk, {figures.unique_chunks:,} chunks")
+    if figures.evicted_chunks is not None:
+        table.add_row("evicted", f"{figures.evicted_chunks:,} chunks")
+    if figures.restart_l1_share is not None:
+        table.add_row("after the restart", f"L1 answered {100 * figures.restart_l1_share:.1f} % of what node 0 hit")
     return table

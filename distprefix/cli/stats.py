@@ -30,11 +30,31 @@ def _table(namespace: str, found: dict[str, Any]) -> Table:
     settings = found["descriptor"]
     for name in ("nodes", "chunks", "mean_run", "roots", "leaves"):
         table.add_row(name.replace("_", " "), f"{found[name]:,}")
+    table.add_row("bytes", f"{found['bytes']:,} by the tree's own estimate")
+    table.add_row("log", f"{found['log']:,} entries so far")
+    table.add_row("hot", f"{found['hot']:,} candidates for pre-warming")
     table.add_row("tokens", f"{found['chunks'] * int(settings['chunk_size']):,}")
     workers = [f"{name} (epoch {epoch})" for name, epoch in found["workers"].items()]
     more = f" and {len(workers) - 8:,} more" if len(workers) > 8 else ""
     table.add_row("workers", Text(f"{len(workers):,}: " + ", ".join(workers[:8]) + more))
     table.add_row("settings", Text("\n".join(f"{name} {value}" for name, value in settings.items() if value)))
+    if found["live"]:
+        table.add_row("fleet", Text("\n".join(_fleet(list(found["live"].values())))))
     limit = f" of {found['maxmemory'] / 2**20:,.0f} MiB" if found["maxmemory"] else ""
     table.add_row("server", f"{found['server']}, {found['used_memory'] / 2**20:,.1f} MiB used{limit}")
     return table
+
+
+_SUMS = (
+    *("lookups", "hits", "hits_hot", "hits_warm", "misses", "publishes", "publishes_dropped", "evicted_chunks"),
+    *("leases", "claims", "staleness_checked", "staleness_over", "feed_gaps", "touches_dropped"),
+)
+
+
+def _fleet(told: list[dict[str, Any]]) -> list[str]:
+    """What the workers that told of themselves lately have done together."""
+    lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in told):,}" for name in _SUMS]
+    lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in told) / 2**20:,.1f} MiB")
+    lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in told):.1f} % used")
+    states = sorted({str(one.get("breaker")) for one in told})
+    return [*lines, f"breakers {', '.join(states)}"]

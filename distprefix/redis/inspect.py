@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import redis
 
 from distprefix.redis.keys import NAMESPACES, Keys
+from distprefix.redis.metrics import read_metrics
 
 __all__ = ["NodeRecord", "children_of", "find_node", "namespaces", "read_descriptor", "read_node", "read_stats"]
 
@@ -129,6 +130,10 @@ def read_stats(client: redis.Redis, keys: Keys) -> dict[str, Any]:
         "mean_run": round(chunks / nodes, 1) if nodes else 0.0,
         "roots": len(children_of(client, keys, "")),
         "leaves": int(client.zcard(keys.leaves)),
+        "bytes": int(meta.get(b"bytes", b"0")),
+        "log": int(meta.get(b"log", b"0")),
+        "hot": int(client.zcard(keys.hot)),
+        "live": read_metrics(client, keys),
         "workers": {name.decode(): int(epoch) for name, epoch in sorted(_hash(client, keys.epochs).items())},
         "descriptor": read_descriptor(client, keys),
         "server": (server.get("valkey_version") and f"Valkey {server['valkey_version']}")

@@ -13,6 +13,8 @@ class Keys:
     def __init__(self, namespace: str, shard: int = 0) -> None:
         self.descriptor = f"dp:ns:{namespace}"
         self.epochs = f"dp:{{{namespace}}}:epochs"
+        self.metrics = f"dp:{{{namespace}}}:metrics"
+        """What workers tell of themselves, by holder; for people and dashboards, nothing depends on it."""
         self.base = f"dp:{{{namespace}:{shard}}}:"
         self.meta = f"{self.base}meta"
         """The one key that every script declares; the others of the shard are derived from it."""

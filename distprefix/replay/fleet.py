@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +26,12 @@ Job = tuple[tuple[int, int], ...] | bytes
 """A prompt as runs of ids, or as packed tokens."""
 
 
+class Restart(NamedTuple):
+    """Ends a node's cache and opens it anew, as a new process would."""
+
+    prewarm: bool
+
+
 class Outcome(NamedTuple):
     """What one request met."""
 
@@ -37,6 +44,8 @@ class Outcome(NamedTuple):
     calls: int
     lookup_us: float
     publish_us: float
+    evicted: int
+    """Chunks that this request's publish evicted."""
 
 
 class Fleet:
@@ -96,6 +105,11 @@ class Fleet:
         except OSError as error:
             raise DistPrefixError(f"node {node} has ended") from error
 
+    def restart(self, node: int, *, prewarm: bool) -> None:
+        """Restart a node that has no request in flight, and wait until it is there."""
+        self._pipes[node].send(Restart(prewarm))
+        self._receive(self._pipes[node])
+
     def outcomes(self) -> Iterator[Outcome]:
         """Wait for at least one outcome; all that are there."""
         ready = wait([pipe for i, pipe in enumerate(self._pipes) if self._waiting[i]])
@@ -146,22 +160,33 @@ def _hash(i: int) -> bytes:
 
 def _serve(pipe: Connection, node: int, settings: dict[str, Any], as_tokens: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    in_step = bool(settings.pop("in_step", False))
+    config = PrefixCacheConfig.from_mapping(settings)
+    prompts = _Prompts(config.chunk_size, as_tokens=as_tokens)
     try:
-        with PrefixCacheOptimizer(PrefixCacheConfig.from_mapping(settings)) as cache:
-            prompts = _Prompts(cache.config.chunk_size, as_tokens=as_tokens)
-            pipe.send(node)
-            while (job := pipe.recv()) is not None:
-                prompt = prompts.read(job)
-                hit = cache.find_longest_cache_hit(prompt)
-                began = time.perf_counter_ns()
-                cache.cache_prefix(prompt)
-                publish_us = (time.perf_counter_ns() - began) / 1000
-                chunks = len(prompt) if isinstance(prompt, Chain) else len(prompt) // (4 * cache.config.chunk_size)
-                own = next((held for name, held in hit.holders if name == cache.config.holder), 0)
-                took = (hit.lookup_time_us, publish_us)
-                pipe.send(Outcome(node, chunks, hit.matched_chunks, own, hit.l1_chunks, hit.redis_calls, *took))
+        job: Any = Restart(prewarm=False)
+        while isinstance(job, Restart):
+            with PrefixCacheOptimizer(replace(config, prewarm_on_start=job.prewarm)) as cache:
+                pipe.send(node)
+                while (job := pipe.recv()) is not None and not isinstance(job, Restart):
+                    pipe.send(_do(cache, node, prompts.read(job), in_step=in_step))
     except EOFError:
         pass  # the parent is gone
     except DistPrefixError as error:
         with contextlib.suppress(OSError):
             pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _do(cache: PrefixCacheOptimizer, node: int, prompt: Any, *, in_step: bool) -> Outcome:
+    if in_step:
+        cache.catch_up()  # what another node's publish evicted just now is known before this look-up
+    hit = cache.find_longest_cache_hit(prompt)
+    evicted, began = cache.get_metrics()["evicted_chunks"] if in_step else 0, time.perf_counter_ns()
+    cache.cache_prefix(prompt)
+    publish_us = (time.perf_counter_ns() - began) / 1000
+    chunks = len(prompt) if isinstance(prompt, Chain) else len(prompt) // (4 * cache.config.chunk_size)
+    own = next((held for name, held in hit.holders if name == cache.config.holder), 0)
+    return Outcome(
+        *(node, chunks, hit.matched_chunks, own, hit.l1_chunks, hit.redis_calls, hit.lookup_time_us, publish_us),
+        evicted=cache.get_metrics()["evicted_chunks"] - evicted if in_step else 0,
+    )

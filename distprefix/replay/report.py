@@ -6,13 +6,15 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from distprefix.replay.fleet import Fleet, Outcome
 from distprefix.replay.trace import Request, ideal_hits
 
-__all__ = ["Figures", "replay", "router"]
+__all__ = ["Figures", "Restarting", "replay", "router"]
+
+_AFTER_RESTART = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,21 @@ class Figures:
     redis_bytes_per_chunk: float
     nodes: int
     wall_s: float
+    evicted_chunks: int | None = None
+    """Only with a capacity."""
+    restart_l1_share: float | None = None
+    """Of what the restarted node hit in its first 100 look-ups: how much its L1 answered. Only with a restart."""
 
     def as_dict(self) -> dict[str, Any]:
-        """By name, for JSON."""
-        return asdict(self)
+        """By name, for JSON; what was not asked for is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Restarting(NamedTuple):
+    """Which request a restart of node 0 comes before, and whether it pre-warms then."""
+
+    at: int
+    prewarm: bool
 
 
 def router(route: str, nodes: int) -> Callable[[int, Request], int]:
@@ -60,6 +73,7 @@ def replay(
     concurrency: int,
     used_memory: Callable[[], int],
     progress: Callable[[], None] = lambda: None,
+    restarting: Restarting | None = None,
 ) -> Figures:
     """Send every request in order, at most `concurrency` at a time, and measure."""
     choose, outcomes = router(route, nodes), list[Outcome]()
@@ -70,7 +84,13 @@ def replay(
             outcomes.append(outcome)
             progress()
 
+    restarted = 0
     for i, request in enumerate(requests):
+        if restarting is not None and i == restarting.at:
+            while fleet.in_flight:
+                collect()
+            fleet.restart(0, prewarm=restarting.prewarm)
+            restarted = len(outcomes)
         while fleet.in_flight >= concurrency:
             collect()
         if request.chunks:
@@ -78,7 +98,11 @@ def replay(
     while fleet.in_flight:
         collect()
     wall_s = time.perf_counter() - began
-    return _figures(requests, outcomes, nodes, used_memory() - before, wall_s)
+    figures = _figures(requests, outcomes, nodes, used_memory() - before, wall_s)
+    if restarting is None:
+        return figures
+    after = [outcome for outcome in outcomes[restarted:] if outcome.node == 0][:_AFTER_RESTART]
+    return replace(figures, restart_l1_share=round(sum(o.l1 for o in after) / max(1, sum(o.matched for o in after)), 4))
 
 
 def _figures(requests: Sequence[Request], outcomes: list[Outcome], nodes: int, grown: int, wall_s: float) -> Figures:
@@ -105,6 +129,7 @@ def _figures(requests: Sequence[Request], outcomes: list[Outcome], nodes: int, g
         redis_bytes_per_chunk=round(grown / unique, 2) if unique else 0.0,
         nodes=nodes,
         wall_s=round(wall_s, 3),
+        evicted_chunks=sum(o.evicted for o in outcomes),
     )
 
 

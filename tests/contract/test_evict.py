@@ -1,7 +1,8 @@
-"""The shared tree within its budget: leaf first, tail first, by the namespace's policy; leased and hot prefixes stay."""
+"""The shared tree within its budget: leaf first, tail first, by its policy; leased and hot prefixes stay."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -111,11 +112,12 @@ def test_a_lease_of_what_is_gone_is_not_active(any_server: Backend) -> None:
 def test_hot_prefixes_go_last(any_server: Backend) -> None:
     """A node with enough hits outlives what was used after it."""
     cache = any_server.open("w1", l2_max_chunks=10, **{**EXACT, "hot_threshold": 2})
-    cache.cache_prefix([1] * 20)
+    publish_at(any_server, cache, [1] * 20, 1000)
     for _ in range(2):
         cache.find_longest_cache_hit([1] * 20)
     cache.flush()
     for i in range(2, 5):
+        time.sleep(0.002)  # leaves of the same millisecond have no order
         cache.cache_prefix([i] * 20)
     assert found(cache, [1] * 20, [2] * 20, [3] * 20, [4] * 20) == [5, 0, 0, 5]
 

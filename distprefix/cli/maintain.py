@@ -1,0 +1,75 @@
+"""`distprefix maintain`: bring a namespace within a budget, or correct its counts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, absent, errors, fail, opened, show
+from distprefix.operations import Bounds, evict
+from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.inspect import read_descriptor
+from distprefix.redis.keys import Keys
+from distprefix.redis.repair import repair_counts
+
+__all__ = ["maintain"]
+
+_DEADLINE_S = 600.0
+
+
+def maintain(
+    url: Url = None,
+    namespace: Namespace = "default",
+    max_chunks: Annotated[int | None, typer.Option(min=0, help="Chunks that may stay.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes that may stay, by the tree's estimate.")] = None,
+    max_leaves: Annotated[
+        int | None, typer.Option(min=0, help="Prompts that may stay, those no other extends.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves a call.")] = 100,
+    every: Annotated[float | None, typer.Option(min=0.01, help="Do so every so many seconds, until stopped.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Count the tree anew, and correct its counts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evict what is over a budget, in the namespace's order; several may do so at once. Or repair the counts."""
+    bounds = Bounds(max_chunks, max_bytes, max_leaves)
+    if bounds == (None, None, None) and not repair:
+        fail("there is nothing to do: give --max-chunks, --max-bytes, --max-leaves or --repair", EXIT_USAGE)
+    with errors(), opened(url) as (client, _):
+        keys = Keys(namespace)
+        descriptor = read_descriptor(client, keys)
+        if not descriptor:
+            absent(client, namespace, private=url is None)
+        calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
+        if repair:
+            report, right = repair_counts(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)
+            value: dict[str, Any] = {"nodes": report.nodes, "chunks": report.chunks, "bytes": report.bytes}
+            # What was read while others wrote is no snapshot: nothing can be said then.
+            value |= {"counts_right": right, "problems": report.problems[:20] if right else None}
+            show(value, as_json=as_json, render=lambda: _lines(value))
+            if not right:
+                fail("others kept writing, and the counts could not be corrected: try again", EXIT_MISS)
+        while bounds != (None, None, None):
+            evicted = _evict(calls, keys, bounds, batch)
+            show(evicted, as_json=as_json, render=lambda done=evicted: _lines(done))
+            if every is None:
+                break
+            sys.stdout.flush()
+            time.sleep(every)
+
+
+def _evict(calls: Client, keys: Keys, bounds: Bounds, batch: int) -> dict[str, int]:
+    total = {"evicted_nodes": 0, "evicted_chunks": 0, "leased_leaves": 0}
+    while True:
+        evicted = run(evict(bounds, batch), calls, keys.meta, time.monotonic() + 5)
+        for name, count in zip(total, evicted[:3], strict=True):
+            total[name] += count
+        if not evicted.more:
+            return total
+
+
+def _lines(value: dict[str, Any]) -> str:
+    return "\n".join(f"{name.replace('_', ' ')}: {count}" for name, count in value.items())

@@ -1,0 +1,114 @@
+"""`distprefix top`: a namespace and its workers, live."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import redis
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from distprefix.cli.common import Json, Namespace, Url, absent, console, errors, opened, show
+from distprefix.redis.inspect import read_stats
+from distprefix.redis.keys import Keys
+
+__all__ = ["top"]
+
+
+def top(
+    url: Url = None,
+    namespace: Namespace = "default",
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Looks; default: until stopped, 1 without a terminal.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a namespace holds and how its workers do, again and again."""
+    with errors(), opened(url) as (client, _):
+        keys = Keys(namespace)
+        if not read_stats(client, keys)["descriptor"]:
+            absent(client, namespace, private=url is None)
+        live = sys.stdout.isatty() and not as_json
+        looks = count or (1 << 62 if live else 1)
+        try:
+            if live:
+                with Live(console=console, auto_refresh=False, screen=count is None) as screen:
+                    _watch(
+                        *(client, keys, looks, interval),
+                        lambda now, before: screen.update(_page(now, before), refresh=True),
+                    )
+            else:
+                _watch(
+                    *(client, keys, looks, interval),
+                    lambda now, before: show(now, as_json=as_json, render=partial(_page, now, before)),
+                )
+        except KeyboardInterrupt:
+            return
+
+
+def _watch(
+    client: redis.Redis,
+    keys: Keys,
+    looks: int,
+    interval: float,
+    draw: Callable[[dict[str, Any], dict[str, Any]], object],
+) -> None:
+    before: dict[str, Any] = {}
+    for look in range(looks):
+        if look:
+            time.sleep(interval)
+        now = read_stats(client, keys)
+        draw(now, before)
+        before = now
+
+
+def _page(now: dict[str, Any], before: dict[str, Any]) -> Group:
+    size = int(now["descriptor"]["chunk_size"])
+    head = Text.assemble(
+        (f"{now['chunks']:,} chunks", "bold"),
+        f" ({now['chunks'] * size:,} tokens) in {now['nodes']:,} nodes, {now['leaves']:,} leaves, "
+        f"{now['bytes'] / 2**20:,.1f} MiB; log at {now['log']:,}; {now['server']}, "
+        f"{now['used_memory'] / 2**20:,.0f} MiB used",
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("worker", no_wrap=True)
+    for column in ("look/s", "hit%", "L1%", "pub/s", "drop", "evict", "full%", "stale%", "L1MiB"):
+        table.add_column(column, justify="right")
+    table.add_column("breaker")
+    for holder, told in sorted(now["live"].items()):
+        table.add_row(holder, *_cells(told, before.get("live", {}).get(holder, {})))
+    if not now["live"]:
+        return Group(head, Text("no worker has told of itself within the last half minute"))
+    return Group(head, table)
+
+
+def _cells(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """A worker's row: rates since the last look, or since it began."""
+    seconds = now["at"] - before["at"] if before else 0.0
+
+    def rate(name: str) -> str:
+        return f"{(now[name] - before[name]) / seconds:,.0f}" if seconds > 0 else "-"
+
+    def share(part: str, whole: str) -> str:
+        return f"{100 * now[part] / now[whole]:.1f}" if now[whole] else "-"
+
+    return [
+        rate("lookups"),
+        share("chunks_hit", "chunks_looked_up"),
+        share("chunks_hit_l1", "chunks_hit"),
+        rate("publishes"),
+        f"{now['publishes_dropped']:,}",
+        f"{now['evicted_chunks']:,}",
+        f"{100 * now['l2_budget_use']:.0f}",
+        share("staleness_over", "staleness_checked"),
+        f"{now['l1_bytes'] / 2**20:,.1f}",
+        f" {now['breaker']}",
+    ]

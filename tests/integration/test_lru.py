@@ -1,0 +1,79 @@
+"""The LRU of the shared tree against one written independently, on real traces."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from distprefix.replay.trace import read_trace
+from tests.integration.test_replay import _TRACES, _replay
+from tests.servers import absent
+
+TRACES = (("mooncake_conversation_b512", 512), ("taubench_airline_b16", 16), ("sharegpt_b16", 16))
+SHARES = (1, 5, 10)
+LIMIT = None if os.environ.get("CI") == "true" else 1500
+"""Requests of each trace; the gate takes all of them."""
+
+
+def lru_hit_rate(chains: Iterable[Sequence[int]], capacity: int) -> float:
+    """Leaf-first LRU one chunk at a time: of all chunks asked for, the share that a cache of so many chunks has.
+
+    Ids stand for all that lies before them, so a chunk's parent is the id before it.
+    """
+    used: dict[int, int] = {}
+    parent: dict[int, int | None] = {}
+    children: dict[int, int] = {}
+    leaves: list[tuple[int, int]] = []
+    asked = hits = 0
+    for now, chain in enumerate(chains):
+        asked += len(chain)
+        hits += next((i for i, chunk in enumerate(chain) if chunk not in used), len(chain))
+        for i, chunk in enumerate(chain):
+            if chunk not in used:
+                parent[chunk] = chain[i - 1] if i else None
+                if i:
+                    children[chain[i - 1]] = children.get(chain[i - 1], 0) + 1
+            used[chunk] = now
+        if chain:
+            heapq.heappush(leaves, (now, chain[-1]))
+        while len(used) > capacity:
+            when, chunk = heapq.heappop(leaves)
+            if used.get(chunk) != when or children.get(chunk):
+                continue
+            del used[chunk]
+            above = parent.pop(chunk)
+            if above is not None:
+                children[above] -= 1
+                if not children[above]:
+                    heapq.heappush(leaves, (used[above], above))
+    return hits / asked
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("name", "block_size"), TRACES)
+def test_lru_is_the_reference_on_real_traces(name: str, block_size: int, share: int) -> None:
+    """On four nodes with a bounded tree the hit rate is that of an exact leaf-first LRU, within 0.005."""
+    found: list[Path] = sorted(_TRACES.glob(f"{name}*"))
+    if not found:
+        absent(f"{name} is not in {_TRACES}")
+    requests = read_trace(str(found[0]), LIMIT)
+    chains = [[i for first, count in request.runs for i in range(first, first + count)] for request in requests]
+    unique = len({chunk for chain in chains for chunk in chain})
+    limit = ("--limit", str(LIMIT)) if LIMIT else ()
+    options = ("--block-size", str(block_size), "--nodes", "4", "--in-order", "--policy", "lru", *limit)
+    measured = _replay(str(found[0]), *options, "--capacity", f"{share}%")["hit_rate"]
+    wanted = lru_hit_rate(chains, max(1, math.floor(unique * share / 100)))
+    assert abs(measured - wanted) < 0.005, f"measured {measured}, the reference has {wanted}"
+
+
+def test_the_reference_keeps_a_loop_that_fits_and_loses_one_that_does_not() -> None:
+    """The reference itself: a working set within the capacity hits after the first round, a larger one never."""
+    loop = [[10 * i, 10 * i + 1] for i in range(5)] * 4
+    assert lru_hit_rate(loop, 10) == 0.75
+    assert lru_hit_rate(loop, 8) == 0
+    assert lru_hit_rate([[1, 2, 3], [1, 2, 4], [1, 2, 3]], 3) == 4 / 9
