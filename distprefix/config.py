@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from distprefix.errors import ConfigError
+from distprefix.redis.scripts import policy_names
 
 __all__ = ["PrefixCacheConfig", "without_password"]
 
 _ENV_PREFIX = "DISTPREFIX_"
 _SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_POLICIES = ("cost", "lru")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -80,12 +80,14 @@ class PrefixCacheConfig:
     l1_max_bytes: int = 256 * 1024 * 1024
     max_own_chunks: int = 1_000_000
     """Chunks whose block ids this process remembers; beyond, the prompt published longest ago is taken back."""
-    l1_ttl_s: float = 1.0
-    """How long L1 trusts what Redis told: the bound on how stale holders can be, when the feed says nothing."""
+    l1_ttl_s: float = 30.0
+    """How long L1 trusts what Redis told, unless the feed revokes it. When the log cannot be read: a second."""
     feed_interval_s: float = 0.1
     """How often the shard's log is read for what L1 must forget, in the background. 0: never."""
     staleness_sample: float = 0.001
     """Share of the look-ups answered by L1 that are checked against Redis in the background."""
+    speculate: bool = False
+    """After a hit, bring what most likely follows into L1, in the background."""
     prewarm_on_start: bool = False
     """Fill L1 with the hottest prefixes of the namespace before the cache opens."""
     prewarm_time_s: float = 2.0
@@ -111,8 +113,8 @@ class PrefixCacheConfig:
         self._check_order()
         if self.hash_algorithm not in ("xxh3_128", "sha256"):
             raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be 'xxh3_128' or 'sha256'")
-        if self.policy not in _POLICIES:
-            raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, _POLICIES))}")
+        if self.policy not in policy_names():
+            raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, policy_names()))}")
         for name in ("namespace", "worker_id", "medium"):
             value = getattr(self, name)
             if not _NAME.fullmatch(value) and not (name == "worker_id" and not value):

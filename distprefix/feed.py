@@ -15,6 +15,7 @@ from distprefix.redis.link import Link
 __all__ = ["Feed"]
 
 _PAGE = 1000
+_CURRENT_S = 1.0
 
 
 class Feed:
@@ -43,18 +44,22 @@ class Feed:
             "changed": lambda entry: l1.doubt(entry["changed"]),
         }
 
+    def is_current(self, now: float) -> bool:
+        """Whether the log was read within the last second, so that L1 knows what was revoked."""
+        return now - self.read_at < _CURRENT_S
+
     def poll(self) -> bool:
         """Read and apply what is new. One call for every 1,000 entries. Whether Redis answered; never raises."""
         try:
             while self._read():
                 pass
         except NotAttachedError:
-            self._forget()
+            self._lost()
         except DistPrefixError:
             self.failures += 1
             return False
         except (ValueError, KeyError):  # another hand wrote it: what else is missing cannot be known
-            self._forget()
+            self._lost()
         return True
 
     def _read(self) -> bool:
@@ -62,14 +67,10 @@ class Feed:
         began = time.monotonic()
         page = self._link.publish(operations.feed(self._last, _PAGE))
         if self._created and (page.created != self._created or not self._continues(page)):
-            self._forget()
+            self._lost()
             return True
-        if not self._created:  # begin behind what is there, of which L1 may have learned before
-            with self._lock:
-                self._l1.expire()
-                self.generation += 1
-            self._created, self._number = page.created, page.newest
-            self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
+        if not self._created:
+            self._begin(page)
             self.read_at = began
             return False
         new = page.entries if self._last == "0-0" else page.entries[1:]
@@ -98,9 +99,18 @@ class Feed:
         complete = len(page.entries) >= _PAGE or page.newest == self._number + len(numbers)
         return numbers == wanted and complete
 
-    def _forget(self) -> None:
+    def _begin(self, page: FeedPage) -> None:
+        """Go on behind what is there. What was learned before may be outdated, and so may replies on their way."""
+        self._created, self._number = page.created, page.newest
+        self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
         with self._lock:
             self._l1.clear()
             self.generation += 1
-        self.gaps += 1
+
+    def _lost(self) -> None:
+        """Entries are missing: L1 forgets everything, now and again when the log is found."""
+        with self._lock:
+            self._l1.clear()
+            self.generation += 1
+        self.gaps += bool(self._created)
         self._created, self._last, self._last_entry, self._number = "", "", {}, 0

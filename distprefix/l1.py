@@ -14,7 +14,7 @@ from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.nodes import NodeView, Snapshot
 from distprefix.radix import PrefixTree, RadixTreeNode
 
-__all__ = ["L1", "Found"]
+__all__ = ["L1", "Found", "Live", "Node"]
 
 _UNCONFIRMED = float("-inf")
 _NOTHING = (0, 0)  # epoch and end of who covers nothing
@@ -86,10 +86,10 @@ class L1:
         for tree in self._trees.values():
             yield from tree.iter_nodes()
 
-    def find(self, prompt: Prompt, now: float) -> Found:
-        """The longest known prefix, and how much of it may be trusted. Changes nothing."""
+    def find(self, prompt: Prompt, now: float, ttl_s: float | None = None) -> Found:
+        """The longest known prefix, and how much of it may be trusted: what was told within `ttl_s`."""
         path, chunks = self._trees[prompt.is_chain].find_longest_prefix(prompt.view)
-        oldest, resume = now - self.ttl_s, 0
+        oldest, resume = now - (self.ttl_s if ttl_s is None else ttl_s), 0
         for node in path:
             snapshot = node.value
             if snapshot is None or not snapshot.head:
@@ -190,6 +190,22 @@ class L1:
             path = tree.insert(prompt.view[: end * prompt.stride], node.value, hashes=hashes, start=node.start)
             path[-1].accessed = now
             self._enqueue(path[-1], tree)
+
+    def as_chain(self, node: Node, depth: int) -> bytes:
+        """Let the tree of chains know the way to `depth` as well. Returns it; empty when it is gone."""
+        path = PrefixTree.path_to(node)
+        chain = b"".join(part.hashes for part in path)
+        if node.gone or node.stop != depth or len(chain) != depth * HASH_BYTES:
+            return b""
+        for part in path:
+            if part.value is None or not part.value.head:
+                return b""
+            if len(part.run) != len(part.hashes) or part.run != part.hashes:
+                known = self._trees[True].insert(
+                    chain[: part.stop * HASH_BYTES], part.value, hashes=chain, start=part.start
+                )
+                self._enqueue(known[-1], self._trees[True])
+        return chain
 
     def learn_chain(self, chain: bytes, view: NodeView, now: float) -> None:
         """Take over a node that came without being asked for: `chain` ends with its run."""

@@ -29,14 +29,14 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
     prompt, now = state.read(token_ids), time.monotonic()
     deadline = now + state.config.lookup_timeout_s
     with state.lock:
-        found = state.l1.find(prompt, now)
+        found = state.find(prompt, now)
         if found.fresh == prompt.chunks and blocks_of is None:
             return _answer(state, prompt, found, began)
     hashes = state.hashes(prompt, found, 0, now + _HASHING_SHARE * state.config.lookup_timeout_s)
     with state.lock:
         if not prompt.is_chain and blocks_of is None and state.l1.chains:
             state.l1.adopt(prompt, hashes, now)
-            found = state.l1.find(prompt, now)
+            found = state.find(prompt, now)
             if found.fresh == prompt.chunks:
                 return _answer(state, prompt, found, began)
         start = found.resume if blocks_of is None else 0
@@ -54,7 +54,7 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
                 state.l1.cut(prompt, reached)
             if blocks_of is not None:
                 blocks = _blocks_of(state, views, blocks_of)
-        result = _conclude(state, prompt, state.l1.find(prompt, now), answered, calls, blocks, began)
+        result = _conclude(state, prompt, state.find(prompt, now), answered, calls, blocks, began)
         state.l1.shrink()  # not before: the prompt may be larger than the budget
         return result
 
@@ -103,6 +103,9 @@ def _conclude(
         counts["chunks_hit"] += matched
         counts["chunks_hit_l1"] += l1_chunks
         counts[f"hits_{tier}"] += 1
+        if state.config.speculate and not node.children and node.value and node.value.stop == matched:
+            state.guesses.append((node, matched))
+            state.wake()
         make_entry = entry_of(node, matched, size, tier, state.outbox.touches)
         if blocks is not None:
             ids = tuple(array("I", blocks[: 4 * matched]))

@@ -56,6 +56,7 @@ def metrics_of(state: State) -> dict[str, Any]:
         "claims_lost": counts["claims_lost"],
         "claims_open": state.reservations.claims,
         "prewarmed_chunks": counts["prewarmed_chunks"],
+        "speculated_chunks": counts["speculated_chunks"],
         "feed_entries": state.feed.entries,
         "feed_gaps": state.feed.gaps,
         "feed_failures": state.feed.failures,

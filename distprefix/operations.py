@@ -19,6 +19,7 @@ __all__ = [
     "WINDOW",
     "Bounds",
     "Call",
+    "Candidate",
     "Claimed",
     "Evicted",
     "FeedPage",
@@ -29,6 +30,8 @@ __all__ = [
     "drop",
     "evict",
     "feed",
+    "guess",
+    "hot",
     "lease",
     "parse_nodes",
     "prewarm",
@@ -120,6 +123,19 @@ class FeedPage(NamedTuple):
     """Number of the newest entry."""
     entries: list[tuple[str, dict[str, str]]]
     """Id and fields."""
+
+
+class Candidate(NamedTuple):
+    """A node that is worth pre-warming."""
+
+    last: str
+    """Hash of its last chunk, in hex."""
+    stop: int
+    """Depth behind that."""
+    hits: int
+    accessed: int
+    created: int
+    head: bytes
 
 
 class HotNode(NamedTuple):
@@ -300,6 +316,16 @@ def prewarm(rank: int, chunks: int) -> Generator[Call, Any, tuple[int, list[HotN
     Returns the rank to go on with, -1 when there are no more, and the nodes.
     """
     reply = yield Call("prewarm", (SCHEMA, rank, chunks))
+    return reply[0], _parse_hot(reply)
+
+
+def guess(last: bytes, chunks: int) -> Generator[Call, Any, list[HotNode]]:
+    """What most likely follows the node whose last chunk is `last`, for about so many chunks. One call."""
+    reply = yield Call("guess", (SCHEMA, last.hex(), chunks))
+    return _parse_hot(reply)
+
+
+def _parse_hot(reply: Sequence[Any]) -> list[HotNode]:
     nodes: list[HotNode] = []
     at = 1
     while at < len(reply):
@@ -308,4 +334,13 @@ def prewarm(rank: int, chunks: int) -> Generator[Call, Any, tuple[int, list[HotN
         (view,) = parse_nodes(reply[at + 3 : at + 3 + count], int(depth))
         nodes.append(HotNode(bytes.fromhex(parent.decode()), run, view))
         at += 3 + count
-    return reply[0], nodes
+    return nodes
+
+
+def hot(limit: int) -> Generator[Call, Any, list[Candidate]]:
+    """The candidates for pre-warming with the most hits. One call."""
+    reply = yield Call("hot", (SCHEMA, limit))
+    return [
+        Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))
+        for last, stop, hits, accessed, created, head in zip(*(reply[i::6] for i in range(6)), strict=True)
+    ]

@@ -20,13 +20,13 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
 from distprefix.metrics import metrics_of
-from distprefix.model import CacheHitResult, CacheTier, PrefixEntry
+from distprefix.model import CacheHitResult, PrefixEntry
 from distprefix.operations import Evicted
-from distprefix.prewarm import Prewarmed, prewarm
+from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
-from distprefix.results import entry_of, pack_metadata
+from distprefix.results import pack_metadata
 from distprefix.staleness import check_samples
 from distprefix.state import State
 
@@ -50,7 +50,7 @@ class PrefixCacheOptimizer:
         self.config = config = config.with_worker_id()
         self._state = State(config, client)
         self._publisher = Publisher(self._state)
-        if config.prewarm_on_start:
+        if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
         self._due: dict[str, float] = {}
         self._told = False
@@ -93,16 +93,12 @@ class PrefixCacheOptimizer:
         return list(own_blocks(self._state, prompt, prompt.chunks))
 
     def get_prewarm_candidates(self, limit: int = 10) -> list[PrefixEntry]:
-        """The nodes that this process knows with at least `prewarm_threshold` hits, most hits first. No Redis call."""
-        state = self._state
-        state.check_usable()
-        if not self.config.enable_prewarm:
-            return []
-        with state.lock:
-            nodes = state.l1.hottest(self.config.prewarm_threshold)[:limit]
-            size, touches = self.config.chunk_size, state.outbox.touches
-            make = [entry_of(node, node.stop, size, CacheTier.HOT, touches, used_now=False) for node in nodes]
-            return [entry(()) for entry in make]
+        """The nodes with at least `prewarm_threshold` hits in the whole cluster, most hits first.
+
+        One Redis call; when Redis fails, those that this process knows. Hits count once they were flushed.
+        """
+        self._state.check_usable()
+        return candidates(self._state, limit) if self.config.enable_prewarm else []
 
     # Publish
 
@@ -170,6 +166,17 @@ class PrefixCacheOptimizer:
         self._state.check_usable()
         return self._state.feed.poll()
 
+    def pin(self, token_ids: Any) -> int:
+        """Keep a prompt, such as a system prompt, from eviction until `unpin`. Returns how many chunks are protected.
+
+        0 when nothing of it is there, or Redis fails. One Redis call, two when L1 does not know the prompt.
+        """
+        return self._state.reservations.pin(self._state.read(token_ids), keep=True)
+
+    def unpin(self, token_ids: Any) -> int:
+        """Let a prompt be evicted again. Returns how many chunks of it are there. Redis calls as `pin`."""
+        return self._state.reservations.pin(self._state.read(token_ids), keep=False)
+
     def maintain(self) -> Evicted:
         """Bring the shared tree within its budgets, down to the low watermark. Several may do so at once.
 
@@ -234,14 +241,17 @@ class PrefixCacheOptimizer:
         if self._state.unusable:
             return
         check_samples(self._state)
+        speculate(self._state)
         if self._is_due("feed", self.config.feed_interval_s):
             self._state.feed.poll()
         if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
             self._tell_metrics()
         if self._is_due("maintain", self.config.maintain_interval_s):
-            with contextlib.suppress(DistPrefixError):
+            try:
                 self.maintain()
+            except DistPrefixError:
+                self._state.counts["evictions_failed"] += 1
 
     def _tell_metrics(self, *, withdraw: bool = False) -> None:
         link, holder = self._state.link, self.config.holder

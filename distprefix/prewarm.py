@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import DistPrefixError
+from distprefix.model import CacheTier, PrefixEntry
+from distprefix.results import entry_of
 from distprefix.state import State
 
-__all__ = ["Prewarmed", "prewarm"]
+__all__ = ["Prewarmed", "candidates", "prewarm", "speculate"]
 
 _CHUNKS_A_CALL = 4096
+_CHUNKS_A_GUESS = 512
 
 
 class Prewarmed(NamedTuple):
@@ -46,8 +50,10 @@ def prewarm(
         except DistPrefixError:
             break
         with state.lock:
+            room = generation == state.feed.generation
             for node in found:
-                if generation != state.feed.generation or state.l1.bytes - before >= max_bytes:
+                room = room and state.l1.bytes - before < max_bytes
+                if not room:
                     break
                 chain = chains.get(node.parent, b"") + node.run
                 chains[node.run[-HASH_BYTES:]] = chain
@@ -56,8 +62,54 @@ def prewarm(
             state.l1.shrink()
         if progress is not None:
             progress(Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, rank < 0))
-        if rank < 0:
-            complete = True
+        if rank < 0 or not room:
+            complete = room
             break
     state.counts["prewarmed_chunks"] += chunks
     return Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, complete)
+
+
+def speculate(state: State) -> None:
+    """Bring in what most likely follows where prompts ended. One Redis call for each. Never raises."""
+    while state.guesses:
+        node, depth = state.guesses.popleft()
+        generation = state.feed.generation
+        with state.lock:
+            chain = state.l1.as_chain(node, depth)
+        if not chain:
+            continue
+        try:
+            found = state.link.publish(operations.guess(chain[-HASH_BYTES:], _CHUNKS_A_GUESS))
+        except DistPrefixError:
+            return
+        with state.lock:
+            for each in found if generation == state.feed.generation else []:
+                chain += each.run
+                state.l1.learn_chain(chain, each.view, time.monotonic())
+                state.counts["speculated_chunks"] += each.view.size
+            state.l1.shrink()
+
+
+def candidates(state: State, limit: int) -> list[PrefixEntry]:
+    """See `PrefixCacheOptimizer.get_prewarm_candidates`."""
+    size, touches = state.config.chunk_size, state.outbox.touches
+    try:
+        found = state.link.publish(operations.hot(limit)) if limit > 0 else []
+    except DistPrefixError:
+        with state.lock:
+            nodes = state.l1.hottest(state.config.prewarm_threshold)[:limit]
+            return [entry_of(node, node.stop, size, CacheTier.HOT, touches, used_now=False)(()) for node in nodes]
+    return [
+        PrefixEntry(
+            prefix_hash=one.last,
+            num_tokens=one.stop * size,
+            block_ids=(),
+            tier=CacheTier.WARM,
+            access_count=one.hits,
+            created_at=one.created / 1000,
+            last_access=one.accessed / 1000,
+            _on_touch=partial(touches.add, one.head),
+        )
+        for one in found
+        if one.hits >= state.config.prewarm_threshold
+    ]

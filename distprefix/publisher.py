@@ -35,7 +35,7 @@ class Publisher:
         state, holder = self._state, self._state.config.holder
         now, generation = time.monotonic(), state.feed.generation
         with state.lock:
-            found = state.l1.find(prompt, now)
+            found = state.find(prompt, now)
         hashes = state.hashes(prompt, found, 0)
         with state.lock:
             told = state.own.told_up_to(hashes, blocks) if blocks else prompt.chunks

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Claim", "Lease", "Reservations"]
 
 _LONGEST_S = 86_400.0
+_FOR_EVER_S = 100 * 365 * 86_400.0
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 0.2
 
 
@@ -117,16 +118,22 @@ class Reservations:
         self.worker = state.config.worker_id
         self._state = state
         self._prefix, self._numbers = secrets.token_hex(4), itertools.count()
-        self._claims: dict[bytes, int] = {}
+        self._claims: dict[bytes, tuple[int, float]] = {}
+        """Chunk to its depth, and when the claim ends on the monotonic clock."""
 
     @property
     def claims(self) -> int:
         """Missing chunks that this process said it computes, and has not published."""
+        self._drop_ended()
         return len(self._claims)
 
     def new_name(self) -> str:
         """A name that no other lease has."""
         return f"{self.worker}:{self._prefix}:{next(self._numbers)}"
+
+    def pin(self, prompt: Prompt, *, keep: bool) -> int:
+        """Keep a prompt's chunks from eviction until that is taken back. Returns how many are there."""
+        return self.mark(prompt, "pin", _FOR_EVER_S if keep else 0.0)
 
     def lease(self, prompt: Prompt, chunks: int, ttl_s: float) -> Lease:
         """See `CacheHitResult.lease`."""
@@ -168,21 +175,29 @@ class Reservations:
             claimed = self._state.link.publish(operations.claim(chunk, self.worker, int(ttl_s * 1000)))
         except DistPrefixError:
             return Claimed("", 0, 0)
+        self._drop_ended()
         if claimed.worker == self.worker:
-            self._claims[chunk] = missing
+            self._claims[chunk] = (missing, time.monotonic() + ttl_s)
         else:
             self._claims.pop(chunk, None)
         return claimed
 
     def fulfil(self, hashes: bytes) -> None:
         """A chain was published: claims on its chunks have served. One Redis call each."""
-        for chunk, depth in list(self._claims.items()):
+        self._drop_ended()
+        for chunk, (depth, _) in list(self._claims.items()):
             if hashes[depth * HASH_BYTES : (depth + 1) * HASH_BYTES] == chunk:
-                del self._claims[chunk]
+                self._claims.pop(chunk, None)
                 try:
                     self._state.link.publish(operations.claim(chunk, self.worker, 0))
                 except DistPrefixError:
                     continue  # it ends by itself
+
+    def _drop_ended(self) -> None:
+        now = time.monotonic()
+        for chunk, (_, ends) in list(self._claims.items()):
+            if ends < now:
+                self._claims.pop(chunk, None)
 
     def _hash_at(self, prompt: Prompt, depth: int) -> bytes:
         cut = _leading(prompt, depth + 1)

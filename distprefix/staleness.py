@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distprefix import operations
 from distprefix.errors import DistPrefixError
+from distprefix.l1 import Live
 from distprefix.nodes import NodeView
 from distprefix.state import State
 
@@ -18,17 +19,17 @@ def check_samples(state: State) -> None:
             views = state.link.publish(operations.walk(chain, 0))
         except DistPrefixError:
             return
-        held = _coverage(views)
+        held = _coverage(views, state.link.is_live)
         with state.lock:
             state.counts["staleness_checked"] += 1
             state.counts["staleness_over"] += any(chunks > held.get(holder, 0) for holder, chunks in told.items())
             state.counts["staleness_under"] += any(chunks > told.get(holder, 0) for holder, chunks in held.items())
 
 
-def _coverage(views: list[NodeView]) -> dict[str, int]:
+def _coverage(views: list[NodeView], live: Live) -> dict[str, int]:
     reached: dict[str, int] = {}
     for view in views:
-        for holder, (_, end) in view.holders.items():
-            if reached.get(holder, 0) == view.start:
+        for holder, (epoch, end) in view.holders.items():
+            if reached.get(holder, 0) == view.start and live(holder, epoch):
                 reached[holder] = min(end, view.start + view.matched)
     return reached

@@ -14,7 +14,7 @@ from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, re
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
 from distprefix.feed import Feed
-from distprefix.l1 import L1, Found
+from distprefix.l1 import L1, Found, Node
 from distprefix.operations import WINDOW, Usage
 from distprefix.outbox import Outbox
 from distprefix.own import OwnBlocks
@@ -22,6 +22,8 @@ from distprefix.redis.link import Link
 from distprefix.reservations import Reservations
 
 __all__ = ["State"]
+
+_BLIND_TTL_S = 1.0
 
 
 class State:
@@ -46,10 +48,22 @@ class State:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
         """Chains and who L1 said holds how much of them, to be checked against Redis."""
+        self.guesses: deque[tuple[Node, int]] = deque(maxlen=32)
+        """Where prompts ended, to be gone on from in the background."""
         self.wake: Callable[[], object] = lambda: None
         """Has the background begin a round now."""
         self.reservations = Reservations(self)
         self._root = chain_root(config.hash_algorithm, config.salt.encode())
+
+    def find(self, prompt: Prompt, now: float) -> Found:
+        """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.
+
+        With a feed that has fallen silent, what is older than a second is not: nobody would have revoked it.
+        """
+        ttl_s = self.config.l1_ttl_s
+        if self.config.feed_interval_s and not self.feed.is_current(now):
+            ttl_s = min(ttl_s, _BLIND_TTL_S)
+        return self.l1.find(prompt, now, ttl_s)
 
     def check_usable(self) -> None:
         """Raise ForkedProcessError or DistPrefixError when the cache is closed or belongs to another process."""

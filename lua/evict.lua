@@ -32,23 +32,24 @@ local function excess()
   if redis.call('ZCARD', leaves) > most_leaves then
     return math.huge
   end
-  local chunks, bytes = held[1] + added.chunks - most_chunks, held[2] + added.bytes - most_bytes
+  local chunks, bytes = (held[1] or 0) + added.chunks - most_chunks, (held[2] or 0) + added.bytes - most_bytes
   return math.max(chunks, math.ceil(bytes / 16), 0)
 end
 
-local nodes, chunks, leased, over = 0, 0, 0, excess()
+local nodes, chunks, leased, skipped, over = 0, 0, 0, 0, excess()
 while over > 0 and nodes + leased < most do
-  local head = redis.call('ZRANGE', leaves, 0, 0)[1]
+  local head = redis.call('ZRANGE', leaves, skipped, skipped)[1]
   local run = head and redis.call('HGET', node_key(head), 'r')
   if not run then
     break
   end
   local until_ms = leased_until(head)
   if until_ms > now then
-    if tonumber(redis.call('ZSCORE', leaves, head)) >= until_ms then
-      break -- nothing but leased leaves is left
+    if tonumber(redis.call('ZSCORE', leaves, head)) < until_ms then
+      redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head) -- out of the way until then
+    else
+      skipped = skipped + 1
     end
-    redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head)
     leased = leased + 1
   elseif #run / 16 > over then
     chunks = chunks + shorten(head, #run / 16 - over)

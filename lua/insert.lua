@@ -23,6 +23,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include discard
 -- @include edit
 -- @include create
 local now, max_run, holder, epoch = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
@@ -37,8 +38,7 @@ elseif depth > 0 and not (pos > 0 and covers_parent(path[1].head, holder, epoch)
   return redis.error_reply('DPNOPARENT the chain goes on from a node that is gone: publish it from the root')
 end
 local last = path[#path]
-local is_leaf = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) or '')) == 0
-local stop = pos
+local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) or '')) == 0, pos
 if last and last.matched < last.size then
   redis.call('HLEN', node_key(hex(slice(last.run, last.matched, last.matched + 1))))
 elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then

@@ -18,7 +18,7 @@
 -- @include score
 -- @include walk
 local name, ttl, chain = 'l:' .. ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local first, total, leaves, deepest = 0, #chain / 16, base .. 'leaves', nil
+local first, total, leaves, deepest, covered = 0, #chain / 16, base .. 'leaves', nil, 0
 redis.call('ZCARD', leaves)
 while first < total do
   local head = hex(slice(chain, first, first + 1))
@@ -30,13 +30,13 @@ while first < total do
     local accessed, hits, depth = unpack(redis.call('HMGET', node_key(head), 'a', 'n', 'd'))
     redis.call('ZADD', leaves, score(accessed, hits, depth, #run / 16), head)
   end
-  deepest, first = head, first + matched
+  deepest, covered, first = head, matched, first + matched
   if matched * 16 < #run then
     break
   end
 end
 local ends = now + ttl
 if deepest and ttl > 0 then
-  redis.call('HSET', node_key(deepest), name, ('%.0f'):format(ends))
+  redis.call('HSET', node_key(deepest), name, ('%.0f:%d'):format(ends, covered))
 end
 return { first, ends }

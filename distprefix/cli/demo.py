@@ -21,6 +21,9 @@ from distprefix.replay.sessions import Turn, coding_sessions
 __all__ = ["demo"]
 
 _CHUNK_SIZE = 16
+_SHARING, _ALONE, _SMALL = "sharing", "each node alone", "sharing, little room"
+_MODES = (_SHARING, _ALONE)
+_AFTER_RESTART = 20
 _ROWS = (
     ("requests", "requests"),
     ("tokens asked", "asked"),
@@ -40,6 +43,10 @@ class Tally:
     own: int = 0
     others: int = 0
     calls: int = 0
+    evicted: int = 0
+    """By the tree, when its budget was full."""
+    warm: int = 0
+    """Share of what node 0 hit that its own process answered, in its first requests after the restart, in percent."""
 
     def add(self, outcome: Outcome, tokens: int) -> None:
         """Count a request."""
@@ -49,6 +56,7 @@ class Tally:
         self.own += outcome.own * _CHUNK_SIZE
         self.others += (outcome.matched - outcome.own) * _CHUNK_SIZE
         self.calls += outcome.calls
+        self.evicted += outcome.evicted * _CHUNK_SIZE
 
 
 def demo(
@@ -70,7 +78,7 @@ def demo(
     with errors(), opened(url) as (client, address):
         work = list(coding_sessions(sessions, turns))
         name = namespace if join else f"{namespace}-{time.time_ns():x}"
-        modes = {"sharing": name} if join else {"sharing": f"{name}-s", "each node alone": f"{name}-a"}
+        modes = {"sharing": name} if join else {title: f"{name}-{i}" for i, title in enumerate((*_MODES, _SMALL))}
         totals: dict[str, Tally] = {}
         try:
             for title, space in modes.items():
@@ -78,9 +86,13 @@ def demo(
                     **{"url": address, "namespace": space, "chunk_size": _CHUNK_SIZE},
                     **{"max_prefix_length": 2**31, "lookup_timeout_s": 5.0, "publish_timeout_s": 5.0},
                 }
+                if title == _SMALL:  # a third of what the sessions need
+                    room = max(1, len(work[-1].tokens) // 4 // _CHUNK_SIZE * sessions // 3)
+                    settings |= {"l2_max_chunks": room, "high_watermark": 1.0, "low_watermark": 0.9, "in_step": True}
                 host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40]
-                with Fleet(nodes, settings, share=title == "sharing", name=host if join else "node") as fleet:
-                    totals[title] = _run(fleet, work, nodes, title, live=console.is_terminal and not as_json)
+                with Fleet(nodes, settings, share=title != _ALONE, name=host if join else "node") as fleet:
+                    live = console.is_terminal and not as_json
+                    totals[title] = _run(fleet, work, nodes, title, live=live, restart=title == _SMALL)
         finally:
             for space in () if join else modes.values():
                 remove_namespaces(client, space, nodes)
@@ -88,21 +100,30 @@ def demo(
         show(value, as_json=as_json, render=lambda: _summary(totals, nodes, sessions))
 
 
-def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) -> Tally:
+def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool, restart: bool) -> Tally:
     tallies, total = [Tally() for _ in range(nodes)], Tally()
+    after: list[Outcome] = []
 
     def collect() -> None:
         for outcome in fleet.outcomes():
             tokens = sizes[outcome.node].pop(0)
             tallies[outcome.node].add(outcome, tokens)
             total.add(outcome, tokens)
+            if restarted and outcome.node == 0:
+                after.append(outcome)
         screen.update(_board(title, tallies, len(work)))
 
     sizes: list[list[int]] = [[] for _ in range(nodes)]
+    restarted = False
     with Live(console=console, refresh_per_second=12, transient=True, auto_refresh=live) as screen:
         if not live:
             screen.stop()
-        for turn in work:
+        for i, turn in enumerate(work):
+            if restart and i == len(work) // 2:
+                while fleet.in_flight:
+                    collect()
+                fleet.restart(0, prewarm=True)
+                restarted = True
             while fleet.in_flight >= nodes:
                 collect()
             node = (turn.session + turn.number) % nodes  # every turn of a session meets another node
@@ -110,6 +131,8 @@ def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) 
             fleet.send(node, turn.tokens)
         while fleet.in_flight:
             collect()
+    first = after[:_AFTER_RESTART]
+    total.warm = round(100 * sum(outcome.l1 for outcome in first) / max(1, sum(outcome.matched for outcome in first)))
     return total
 
 
@@ -143,9 +166,15 @@ def _summary(totals: dict[str, Tally], nodes: int, sessions: int) -> Group:
     table.add_row("Redis calls per look-up", *(f"{tally.calls / max(1, tally.requests):.2f}" for tally in columns))
     if len(columns) == 1:
         return Group(table)
-    less = columns[0].computed / max(1, columns[1].computed)
-    return Group(table, f"Sharing leaves {less:.1f} times fewer tokens to prefill.")
+    less, small = totals[_ALONE].computed / max(1, totals[_SHARING].computed), totals[_SMALL]
+    return Group(
+        table,
+        f"Sharing leaves {less:.1f} times fewer tokens to prefill.",
+        f"With room for a third, {small.evicted:,} tokens were evicted, least recently used first. Node 0 restarted "
+        f"half-way and pre-warmed: its own process answered {small.warm} % of what it hit first.",
+    )
 
 
 def _as_dict(tally: Tally) -> dict[str, int]:
-    return {name: getattr(tally, name) for name in ("requests", "asked", "computed", "own", "others", "calls")}
+    names = ("requests", "asked", "computed", "own", "others", "calls", "evicted", "warm")
+    return {name: getattr(tally, name) for name in names}

@@ -16,19 +16,13 @@ from rich.table import Table
 from distprefix.cli.common import EXIT_USAGE, Json, Url, errors, fail, opened, show
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.redis.inspect import namespaces
+from distprefix.redis.scripts import policy_names
 from distprefix.replay.fleet import Fleet
 from distprefix.replay.report import Figures, Restarting
 from distprefix.replay.report import replay as run_replay
 from distprefix.replay.trace import ideal_hits, read_trace
 
 __all__ = ["replay"]
-
-
-class Policy(StrEnum):
-    """What goes first when the tree is full."""
-
-    LRU = "lru"
-    COST = "cost"
 
 
 class Route(StrEnum):
@@ -57,7 +51,7 @@ def replay(
     capacity: Annotated[
         str | None, typer.Option(help="Chunks that the tree may hold, or a share of the trace's, as 1%.")
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="Order of eviction, with --capacity.")] = Policy.LRU,
+    policy: Annotated[str, typer.Option(help=f"Order of eviction: {', '.join(policy_names())}.")] = "lru",
     restart_at: Annotated[
         str | None, typer.Option(help="Restart node 0 before this request, or at a share of the trace, as 50%.")
     ] = None,
@@ -68,6 +62,8 @@ def replay(
     with errors():
         if in_order and (concurrency or 1) > 1:
             fail(f"--in-order means one request in flight: leave --concurrency {concurrency} out", EXIT_USAGE)
+        if policy not in policy_names():
+            fail(f"--policy is {policy!r}: it must be one of {', '.join(policy_names())}", EXIT_USAGE)
         requests = read_trace(trace, limit)
         most = None if capacity is None else _part_of(capacity, "--capacity", lambda: ideal_hits(requests)[1])
         restart = None if restart_at is None else _part_of(restart_at, "--restart-at", lambda: len(requests))
@@ -81,7 +77,7 @@ def replay(
                 **{"url": address, "namespace": name, "chunk_size": block_size, "max_prefix_length": 2**31},
                 **{"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "strict": True},
                 # The bare policy is measured, to the chunk: nothing else bounds or spares.
-                **{"max_cached_sequences": 2**31, "hot_threshold": 2**31, "policy": policy.value},
+                **{"max_cached_sequences": 2**31, "hot_threshold": 2**31, "policy": policy},
                 **{"l2_max_chunks": most and max(1, most // (nodes if no_share else 1))},
                 **{"high_watermark": 1.0, "low_watermark": 1.0, "in_step": most is not None},
             }

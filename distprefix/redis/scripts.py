@@ -17,7 +17,7 @@ from typing import NamedTuple
 __all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
 SCRIPTS = (
-    *("attach", "claim", "drop", "evict", "feed", "insert", "lease", "prewarm", "register", "repair"),
+    *("attach", "claim", "drop", "evict", "feed", "guess", "hot", "insert", "lease", "prewarm", "register", "repair"),
     *("touch", "trim", "walk"),
 )
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)

@@ -5,17 +5,6 @@ local function set(key, values)
   end
 end
 
--- A node about to be made that is there already lost its parent once (a failover): it is replaced.
-local function discard(head)
-  local orphan = redis.call('HGET', node_key(head), 'r')
-  if orphan then
-    local holders, extra = weigh(redis.call('HGETALL', node_key(head)))
-    account(-1, -math.floor(#orphan / 16), -holders, -extra)
-    redis.call('DEL', node_key(head))
-    redis.call('ZREM', base .. 'leaves', head)
-  end
-end
-
 -- Cuts a node at chunk `at`. The upper half keeps the key, the lower half takes over the children by one field.
 local function split(node, at, is_leaf)
   local key, last, lower_head = node_key(node.head), hex(slice(node.run, at - 1, at)), hex(slice(node.run, at, at + 1))
@@ -40,8 +29,14 @@ local function split(node, at, is_leaf)
         add(upper, name, value:sub(1, at * 4))
         add(lower, name, value:sub(at * 4 + 1))
       end
+    elseif name:sub(1, 2) == 'l:' then
+      local ends, leased = value:match('^(%d+):(%d+)$')
+      if tonumber(leased) > at then
+        add(lower, name, ends .. ':' .. leased - at)
+        redis.call('HDEL', key, name)
+      end
     elseif name ~= 'p' and name ~= 'r' then
-      add(lower, name, value) -- a lease stays with both halves
+      add(lower, name, value)
     end
   end
   discard(lower_head)

@@ -3,7 +3,7 @@ local function leased_until(head)
   local latest, fields = 0, redis.call('HGETALL', node_key(head))
   for i = 1, #fields, 2 do
     if fields[i]:sub(1, 2) == 'l:' then
-      local ends = tonumber(fields[i + 1])
+      local ends = tonumber(fields[i + 1]:match('^%d+'))
       if ends <= now then
         redis.call('HDEL', node_key(head), fields[i])
       end

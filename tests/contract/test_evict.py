@@ -26,7 +26,9 @@ def publish_at(backend: Backend, cache: PrefixCacheOptimizer, tokens: list[int],
     """Publish with a clock of the test's own."""
     view = cache._state.read(tokens)
     hashes = cache._state.hashes(view, cache._state.l1.find(view, 0.0), 0)
-    operation = operations.publish(hashes, 0, cache.config.holder, cache._state.link.epoch, now_ms=now_ms, max_run=256)
+    operation = operations.publish(
+        hashes, 0, cache.config.holder, cache._state.link.epoch, now_ms=now_ms, max_run=cache.config.max_run
+    )
     cache._state.link.publish(operation)
 
 
@@ -174,6 +176,65 @@ def test_prewarming_brings_the_hottest_paths(any_server: Backend) -> None:
     assert (first.matched_chunks, first.redis_calls) == (9, 0)
     assert fresh.prewarm(max_bytes=0).chunks == 0
     assert any_server.open("w3", max_run=4, prewarm_on_start=True).get_metrics()["l1_chunks"] == 9
+
+
+def test_what_follows_is_guessed(any_server: Backend) -> None:
+    """After a hit the child used last is brought in, so that a prompt that goes on there needs no Redis call."""
+    cache = any_server.open("w1", max_run=4)
+    reader = any_server.open("w2", max_run=4, speculate=True)
+    cache.cache_prefix(prompt(4))
+    publish_at(any_server, cache, prompt(10, tail=4), 2_000_000_000_000)
+    cache.cache_prefix(prompt(10, tail=3))
+    assert reader.find_longest_cache_hit(prompt(4)).matched_chunks == 4
+    reader._work()
+    assert reader.get_metrics()["speculated_chunks"] == 6
+    hit = reader.find_longest_cache_hit(prompt(10, tail=4))
+    assert (hit.matched_chunks, hit.redis_calls) == (10, 0)
+
+
+def test_pinned_prompts_stay(any_server: Backend) -> None:
+    """A pinned prompt outlives any eviction, however it is split, until it is unpinned."""
+    cache = any_server.open("w1", l2_max_chunks=1, **EXACT)
+    writer = any_server.open("w2", **EXACT)
+    writer.cache_prefix(prompt(6))
+    assert cache.pin(prompt(5)) == 5
+    writer.cache_prefix(prompt(9, tail=3))
+    cache.maintain()
+    assert found(writer, prompt(6))[0] >= 5
+    assert cache.unpin(prompt(6)) >= 5
+    cache.maintain()
+    assert (cache.check_integrity().problems, cache.check_integrity().chunks) == ([], 1)
+    assert cache.pin([77] * 20) == 0
+
+
+def test_leased_leaves_do_not_stop_eviction(any_server: Backend) -> None:
+    """A leased leaf that is hot besides stands in nobody's way."""
+    cache = any_server.open("w1", **{**EXACT, "hot_threshold": 1})
+    cache.cache_prefix([1] * 20)
+    hit = cache.find_longest_cache_hit([1] * 20)
+    cache.flush()
+    with hit.lease(1):
+        for i in range(2, 5):
+            cache.cache_prefix([i] * 20)
+            cache.find_longest_cache_hit([i] * 20)
+        cache.flush()
+        any_server.open("w2", l2_max_chunks=5, **{**EXACT, "hot_threshold": 1}).maintain()
+        assert found(cache, *([i] * 20 for i in range(1, 5))) == [5, 0, 0, 0]
+
+
+def test_candidates_are_those_of_the_cluster(any_server: Backend) -> None:
+    """What any process hit often is a candidate for all, most hits first."""
+    cache = any_server.open("w1", prewarm_threshold=2)
+    for i, hits in enumerate((1, 3, 2)):
+        cache.cache_prefix([i] * 20)
+        for _ in range(hits):
+            cache.find_longest_cache_hit([i] * 20)
+    cache.flush()
+    entries = any_server.open("w2").get_prewarm_candidates()
+    assert [entry.access_count for entry in entries] == [3]
+    entries = any_server.open("w3", prewarm_threshold=2).get_prewarm_candidates()
+    assert [(entry.access_count, entry.num_tokens) for entry in entries] == [(3, 20), (2, 20)]
+    entries[0].touch()
 
 
 @pytest.mark.parametrize("change", ["evict", "split", "trim", "drop", "restore", "flush", "cut log"])

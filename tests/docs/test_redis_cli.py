@@ -30,7 +30,8 @@ EXPECTED = {
     "--scan --pattern 'dp:ns:*'": r"^dp:ns:docs$",
     '"dp:ns:$NS"': r"^chunk_size\n4$",
     "}:epochs": r"^worker-0\n1\nworker-1\n1$",
-    '"$BASE:meta"\n': r"^nodes\n3\nchunks\n16$",
+    '"$BASE:meta"\n': r"^nodes\n3\nchunks\n16\nbytes\n\d+\nlog\n\d+\npolicy\nlru$",
+    "ZCARD": r"\A2\n\Z",
     "| wc -l": r"^\s*3$",
     'HKEYS "$BASE:j:root"\n': r"^[0-9a-f]{32}$",
     'HKEYS "$BASE:n:$HEAD"\n': r"\A(?=(.*\n)*r\n)(?=(.*\n)*h:worker-0/0@gpu\n)(?=(.*\n)*b:worker-1/0@gpu\n)",
@@ -41,7 +42,11 @@ EXPECTED = {
     "LAST=": r"\A(?=(.*\n)*o\n)([0-9a-f]{32}\n|o\n){3}\Z",
     "-x EVALSHA_RO": r"^8\n8\n\d{13}\n\d+\n\d{13}\n\n\n2\n(worker-[01]/0@gpu\n1:8\n){2}",
     "ZRANGE": r"\A([0-9a-f]{32}\n\d{13}\n){2}\Z",
-    "XREVRANGE": r"^\d+-\d+\ntrimmed\n[0-9a-f]{32}$",
+    "XREVRANGE": r"^\d+-\d+\nn\n2\ntrimmed\n[0-9a-f]{32}\nsize\n4$",
+    "ZREVRANGE": r"\A[0-9a-f]{32}\n1\n\Z",
+    "MATCH 'l:*'": r"\A0\nl:worker-1:[0-9a-f]{8}:\d+\n\d{13}\n\Z",
+    '--scan --pattern "$BASE:claim:*"\n': r"\Adp:{docs:0}:claim:[0-9a-f]{32}\n\Z",
+    'GET "$CLAIM"': r"\A\d{13} worker-1\n\d+\n\Z",
     "OBJECT ENCODING": r"^\d+\nhashtable$",
     "awk": r"^\d{3,}$",
 }
@@ -95,7 +100,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def _publish_tree(port: int) -> None:
-    """Two workers, one root with two branches, one of them trimmed."""
+    """Two workers, one root with two branches, one of them trimmed; the root is hot and leased, a chunk is claimed."""
 
     def config(worker: str) -> PrefixCacheConfig:
         return PrefixCacheConfig(
@@ -104,6 +109,7 @@ def _publish_tree(port: int) -> None:
             worker_id=worker,
             chunk_size=4,
             touch_interval_s=0,
+            prewarm_threshold=1,
             lookup_timeout_s=5,
             publish_timeout_s=5,
             strict=True,
@@ -114,7 +120,12 @@ def _publish_tree(port: int) -> None:
         first.cache_prefix(trunk + list(range(100, 116)), block_ids=range(12))
         second.cache_prefix(trunk + list(range(200, 220)), block_ids=range(20, 33))
         second.remove_skipped_blocks([32])
-        assert second.find_longest_cache_hit(trunk, blocks_of="worker-0/0@gpu").block_ids == tuple(range(8))
+        hit = second.find_longest_cache_hit(trunk, blocks_of="worker-0/0@gpu")
+        assert hit.block_ids == tuple(range(8))
+        assert hit.lease(3600).active
+        second.flush()  # before the next look-up is a hit too
+        assert second.find_longest_cache_hit(trunk + [300] * 4).claim(3600).mine
+        second._state.outbox.touches.take()
 
 
 @pytest.fixture(scope="module")

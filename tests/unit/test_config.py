@@ -48,6 +48,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("maintain_interval_s", -1.0, "between 0 and"),
     ("feed_interval_s", -1.0, "between 0 and"),
     ("staleness_sample", 2.0, "between 0 and 1"),
+    ("speculate", 1, "True or False"),
     ("prewarm_on_start", 1, "True or False"),
     ("prewarm_time_s", -1.0, "between 0 and"),
     ("prewarm_max_bytes", -1, "between 0 and"),
