@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ _CURRENT_S = 1.0
 
 
 class Feed:
-    """Applies the log to L1. One thread polls at a time."""
+    """Applies the log to L1. Thread-safe: one thread reads at a time, the others wait for it."""
 
     def __init__(self, link: Link, l1: L1, lock: AbstractContextManager[object]) -> None:
         self.generation = 0
@@ -33,6 +34,7 @@ class Feed:
         self._link = link
         self._l1 = l1
         self._lock = lock
+        self._polling = threading.Lock()
         self._created = ""
         self._last = ""
         self._last_entry: dict[str, str] = {}
@@ -51,8 +53,9 @@ class Feed:
     def poll(self) -> bool:
         """Read and apply what is new. One call for every 1,000 entries. Whether Redis answered; never raises."""
         try:
-            while self._read():
-                pass
+            with self._polling:
+                while self._read():
+                    pass
         except NotAttachedError:
             self._lost()
         except DistPrefixError:

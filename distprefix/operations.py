@@ -47,6 +47,8 @@ WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 TOUCHES_A_CALL = 300
 TRIMS_A_CALL = 500
+EVICTS_A_CALL = 25
+"""Leaves: look-ups wait for no longer than a millisecond or two."""
 DROPS_A_CALL = 500
 
 
@@ -279,10 +281,14 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
 
 
 def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
-    """Take at most `batch` leaves while a shard is over its bounds. One call."""
+    """Take at most `batch` leaves while a shard is over its bounds. One call for every 25."""
     limits = tuple("" if bound is None else bound for bound in bounds)
-    nodes, chunks, leased, more = yield Call("evict", (SCHEMA, batch, *limits))
-    return Evicted(nodes, chunks, leased, bool(more))
+    nodes, chunks, leased, more = 0, 0, 0, True
+    while more and batch > 0:
+        reply = yield Call("evict", (SCHEMA, min(batch, EVICTS_A_CALL), *limits))
+        nodes, chunks, leased, more = nodes + reply[0], chunks + reply[1], leased + reply[2], bool(reply[3])
+        batch -= EVICTS_A_CALL
+    return Evicted(nodes, chunks, leased, more)
 
 
 def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:

@@ -180,7 +180,7 @@ class PrefixCacheOptimizer:
     def maintain(self) -> Evicted:
         """Bring the shared tree within its budgets, down to the low watermark. Several may do so at once.
 
-        One call for every `eviction_batch_size` leaves. Raises UnavailableError when Redis fails.
+        One call for every 25 leaves. Raises UnavailableError when Redis fails.
         """
         self._state.check_usable()
         return maintain(self._state)

@@ -71,8 +71,11 @@ def prewarm(
 
 def speculate(state: State) -> None:
     """Bring in what most likely follows where prompts ended. One Redis call for each. Never raises."""
-    while state.guesses:
-        node, depth = state.guesses.popleft()
+    while True:
+        try:
+            node, depth = state.guesses.popleft()
+        except IndexError:
+            return
         generation = state.feed.generation
         with state.lock:
             chain = state.l1.as_chain(node, depth)

@@ -13,8 +13,11 @@ __all__ = ["check_samples"]
 
 def check_samples(state: State) -> None:
     """Walk the sampled prompts again and count what L1 got wrong. One Redis call each. Never raises."""
-    while state.samples:
-        chain, told = state.samples.popleft()
+    while True:
+        try:
+            chain, told = state.samples.popleft()
+        except IndexError:
+            return
         try:
             views = state.link.publish(operations.walk(chain, 0))
         except DistPrefixError:

@@ -34,7 +34,7 @@ while #stack > 0 and nodes < budget do
   else
     stack[#stack] = nil
     if run then
-      nodes, chunks = nodes + 1, chunks + unlink(head)
+      nodes, chunks = nodes + 1, chunks + unlink(head, fields_of(head))
     end
   end
 end

@@ -11,7 +11,7 @@
 -- returns    {nodes removed, chunks removed, leased leaves passed over, 1 when there is more to do, else 0}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
--- cost       a ZRANGE and two HGETALL a leaf, and its removal
+-- cost       a ZRANGE and an HGETALL a leaf, and its removal
 -- @include guard
 -- @include keys
 -- @include clock
@@ -29,7 +29,7 @@ local held = redis.call('HMGET', KEYS[1], 'chunks', 'bytes')
 
 -- How many chunks must go, at least; 0 when every bound holds.
 local function excess()
-  if redis.call('ZCARD', leaves) > most_leaves then
+  if most_leaves < math.huge and redis.call('ZCARD', leaves) > most_leaves then
     return math.huge
   end
   local chunks, bytes = (held[1] or 0) + added.chunks - most_chunks, (held[2] or 0) + added.bytes - most_bytes
@@ -39,11 +39,11 @@ end
 local nodes, chunks, leased, skipped, over = 0, 0, 0, 0, excess()
 while over > 0 and nodes + leased < most do
   local head = redis.call('ZRANGE', leaves, skipped, skipped)[1]
-  local run = head and redis.call('HGET', node_key(head), 'r')
-  if not run then
+  if not head then
     break
   end
-  local until_ms = leased_until(head)
+  local flat, node = fields_of(head)
+  local size, until_ms = #(node.r or '') / 16, leased_until(head, flat)
   if until_ms > now then
     if tonumber(redis.call('ZSCORE', leaves, head)) < until_ms then
       redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head) -- out of the way until then
@@ -51,10 +51,12 @@ while over > 0 and nodes + leased < most do
       skipped = skipped + 1
     end
     leased = leased + 1
-  elseif #run / 16 > over then
-    chunks = chunks + shorten(head, #run / 16 - over)
+  elseif size == 0 then
+    redis.call('ZREM', leaves, head) -- lost in a failover
+  elseif size > over then
+    chunks = chunks + shorten(head, size - over, flat, node)
   else
-    nodes, chunks = nodes + 1, chunks + unlink(head)
+    nodes, chunks = nodes + 1, chunks + unlink(head, flat, node)
   end
   over = excess()
 end

@@ -1,6 +1,6 @@
 -- When the last lease of a node ends, in ms; 0 when it has none. Leases that ended are cleared away.
-local function leased_until(head)
-  local latest, fields = 0, redis.call('HGETALL', node_key(head))
+local function leased_until(head, fields)
+  local latest = 0
   for i = 1, #fields, 2 do
     if fields[i]:sub(1, 2) == 'l:' then
       local ends = tonumber(fields[i + 1]:match('^%d+'))

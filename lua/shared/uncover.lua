@@ -31,9 +31,9 @@ local function uncover(head, run, holder, keep)
   if redis.call('HLEN', junction_key(hex(run:sub(-16)))) == 0 then
     local longest = longest_coverage(head)
     if longest == 0 then
-      return tonumber(covered) - left, 1, unlink(head)
+      return tonumber(covered) - left, 1, unlink(head, fields_of(head))
     elseif longest < #run / 16 then
-      return tonumber(covered) - left, 0, shorten(head, longest)
+      return tonumber(covered) - left, 0, shorten(head, longest, fields_of(head))
     end
   end
   tell('changed', head)

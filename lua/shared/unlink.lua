@@ -1,4 +1,4 @@
--- A node's fields by name.
+-- A node's fields as they come and by name, for what follows: a run of 4 KB is not to be read twice.
 local function fields_of(head)
   local flat, named = redis.call('HGETALL', node_key(head)), {}
   for i = 1, #flat, 2 do
@@ -8,9 +8,8 @@ local function fields_of(head)
 end
 
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
--- A parent that lost its last child becomes a leaf, with the newer of both access times.
-local function unlink(head)
-  local flat, node = fields_of(head)
+-- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
+local function unlink(head, flat, node)
   local size = #node.r / 16
   redis.call('DEL', node_key(head), junction_key(hex(node.r:sub(-16))))
   redis.call('ZREM', base .. 'leaves', head)
@@ -35,8 +34,7 @@ local function unlink(head)
 end
 
 -- Cuts a leaf's tail off, and everybody's coverage of it. Returns the chunks cut.
-local function shorten(head, keep)
-  local flat, node = fields_of(head)
+local function shorten(head, keep, flat, node)
   local key, cut = node_key(head), #node.r / 16 - keep
   local holders, extra = weigh(flat)
   for name, value in pairs(node) do

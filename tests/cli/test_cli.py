@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distprefix.redis.inspect import read_stats
 from tests.servers import Backend
 
 
@@ -148,10 +150,48 @@ def test_lookup_needs_the_salt(real_server: Backend) -> None:
     assert found["matched_tokens"] == 4
 
 
+def test_top_shows_the_fleet(real_server: Backend) -> None:
+    """Top tells what a namespace holds and how its workers do, once or as often as asked."""
+    cache = real_server.open("w1", touch_interval_s=0.02, l2_max_chunks=100)
+    cache.cache_prefix(list(range(48)))
+    cache.find_longest_cache_hit(list(range(48)))
+    deadline = time.monotonic() + 10
+    while not read_stats(real_server.admin, real_server.keys)["live"].get("w1/0@gpu", {}).get("hits"):
+        assert time.monotonic() < deadline, "the worker never told of itself"
+        time.sleep(0.02)
+    found = _json("top", *_where(real_server))
+    assert (found["chunks"], found["live"]["w1/0@gpu"]["hits"]) == (12, 1)
+    text = run_cli("top", *_where(real_server), "--count", "2", "--interval", "0.1").stdout
+    assert text.count("12 chunks") == 2
+    assert "w1/0@gpu" in text
+    assert "fleet" in run_cli("stats", *_where(real_server)).stdout
+    cache.close()
+    assert "no worker has told of itself" in run_cli("top", *_where(real_server)).stdout
+
+
+def test_maintain_evicts_and_repairs(published: tuple[Backend, str]) -> None:
+    """Maintain brings a namespace within a budget, corrects counts that are off, and asks for either."""
+    backend, _ = published
+    backend.admin.hincrby(backend.keys.meta, "chunks", 3)
+    found = _json("maintain", *_where(backend), "--repair")
+    assert (found["chunks"], found["counts_right"]) == (16, True)
+    assert found["problems"] == ["meta counts 19 chunks, there are 16"]
+    assert _json("maintain", *_where(backend), "--repair")["problems"] == []
+    assert _json("maintain", *_where(backend), "--max-chunks", "5")["evicted_chunks"] == 11
+    assert _json("stats", *_where(backend))["chunks"] == 5
+    assert _json("maintain", *_where(backend), "--max-leaves", "0", "--batch", "1")["evicted_chunks"] == 5
+    result = run_cli("maintain", *_where(backend))
+    assert (result.returncode, "--max-chunks" in result.stderr) == (2, True)
+    assert run_cli("maintain", *_where(backend)[:2], "--namespace", "none", "--repair").returncode == 1
+
+
 def test_demo_shows_that_sharing_saves(real_server: Backend) -> None:
     """The demo's nodes compute less when they share, and it leaves nothing behind on a server that it was given."""
     found = _json("demo", "--sessions", "4", "--turns", "3", "--nodes", "2", "--url", real_server.url or "")
     assert found["sharing"]["computed"] < found["each node alone"]["computed"]
+    small = found["sharing, little room"]
+    assert small["evicted"] > 0 == found["sharing"]["evicted"]
+    assert small["warm"] > 0
     assert found["sharing"]["others"] > 0 == found["each node alone"]["others"]
     assert list(real_server.admin.scan_iter(match="dp:*demo*")) == []
 
@@ -167,5 +207,5 @@ def test_embedded_server_is_the_default() -> None:
 def test_version_and_help() -> None:
     """Help names every command; the version is the package's."""
     text = run_cli("--help").stdout
-    assert all(name in text for name in ("demo", "replay", "stats", "tree", "node", "lookup"))
+    assert all(name in text for name in ("demo", "replay", "stats", "tree", "node", "lookup", "top", "maintain"))
     assert run_cli("--version").stdout.startswith("distprefix 0.")

@@ -72,6 +72,36 @@ def test_tokens_and_concurrency_find_the_same(tmp_path: Path) -> None:
     assert 0 < beside["hit_rate"] <= beside["ideal_hit_rate"]
 
 
+@pytest.mark.parametrize("policy", ["lru", "cost"])
+def test_a_capacity_evicts(tmp_path: Path, policy: str) -> None:
+    """With a capacity the tree evicts by the policy, hits less, and says how much went."""
+    trace = _write(tmp_path)
+    arguments = (trace, "--block-size", "8", "--nodes", "2", "--in-order", "--policy", policy)
+    figures = _replay(*arguments, "--capacity", "20%")
+    assert list(figures) == [*_KEYS, "evicted_chunks"]
+    assert 0 < figures["hit_rate"] < figures["ideal_hit_rate"]
+    assert figures["unique_chunks"] > figures["evicted_chunks"] - figures["chunks"] > -figures["chunks"]
+    assert _replay(*arguments, "--capacity", "1000000")["hit_rate"] == figures["ideal_hit_rate"]
+
+
+def test_a_restart_is_warm_when_prewarmed(tmp_path: Path) -> None:
+    """A node restarted in the middle answers more from its own process when it pre-warmed."""
+    arguments = (_write(tmp_path), "--block-size", "8", "--nodes", "2", "--in-order", "--restart-at", "50%")
+    cold, warm = _replay(*arguments), _replay(*arguments, "--prewarm")
+    assert list(cold) == [*_KEYS, "restart_l1_share"]
+    assert warm["restart_l1_share"] > cold["restart_l1_share"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--capacity", "some"), ("--capacity", "101%"), ("--restart-at", "-1"), ("--policy", "mru")]
+)
+def test_wrong_shares_and_policies_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    """What is no number, no share and no policy is named, with what is allowed."""
+    result = run_cli("replay", _write(tmp_path), option, value)
+    assert result.returncode == 2
+    assert f"{option} is {value!r}" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "block_size", "limit", "bytes_per_chunk"),
     [
