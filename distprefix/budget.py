@@ -27,7 +27,7 @@ def bounds_of(config: PrefixCacheConfig, watermark: float) -> Bounds:
 def keep_within(state: State, usage: Usage) -> None:
     """After a publish: evict down to the low watermark when the shard is over the high one.
 
-    One call for every 25 leaves, in batches of `eviction_batch_size`, as many as a publish may take time for. Never raises.
+    One call for every 25 leaves, as many as a publish may take time for. Never raises.
     """
     if bounds_of(state.config, state.config.high_watermark).exceeded_by(usage):
         try:

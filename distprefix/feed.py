@@ -70,6 +70,8 @@ class Feed:
         began = time.monotonic()
         page = self._link.publish(operations.feed(self._last, _PAGE))
         if self._created and (page.created != self._created or not self._continues(page)):
+            if self._went_back(page):
+                self._link.detach()  # what was taken back since may be there again: a new epoch voids it
             self._lost()
             return True
         if not self._created:
@@ -101,6 +103,11 @@ class Feed:
         wanted = list(range(self._number + 1, self._number + 1 + len(numbers)))
         complete = len(page.entries) >= _PAGE or page.newest == self._number + len(numbers)
         return numbers == wanted and complete
+
+    def _went_back(self, page: FeedPage) -> bool:
+        """Whether this is an older state of the shard, or another one, and not only a log that was cut."""
+        first = next((int(entry.get("n", "0")) for _, entry in page.entries), self._number + 1)
+        return page.created != self._created or page.newest < self._number or first <= self._number
 
     def _begin(self, page: FeedPage) -> None:
         """Go on behind what is there. What was learned before may be outdated, and so may replies on their way."""

@@ -18,6 +18,8 @@ from distprefix.state import State
 
 __all__ = ["Publisher"]
 
+_ATTEMPTS = 3
+
 
 class Publisher:
     """Keeps Redis told. Thread-safe."""
@@ -93,7 +95,7 @@ class Publisher:
         self._names.clear()
 
     def _insert(self, hashes: bytes, start: int, blocks: bytes, metadata: bytes, deadline: float) -> Published:
-        link, config = self._state.link, self._state.config
+        link, config, attempts = self._state.link, self._state.config, 0
         while True:
             epoch = link.epoch
             operation = operations.publish(
@@ -110,8 +112,9 @@ class Publisher:
                 if not link.attached:
                     raise NotAttachedError
                 published = link.publish(operation, deadline)
-            except NoParentError:  # evicted meanwhile
-                if start == 0:
+            except NoParentError:  # evicted meanwhile, or between two windows of a long prompt
+                attempts += start == 0
+                if attempts > _ATTEMPTS:
                     raise
             except NotAttachedError:  # flushed meanwhile, or more was taken back than could be kept
                 link.attach_again(epoch, deadline)

@@ -71,7 +71,8 @@ class Claim:
         self._prompt = prompt
         self._result = result
         self._ttl_s = ttl_s
-        self._claimed = owner.ask(prompt, result.matched_chunks, ttl_s)
+        self._depth = result.matched_chunks
+        self._claimed = owner.ask(prompt, self._depth, ttl_s)
 
     @property
     def mine(self) -> bool:
@@ -98,7 +99,8 @@ class Claim:
             result = self._result.again()
             if result.matched_chunks > self._result.matched_chunks or self.mine:
                 return result
-            self._claimed = self._owner.ask(self._prompt, result.matched_chunks, self._ttl_s)
+            self._depth = min(self._depth, result.matched_chunks)  # some of what was there is gone
+            self._claimed = self._owner.ask(self._prompt, self._depth, self._ttl_s)
             left = deadline - time.monotonic()
             if left <= 0:
                 return result
@@ -108,7 +110,7 @@ class Claim:
     def release(self) -> None:
         """Take it back, if it is this worker's. One Redis call."""
         if self.mine:
-            self._owner.ask(self._prompt, self._result.matched_chunks, 0.0)
+            self._owner.ask(self._prompt, self._depth, 0.0)
 
 
 class Reservations:

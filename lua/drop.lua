@@ -15,6 +15,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include discard
 -- @include unlink
 local top, budget = ARGV[2], tonumber(ARGV[3])
 redis.call('ZCARD', base .. 'leaves')

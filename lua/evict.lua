@@ -19,6 +19,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include discard
 -- @include unlink
 -- @include leases
 local most, most_chunks = tonumber(ARGV[2]), tonumber(ARGV[3]) or math.huge
@@ -36,8 +37,8 @@ local function excess()
   return math.max(chunks, math.ceil(bytes / 16), 0)
 end
 
-local nodes, chunks, leased, skipped, over = 0, 0, 0, 0, excess()
-while over > 0 and nodes + leased < most do
+local nodes, chunks, moved, skipped, over, most_skipped = 0, 0, 0, 0, excess(), 200
+while over > 0 and nodes + moved < most and skipped < most_skipped do
   local head = redis.call('ZRANGE', leaves, skipped, skipped)[1]
   if not head then
     break
@@ -47,10 +48,10 @@ while over > 0 and nodes + leased < most do
   if until_ms > now then
     if tonumber(redis.call('ZSCORE', leaves, head)) < until_ms then
       redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head) -- out of the way until then
+      moved = moved + 1
     else
       skipped = skipped + 1
     end
-    leased = leased + 1
   elseif size == 0 then
     redis.call('ZREM', leaves, head) -- lost in a failover
   elseif size > over then
@@ -61,4 +62,4 @@ while over > 0 and nodes + leased < most do
   over = excess()
 end
 settle()
-return { nodes, chunks, leased, (over > 0 and nodes + leased >= most) and 1 or 0 }
+return { nodes, chunks, moved + skipped, (over > 0 and nodes + moved >= most) and 1 or 0 }

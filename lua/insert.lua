@@ -52,8 +52,7 @@ if last and (chunks > 0 or metadata ~= '') and last.matched < last.size then
   split(last, last.matched, is_leaf)
   nodes = 1
 elseif stop > pos then
-  pos, last.matched, last.size = stop, stop - last.first, stop - last.first
-  redis.call('HSET', node_key(last.head), 'r', slice(chain, last.first, pos))
+  pos = grow(last, chain, stop)
 end
 for _, node in ipairs(path) do
   cover(node, holder, epoch, node.matched, blocks)

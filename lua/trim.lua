@@ -20,6 +20,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include discard
 -- @include unlink
 -- @include uncover
 local holder, epoch, chain, budget = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])

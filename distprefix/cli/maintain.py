@@ -14,7 +14,7 @@ from distprefix.operations import Bounds, evict
 from distprefix.redis.client import Client, new_breaker, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
-from distprefix.redis.repair import repair_counts
+from distprefix.redis.repair import repair as repair_shard
 
 __all__ = ["maintain"]
 
@@ -31,7 +31,7 @@ def maintain(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves a call.")] = 100,
     every: Annotated[float | None, typer.Option(min=0.01, help="Do so every so many seconds, until stopped.")] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Count the tree anew, and correct its counts.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what lost its parent, correct the counts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Evict what is over a budget, in the namespace's order; several may do so at once. Or repair the counts."""
@@ -45,13 +45,13 @@ def maintain(
             absent(client, namespace, private=url is None)
         calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
         if repair:
-            report, right = repair_counts(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)
+            report, right = repair_shard(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)
             value: dict[str, Any] = {"nodes": report.nodes, "chunks": report.chunks, "bytes": report.bytes}
             # What was read while others wrote is no snapshot: nothing can be said then.
-            value |= {"counts_right": right, "problems": report.problems[:20] if right else None}
+            value |= {"right": right, "problems": report.problems[:20] if right else None}
             show(value, as_json=as_json, render=lambda: _lines(value))
             if not right:
-                fail("others kept writing, and the counts could not be corrected: try again", EXIT_MISS)
+                fail("others kept writing, or it cannot be mended: try again", EXIT_MISS)
         while bounds != (None, None, None):
             evicted = _evict(calls, keys, bounds, batch)
             show(evicted, as_json=as_json, render=lambda done=evicted: _lines(done))

@@ -22,6 +22,14 @@ class Report:
     bytes: int = 0
     """By the scripts' own estimate."""
     problems: list[str] = field(default_factory=list[str])
+    orphans: list[str] = field(default_factory=list[str])
+    """Heads of nodes that have lost their parent."""
+    strays: list[str] = field(default_factory=list[str])
+    """What `leaves` or `hot` name and is no leaf, or no node."""
+    childless: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """Junctions by last chunk, and the children that they name and that are not there."""
+    missing: dict[str, int] = field(default_factory=dict[str, int])
+    """Leaves that `leaves` does not name, with their last access in ms."""
 
     @property
     def ok(self) -> bool:
@@ -67,17 +75,29 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
         problems += _check_closed(head, node, above, newest) if above else []
     members: Any = client.zrange(keys.leaves, 0, -1)
+    hot: Any = client.zrange(keys.hot, 0, -1)
     leaves = {member.decode() for member in members}
     expected = {head for last, head in owners.items() if last not in children}
+    report.missing = {head: int(nodes[head].get(b"a", b"0")) for head in expected - leaves}
+    report.strays = [*sorted(leaves - expected), *(head.decode() for head in hot if head.decode() not in nodes)]
+    for last, junction in junctions.items():
+        gone = {name.decode() for name in junction if name != b"o"} - children.get(last, set())
+        if gone or last not in children:
+            report.childless[last] = sorted(gone)
+    report.orphans = [head for head, node in nodes.items() if _is_orphan(node, owners)]
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
     problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]
     meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
-    hot: Any = client.zrange(keys.hot, 0, -1)
     problems += [f"hot names {head.decode()}, which is no node" for head in hot if head.decode() not in nodes]
     for name, count in (("nodes", report.nodes), ("chunks", report.chunks), ("bytes", report.bytes)):
         if int(meta.get(name.encode(), b"0")) != count:
             problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
     return report
+
+
+def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:
+    parent = node.get(b"p", b"").decode()
+    return bool(parent) and parent not in owners
 
 
 def _weigh(node: dict[bytes, bytes]) -> int:

@@ -1,34 +1,56 @@
-"""Counting a shard anew and correcting what its meta says."""
+"""Putting a shard right after keys were lost: orphans go, leaves are those that are there, counts are exact."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from distprefix.operations import SCHEMA
-from distprefix.redis.client import Client
+from distprefix.operations import SCHEMA, drop
+from distprefix.redis.client import Client, run
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.keys import Keys
 
-__all__ = ["repair_counts"]
+__all__ = ["repair"]
 
 _ATTEMPTS = 5
 
 
-def repair_counts(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[Report, bool]:
-    """Read the whole shard, and correct its counts where nobody wrote meanwhile; tried five times.
+def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[Report, bool]:
+    """Read the whole shard and mend it, as long as nobody writes meanwhile; tried five times.
 
-    Returns what was found, and whether the counts are right now. Costs what `check_integrity` does, and one script.
+    Returns what was found first, and whether all of it is right now. Costs what `check_integrity` does, and a few calls
+    for each orphan.
     """
-    report = Report()
+    first: Report | None = None
     for _ in range(_ATTEMPTS):
         seen = _counts(client, keys, deadline)
         report = check_integrity(client.redis, keys, max_run)
         if _counts(client, keys, deadline) != seen:
             continue  # others wrote while this read: it is no snapshot
-        counted = [str(number).encode() for number in (report.nodes, report.chunks, report.bytes)]
-        if seen[:3] == counted or client.call("repair", keys.meta, (SCHEMA, *seen, *counted), deadline):
-            return report, True
-    return report, False
+        first = first or report
+        if report.ok:
+            return first, True
+        _mend(client, keys, report, deadline)
+        if not (report.orphans or report.strays or report.missing or report.childless):
+            counted = [str(number).encode() for number in (report.nodes, report.chunks, report.bytes)]
+            client.call("repair", keys.meta, (SCHEMA, *seen, *counted), deadline)
+    return first or Report(), False
+
+
+def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
+    for head in report.orphans:
+        run(drop(head), client, keys.meta, deadline)
+    for last, gone in report.childless.items():
+        junction = keys.junction("" if last == "root" else last)
+        for head in gone:
+            client.command("HDEL", junction, head, deadline=deadline)
+        if client.command("HKEYS", junction, deadline=deadline) in ([], [b"o"]):
+            client.command("DEL", junction, deadline=deadline)
+    for head in report.strays:
+        client.command("ZREM", keys.leaves, head, deadline=deadline)
+        client.command("ZREM", keys.hot, head, deadline=deadline)
+    for head, accessed in report.missing.items():
+        if head not in report.orphans:
+            client.command("ZADD", keys.leaves, "NX", accessed, head, deadline=deadline)
 
 
 def _counts(client: Client, keys: Keys, deadline: float) -> list[bytes]:

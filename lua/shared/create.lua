@@ -2,10 +2,19 @@
 local function check(chain, first, max_run)
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
+  redis.call('HLEN', junction_key(hex(chain:sub(-16))))
   for head = first, #chain / 16 - 1, max_run do
     redis.call('HLEN', node_key(hex(slice(chain, head, head + 1))))
     redis.call('HLEN', junction_key(head > 0 and hex(slice(chain, head - 1, head)) or ''))
   end
+end
+
+-- A leaf takes in the chain up to chunk `stop`.
+local function grow(node, chain, stop)
+  node.matched, node.size = stop - node.first, stop - node.first
+  redis.call('HSET', node_key(node.head), 'r', slice(chain, node.first, stop))
+  disown(hex(slice(chain, stop - 1, stop)))
+  return stop
 end
 
 -- Makes nodes for the chain from chunk `first` on, below the node `owner` (nil above the first root). Returns the last
@@ -23,6 +32,7 @@ local function create(chain, first, depth, owner, max_run, fields, blocks)
       redis.call('HSET', node_key(head), 'b:' .. fields.holder, blocks:sub(first * 4 + 1, stop * 4))
     end
     redis.call('HSET', junction_key(parent), head, '', unpack(owner and { 'o', owner } or {}))
+    disown(hex(slice(chain, stop - 1, stop)))
     last_depth, last_size = depth + first, stop - first
     owner, parent, first, nodes = head, hex(slice(chain, stop - 1, stop)), stop, nodes + 1
   end

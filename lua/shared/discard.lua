@@ -1,10 +1,22 @@
--- A node about to be made that is there already lost its parent once (a failover): it is replaced.
+-- Removes a node that has lost its parent (a failover can take any key), so that it never counts again.
 local function discard(head)
-  local orphan = redis.call('HGET', node_key(head), 'r')
-  if orphan then
-    local holders, extra = weigh(redis.call('HGETALL', node_key(head)))
-    account(-1, -math.floor(#orphan / 16), -holders, -extra)
+  local fields = redis.call('HGETALL', node_key(head))
+  if #fields > 0 then
+    local holders, extra = weigh(fields)
+    account(-1, -math.floor(redis.call('HSTRLEN', node_key(head), 'r') / 16), -holders, -extra)
     redis.call('DEL', node_key(head))
     redis.call('ZREM', base .. 'leaves', head)
+    redis.call('ZREM', base .. 'hot', head)
+    tell('removed', head)
   end
+end
+
+-- Where a run ends anew, children that are there already are orphans. Without them nothing below can be reached.
+local function disown(last)
+  for _, child in ipairs(redis.call('HKEYS', junction_key(last))) do
+    if child ~= 'o' then
+      discard(child)
+    end
+  end
+  redis.call('DEL', junction_key(last))
 end

@@ -50,6 +50,7 @@ local function split(node, at, is_leaf)
   else
     redis.call('HSET', junction_key(hex(node.run:sub(-16))), 'o', lower_head)
   end
+  disown(last)
   redis.call('HSET', junction_key(last), 'o', node.head, lower_head, '')
   tell('split', node.head, 'lower', lower_head)
   node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * 4)

@@ -11,7 +11,8 @@ end
 -- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
 local function unlink(head, flat, node)
   local size = #node.r / 16
-  redis.call('DEL', node_key(head), junction_key(hex(node.r:sub(-16))))
+  redis.call('DEL', node_key(head))
+  disown(hex(node.r:sub(-16)))
   redis.call('ZREM', base .. 'leaves', head)
   redis.call('ZREM', base .. 'hot', head)
   local holders, extra = weigh(flat)
@@ -46,6 +47,7 @@ local function shorten(head, keep, flat, node)
     end
   end
   redis.call('HSET', key, 'r', slice(node.r, 0, keep))
+  disown(hex(slice(node.r, keep - 1, keep)))
   redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
   local holders_left, extra_left = weigh(redis.call('HGETALL', key))
   account(0, -cut, holders_left - holders, extra_left - extra)

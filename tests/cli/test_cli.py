@@ -174,7 +174,7 @@ def test_maintain_evicts_and_repairs(published: tuple[Backend, str]) -> None:
     backend, _ = published
     backend.admin.hincrby(backend.keys.meta, "chunks", 3)
     found = _json("maintain", *_where(backend), "--repair")
-    assert (found["chunks"], found["counts_right"]) == (16, True)
+    assert (found["chunks"], found["right"]) == (16, True)
     assert found["problems"] == ["meta counts 19 chunks, there are 16"]
     assert _json("maintain", *_where(backend), "--repair")["problems"] == []
     assert _json("maintain", *_where(backend), "--max-chunks", "5")["evicted_chunks"] == 11

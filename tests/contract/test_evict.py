@@ -9,6 +9,7 @@ import pytest
 
 from distprefix import PrefixCacheOptimizer, operations
 from distprefix.errors import NamespaceError
+from distprefix.redis.repair import repair
 from tests.contract.test_find import prompt
 from tests.servers import Backend
 
@@ -235,6 +236,60 @@ def test_candidates_are_those_of_the_cluster(any_server: Backend) -> None:
     entries = any_server.open("w3", prewarm_threshold=2).get_prewarm_candidates()
     assert [(entry.access_count, entry.num_tokens) for entry in entries] == [(3, 20), (2, 20)]
     entries[0].touch()
+
+
+def test_leased_leaves_in_front_end_no_eviction_and_loop_nowhere(any_server: Backend) -> None:
+    """However many leased leaves stand first, a batch ends, and takes what stands behind them."""
+    cache = any_server.open("w1", eviction_batch_size=2, **EXACT)
+    far = int(time.time() * 1000) + 3_600_000
+    leases: list[Any] = []
+    for i in range(3):
+        publish_at(any_server, cache, [i] * 20, far + i)
+        leases.append(cache.find_longest_cache_hit([i] * 20).lease(60))
+    publish_at(any_server, cache, [3] * 20, far + 9)
+    small = any_server.open("w2", eviction_batch_size=2, l2_max_chunks=15, **EXACT)
+    evicted = small.maintain()
+    assert (evicted.chunks, evicted.more) == (5, False)
+    assert small._state.link.publishes.calls < 10
+    assert any_server.open("w3", l2_max_chunks=1, **EXACT).maintain().chunks == 0
+    assert all(lease.active for lease in leases)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_lost_nodes_bring_nothing_back(any_server: Backend, lost: int) -> None:
+    """When a failover took a node, what lay behind it never counts again, and the tree can be put right."""
+    cache = any_server.open("w1", max_run=3, **EXACT)
+    cache.cache_prefix(prompt(9), range(9))
+    heads = sorted((name for name in any_server.dump() if ":n:" in name), key=lambda name: _depth(any_server, name))
+    any_server.admin.delete(heads[lost])
+    cache.remove_skipped_blocks([3 * lost + 1])
+    cache.cache_prefix(prompt(3 * lost + 3), range(20, 23 + 3 * lost))
+    reader = any_server.open("w2", max_run=3, **EXACT)
+    assert reader.find_longest_cache_hit(prompt(9), blocks_of="w1/0@gpu").block_ids == tuple(range(20, 23 + 3 * lost))
+    link = cache._state.link
+    first, right = repair(link.admin, link.keys, 3, time.monotonic() + 60)
+    assert right
+    assert cache.check_integrity().problems == []
+    del first
+
+
+def test_a_lost_leaf_does_not_stop_eviction(any_server: Backend) -> None:
+    """A leaf whose node a failover took is skipped, and what stands behind it goes; repair puts the counts right."""
+    cache = any_server.open("w1", **EXACT)
+    publish_at(any_server, cache, [1] * 20, 1000)
+    (lost,) = [name for name in any_server.dump() if ":n:" in name]
+    cache.cache_prefix([2] * 20)
+    any_server.admin.delete(lost)
+    any_server.open("w2", l2_max_chunks=5, **EXACT).maintain()
+    assert found(cache, [2] * 20) == [0]
+    link = cache._state.link
+    report, right = repair(link.admin, link.keys, 256, time.monotonic() + 60)
+    assert (report.ok, right, cache.check_integrity().problems) == (False, True, [])
+
+
+def _depth(backend: Backend, name: str) -> int:
+    admin: Any = backend.admin
+    return int(admin.hget(name, "d"))
 
 
 @pytest.mark.parametrize("change", ["evict", "split", "trim", "drop", "restore", "flush", "cut log"])
