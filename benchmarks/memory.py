@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from measure import Figure, as_json, print_table
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer, operations
 from distprefix.chunking import HASH_BYTES, Chain
 from distprefix.operations import Bounds
+from distprefix.prewarm import speculate as guess
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.replay.trace import Request, read_trace
 from distprefix.staleness import check_samples
@@ -92,7 +93,7 @@ def lookup(url: str, scale: float) -> list[Figure]:
         cache.cache_prefix(chain)
         lease = cache.find_longest_cache_hit(chain).lease(3600)
         assert lease.chunks == 512
-        for batch in (100, 20):
+        for batch in (operations.EVICTS_A_CALL, 5):
             figures += _beside(cache, chain, batch, scale)
     return figures
 
@@ -101,13 +102,7 @@ def prewarm(url: str, scale: float) -> list[Figure]:
     """Bringing 10,000 chunks into an empty L1, and what L1 answers after a restart, with that and without."""
     shapes = ((100, 100), (1000, 10), (1, 10_000))
     figures = [_prewarming(url, prompts, chunks, max(5, int(30 * scale))) for prompts, chunks in shapes]
-    folder = Path(os.environ.get("PREFIX_TRACES") or Path(__file__).resolve().parents[2] / "shared" / "traces")
-    for name in _TRACES:
-        path = next(iter(folder.glob(f"{name}*.jsonl*")), None)
-        if path is None:
-            print(f"skipped: no {name} in {folder}; name the folder of traces in PREFIX_TRACES", file=sys.stderr)
-            continue
-        requests = [request for request in read_trace(str(path)) if request.chunks]
+    for name, requests in _traces(_TRACES):
         half = min(len(requests) // 2, int(3000 * scale))
         with EmbeddedServer() as server:
             figures += _restarted(server.url, name, requests[:half], requests[half:][:_AFTER_RESTART])
@@ -147,12 +142,53 @@ def staleness(url: str, scale: float) -> list[Figure]:
     return figures
 
 
+def speculate(url: str, scale: float) -> list[Figure]:
+    """What guessing how prompts go on adds to L1, on four nodes that take turns: the share of hit chunks it answers."""
+    del url
+    figures: list[Figure] = []
+    for name, requests in _traces(("mooncake_conversation_b512", "sharegpt_b16", "taubench_airline_b16")):
+        (on, brought), (off, _) = (_guessing(requests[: int(2500 * scale)], speculate=on) for on in (True, False))
+        what = f"L1 share of hit chunks with guesses, {name}, {brought:,} chunks guessed"
+        figures.append(_untargeted(what, f"{on:.2f} %", f"{off:.2f} % without", on - off, " points"))
+    return figures
+
+
 _PARTS: dict[str, Callable[[str, float], list[Figure]]] = {
     "evict": evict,
     "lookup": lookup,
     "prewarm": prewarm,
     "staleness": staleness,
+    "speculate": speculate,
 }
+
+
+def _traces(names: Iterable[str]) -> Iterator[tuple[str, list[Request]]]:
+    """Real workloads by name, as far as they are here."""
+    folder = Path(os.environ.get("PREFIX_TRACES") or Path(__file__).resolve().parents[2] / "shared" / "traces")
+    for name in names:
+        path = next(iter(folder.glob(f"{name}*.jsonl*")), None)
+        if path is None:
+            print(f"skipped: no {name} in {folder}; name the folder of traces in PREFIX_TRACES", file=sys.stderr)
+        else:
+            yield name, [request for request in read_trace(str(path)) if request.chunks]
+
+
+def _guessing(requests: list[Request], *, speculate: bool) -> tuple[float, int]:
+    """Four nodes take turns. Returns the share that L1 answers, in percent, and the chunks guessed."""
+    with EmbeddedServer() as server:
+        nodes = [_open(server.url, f"guess-{i}", l1_ttl_s=600, speculate=speculate) for i in range(4)]
+        hit = answered = 0
+        for i, request in enumerate(requests):
+            cache, prompt = nodes[i % len(nodes)], _prompt(request)
+            cache.catch_up()
+            result = cache.find_longest_cache_hit(prompt)
+            hit, answered = hit + result.matched_chunks, answered + result.l1_chunks
+            cache.cache_prefix(prompt)
+            guess(cache._state)
+        told = [cache.get_metrics() for cache in nodes]
+        for cache in nodes:
+            cache.close()
+        return 100 * answered / max(1, hit), sum(one["speculated_chunks"] for one in told)
 
 
 # Evict
@@ -174,7 +210,7 @@ class _Emptied(NamedTuple):
 def _empty(cache: PrefixCacheOptimizer, chunks: int, total: int) -> _Emptied:
     """Fill the tree and evict all of it."""
     _fill(cache, chunks, total)
-    link, batch, waited = cache._state.link, cache.config.eviction_batch_size, list[float]()
+    link, batch, waited = cache._state.link, operations.EVICTS_A_CALL, list[float]()
     before, evicted, taken = _script_seconds(cache.url, "evalsha"), None, 0
     server, on_cpu = _process_id(cache.url), list[float]()
     with _slow_calls(cache.url) as in_server:

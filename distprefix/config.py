@@ -40,7 +40,7 @@ class PrefixCacheConfig:
     """Hits that make a node hot: L1 evicts it last, and the shared tree after all that was used within
     `cold_timeout_s` before it."""
     cold_timeout_s: float = 300.0
-    """How much longer than others a hot node stays; what the cold tier begins at."""
+    """How much longer than others a hot node of the shared tree stays."""
     eviction_batch_size: int = 100
     """Leaves that one eviction call takes at most."""
     l2_max_chunks: int | None = None
@@ -52,7 +52,7 @@ class PrefixCacheConfig:
     low_watermark: float = 0.9
     """... down to this share."""
     policy: str = "lru"
-    """Order of eviction, the same for all who share the namespace: lru or cost."""
+    """Order of eviction, the same for all who share the namespace: a file in lua/policies, as lru or cost."""
     maintain_interval_s: float = 0.0
     """How often a background thread looks after the budgets; 0: only publishes do."""
     url: str | None = field(default=None, repr=False)

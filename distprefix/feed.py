@@ -22,7 +22,7 @@ _CURRENT_S = 1.0
 class Feed:
     """Applies the log to L1. Thread-safe: one thread reads at a time, the others wait for it."""
 
-    def __init__(self, link: Link, l1: L1, lock: AbstractContextManager[object]) -> None:
+    def __init__(self, link: Link, l1: L1, lock: AbstractContextManager[object], interval_s: float) -> None:
         self.generation = 0
         """Counts what was applied: a reply that was asked for under an older one may be outdated."""
         self.entries = 0
@@ -33,6 +33,7 @@ class Feed:
         """When all there was had been read (time.monotonic)."""
         self._link = link
         self._l1 = l1
+        self._current_s = max(_CURRENT_S, 2 * interval_s)
         self._lock = lock
         self._polling = threading.Lock()
         self._created = ""
@@ -47,8 +48,8 @@ class Feed:
         }
 
     def is_current(self, now: float) -> bool:
-        """Whether the log was read within the last second, so that L1 knows what was revoked."""
-        return now - self.read_at < _CURRENT_S
+        """Whether the log was read lately: within a second, or two intervals of polling when these are longer."""
+        return now - self.read_at < self._current_s
 
     def poll(self) -> bool:
         """Read and apply what is new. One call for every 1,000 entries. Whether Redis answered; never raises."""

@@ -43,7 +43,7 @@ class State:
         """Why nothing can be asked of this cache any more; empty while it can."""
         self.link = Link(config, client)
         self.outbox = Outbox(self.link, config)
-        self.feed = Feed(self.link, self.l1, self.lock)
+        self.feed = Feed(self.link, self.l1, self.lock, config.feed_interval_s)
         if config.feed_interval_s:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)

@@ -37,6 +37,8 @@ while first < total do
 end
 local ends = now + ttl
 if deepest and ttl > 0 then
+  local before = redis.call('HGET', node_key(deepest), name) or ':0'
+  covered = math.max(covered, tonumber(before:match('%d+$')))
   redis.call('HSET', node_key(deepest), name, ('%.0f:%d'):format(ends, covered))
 end
 return { first, ends }

@@ -29,7 +29,7 @@ def maintain(
     max_leaves: Annotated[
         int | None, typer.Option(min=0, help="Prompts that may stay, those no other extends.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves a call.")] = 100,
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves between two looks at the budget.")] = 100,
     every: Annotated[float | None, typer.Option(min=0.01, help="Do so every so many seconds, until stopped.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove what lost its parent, correct the counts.")] = False,
     as_json: Json = False,

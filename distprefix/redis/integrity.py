@@ -74,8 +74,27 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
     for head, node in nodes.items():
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
         problems += _check_closed(head, node, above, newest) if above else []
+    _check_leaves(client, keys, nodes, junctions, children, owners, report)
+    meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
+    for name, count in (("nodes", report.nodes), ("chunks", report.chunks), ("bytes", report.bytes)):
+        if int(meta.get(name.encode(), b"0")) != count:
+            problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
+    return report
+
+
+def _check_leaves(
+    client: redis.Redis,
+    keys: Keys,
+    nodes: dict[str, dict[bytes, bytes]],
+    junctions: dict[str, dict[bytes, bytes]],
+    children: dict[str, set[str]],
+    owners: dict[str, str],
+    report: Report,
+) -> None:
+    problems = report.problems
     members: Any = client.zrange(keys.leaves, 0, -1)
     hot: Any = client.zrange(keys.hot, 0, -1)
+    problems += [f"hot names {head.decode()}, which is no node" for head in hot if head.decode() not in nodes]
     leaves = {member.decode() for member in members}
     expected = {head for last, head in owners.items() if last not in children}
     report.missing = {head: int(nodes[head].get(b"a", b"0")) for head in expected - leaves}
@@ -87,12 +106,6 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
     report.orphans = [head for head, node in nodes.items() if _is_orphan(node, owners)]
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
     problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]
-    meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
-    problems += [f"hot names {head.decode()}, which is no node" for head in hot if head.decode() not in nodes]
-    for name, count in (("nodes", report.nodes), ("chunks", report.chunks), ("bytes", report.bytes)):
-        if int(meta.get(name.encode(), b"0")) != count:
-            problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
-    return report
 
 
 def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:

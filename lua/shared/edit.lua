@@ -44,9 +44,8 @@ local function split(node, at, is_leaf)
   set(key, upper)
   redis.call('HDEL', key, 'm')
   if is_leaf then
-    local standing = redis.call('ZSCORE', base .. 'leaves', node.head) or node.accessed
-    redis.call('ZREM', base .. 'leaves', node.head)
-    redis.call('ZADD', base .. 'leaves', standing, lower_head)
+    redis.call('ZREM', base .. 'leaves', node.head) -- where a lease had moved it: the lower half may have none
+    redis.call('ZADD', base .. 'leaves', score(node.accessed, node.hits, node.depth + at, node.size - at), lower_head)
   else
     redis.call('HSET', junction_key(hex(node.run:sub(-16))), 'o', lower_head)
   end

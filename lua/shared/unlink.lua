@@ -42,6 +42,8 @@ local function shorten(head, keep, flat, node)
     local epoch, covered = value:match('^(%d+):(%d+)$')
     if name:sub(1, 2) == 'h:' and tonumber(covered) > keep then
       redis.call('HSET', key, name, epoch .. ':' .. keep)
+    elseif name:sub(1, 2) == 'l:' and tonumber(covered) > keep then
+      redis.call('HSET', key, name, epoch .. ':' .. keep) -- a lease: when it ends, and how far it reaches
     elseif name:sub(1, 2) == 'b:' and #value > keep * 4 then
       redis.call('HSET', key, name, value:sub(1, keep * 4))
     end

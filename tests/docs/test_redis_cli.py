@@ -44,7 +44,7 @@ EXPECTED = {
     "ZRANGE": r"\A([0-9a-f]{32}\n\d{13}\n){2}\Z",
     "XREVRANGE": r"^\d+-\d+\nn\n2\ntrimmed\n[0-9a-f]{32}\nsize\n4$",
     "ZREVRANGE": r"\A[0-9a-f]{32}\n1\n\Z",
-    "MATCH 'l:*'": r"\A0\nl:worker-1:[0-9a-f]{8}:\d+\n\d{13}\n\Z",
+    "MATCH 'l:*'": r"\A0\nl:worker-1:[0-9a-f]{8}:\d+\n\d{13}:8\n\Z",
     '--scan --pattern "$BASE:claim:*"\n': r"\Adp:{docs:0}:claim:[0-9a-f]{32}\n\Z",
     'GET "$CLAIM"': r"\A\d{13} worker-1\n\d+\n\Z",
     "OBJECT ENCODING": r"^\d+\nhashtable$",
