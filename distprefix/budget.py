@@ -6,7 +6,7 @@ import time
 
 from distprefix import operations
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError
+from distprefix.errors import DistPrefixError, NotAttachedError
 from distprefix.operations import Bounds, Evicted, Usage
 from distprefix.state import State
 
@@ -45,7 +45,10 @@ def _evict(state: State, deadline: float) -> Evicted:
     config, total = state.config, Evicted(0, 0, 0, more=False)
     bounds = bounds_of(config, config.low_watermark)
     for _ in range(_CALLS):
-        evicted = state.link.publish(operations.evict(bounds, config.eviction_batch_size), deadline)
+        try:
+            evicted = state.link.publish(operations.evict(bounds, config.eviction_batch_size), deadline)
+        except NotAttachedError:  # flushed: there is nothing to evict
+            break
         total = Evicted(*(a + b for a, b in zip(total[:3], evicted[:3], strict=True)), more=evicted.more)
         with state.lock:
             state.counts["evicted_nodes"] += evicted.nodes

@@ -141,13 +141,10 @@ class L1:
                     tree.set_value(part, part.value._replace(holders=holders))
                     stack.extend(part.children.values())
 
-    def learn(
-        self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float, *, sure: bool = True
-    ) -> list[Node]:
+    def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
 
-        Not `sure` means that something was revoked since the script ran: look-ups ask again. Returns the path's nodes
-        from the first view on; nothing when L1 forgot the way there meanwhile.
+        Returns the path's nodes from the first view on; nothing when L1 forgot the way there meanwhile.
         """
         tree, stride = self._trees[prompt.is_chain], prompt.stride
         whole = bytes(offset * HASH_BYTES) + hashes
@@ -167,7 +164,7 @@ class L1:
                 view.accessed,
                 view.created,
                 view.metadata,
-                now if sure else _UNCONFIRMED,
+                now,
             )
             key = prompt.view[: (view.start + view.matched) * stride]
             path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
@@ -179,15 +176,24 @@ class L1:
             self._enqueue(node, tree)
         return learned
 
+    def distrust(self, nodes: Iterable[Node]) -> None:
+        """Something was revoked since the script ran that told of these nodes: look-ups ask again."""
+        for node in nodes:
+            if node.value is not None:
+                node.value = node.value._replace(at=_UNCONFIRMED)
+
     def adopt(self, prompt: Prompt, hashes: bytes, now: float) -> None:
         """Let a prompt of tokens know what a chain with its `hashes` does: what came as hashes learns its tokens."""
         chains, tree = self._trees[True], self._trees[False]
-        known = chains.find_longest_prefix(hashes)
+        known, there = chains.find_longest_prefix(hashes), tree.find_longest_prefix(prompt.view).chunks
         for node in known.path:
             if node.value is None or not node.value.head:
                 return
             end = min(node.stop, known.chunks)
-            path = tree.insert(prompt.view[: end * prompt.stride], node.value, hashes=hashes, start=node.start)
+            if end <= there:
+                continue  # what this tree knows may be newer
+            start = max(node.start, there)
+            path = tree.insert(prompt.view[: end * prompt.stride], node.value, hashes=hashes, start=start)
             path[-1].accessed = now
             self._enqueue(path[-1], tree)
 
@@ -207,7 +213,7 @@ class L1:
                 self._enqueue(known[-1], self._trees[True])
         return chain
 
-    def learn_chain(self, chain: bytes, view: NodeView, now: float) -> None:
+    def learn_chain(self, chain: bytes, view: NodeView, now: float, *, sure: bool = True) -> None:
         """Take over a node that came without being asked for: `chain` ends with its run."""
         tree = self._trees[True]
         snapshot = Snapshot(
@@ -220,7 +226,7 @@ class L1:
                 view.accessed,
                 view.created,
             ),
-            *(view.metadata, now),
+            *(view.metadata, now if sure else _UNCONFIRMED),
         )
         path = tree.insert(chain, snapshot, hashes=chain, start=view.start)
         path[-1].accessed = now
@@ -321,7 +327,7 @@ class L1:
                     self._requeue_leaf(node.parent, tree)
                 for part in (node, node.parent):
                     if part and not part.gone and part.value and part.value.head == bytes.fromhex(head):
-                        tree.set_value(part, part.value._replace(stop=min(part.value.stop, depth)))
+                        tree.set_value(part, _cut_at(part.value, depth))
 
     def doubt(self, head: str) -> None:
         """Who covers the L2 node has changed: ask again."""
@@ -351,7 +357,7 @@ class L1:
             if part.start >= depth:
                 tree.set_value(part, part.value._replace(head=head, start=depth))
             elif part.value.stop > depth:
-                tree.set_value(part, part.value._replace(stop=depth))
+                tree.set_value(part, _cut_at(part.value, depth))
 
     # Budget
 
@@ -404,6 +410,11 @@ class L1:
         """Nodes with at least so many hits, most first."""
         nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.recent >= threshold]
         return sorted(nodes, key=lambda node: -(node.recent + (node.value.hits if node.value else 0)))
+
+
+def _cut_at(snapshot: Snapshot, depth: int) -> Snapshot:
+    """The snapshot of a node that ends at `depth` now; metadata belongs to the end that it had."""
+    return snapshot._replace(stop=depth, metadata=b"") if snapshot.stop > depth else snapshot
 
 
 def _node_on(tree: PrefixTree[Snapshot], chain: bytes, depth: int) -> Node | None:

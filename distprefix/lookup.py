@@ -29,34 +29,48 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
     prompt, now = state.read(token_ids), time.monotonic()
     deadline = now + state.config.lookup_timeout_s
     with state.lock:
-        found = state.find(prompt, now)
+        found = _doubt_gaps(state, state.find(prompt, now))
         if found.fresh == prompt.chunks and blocks_of is None:
             return _answer(state, prompt, found, began)
     hashes = state.hashes(prompt, found, 0, now + _HASHING_SHARE * state.config.lookup_timeout_s)
     with state.lock:
         if not prompt.is_chain and blocks_of is None and state.l1.chains:
             state.l1.adopt(prompt, hashes, now)
-            found = state.find(prompt, now)
+            found = _doubt_gaps(state, state.find(prompt, now))
             if found.fresh == prompt.chunks:
                 return _answer(state, prompt, found, began)
         start = found.resume if blocks_of is None else 0
         generation = state.feed.generation
     hashes = hashes[start * HASH_BYTES :]
     views, calls = _ask(state, operations.walk(hashes, start, blocks_of or ""), deadline)
-    blocks = None if blocks_of is None else b""
+    blocks, learned = None if blocks_of is None else b"", list[Node]()
     with state.lock:
         answered = found.chunks
         if views is not None:
             answered = found.fresh
             reached = views[-1].start + views[-1].matched if views else start
-            state.l1.learn(prompt, hashes, start, views, now, sure=generation == state.feed.generation)
+            learned = state.l1.learn(prompt, hashes, start, views, now)
             if reached < found.chunks:
                 state.l1.cut(prompt, reached)
             if blocks_of is not None:
                 blocks = _blocks_of(state, views, blocks_of)
         result = _conclude(state, prompt, state.find(prompt, now), answered, calls, blocks, began)
+        if generation != state.feed.generation:
+            state.l1.distrust(learned)
         state.l1.shrink()  # not before: the prompt may be larger than the budget
         return result
+
+
+def _doubt_gaps(state: State, found: Found) -> Found:
+    """Nothing is revoked when somebody covers more of a node: where L1 sees a gap, Redis is asked from there on."""
+    if not found.fresh:
+        return found
+    coverage = state.l1.coverage(found.path, found.fresh, state.link.is_live)
+    covered = max(coverage.values(), default=0)
+    for node in found.path if covered < found.fresh else ():
+        if node.stop > covered and node.value is not None:
+            return found._replace(fresh=min(node.start, covered), resume=node.value.start)
+    return found
 
 
 def _answer(state: State, prompt: Prompt, found: Found, began: int) -> CacheHitResult:

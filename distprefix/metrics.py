@@ -63,6 +63,7 @@ def metrics_of(state: State) -> dict[str, Any]:
         "staleness_checked": counts["staleness_checked"],
         "staleness_over": counts["staleness_over"],
         "staleness_under": counts["staleness_under"],
+        "background_errors": counts["background_errors"],
         "epoch": link.epoch,
     }
 

@@ -334,19 +334,25 @@ def guess(last: bytes, chunks: int) -> Generator[Call, Any, list[HotNode]]:
 def _parse_hot(reply: Sequence[Any]) -> list[HotNode]:
     nodes: list[HotNode] = []
     at = 1
-    while at < len(reply):
-        parent, depth, run = reply[at : at + 3]
-        count = 8 + 2 * int(reply[at + 10])
-        (view,) = parse_nodes(reply[at + 3 : at + 3 + count], int(depth))
-        nodes.append(HotNode(bytes.fromhex(parent.decode()), run, view))
-        at += 3 + count
+    try:
+        while at < len(reply):
+            parent, depth, run = reply[at : at + 3]
+            count = 8 + 2 * int(reply[at + 10])
+            (view,) = parse_nodes(reply[at + 3 : at + 3 + count], int(depth))
+            nodes.append(HotNode(bytes.fromhex(parent.decode()), run, view))
+            at += 3 + count
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
     return nodes
 
 
 def hot(limit: int) -> Generator[Call, Any, list[Candidate]]:
     """The candidates for pre-warming with the most hits. One call."""
     reply = yield Call("hot", (SCHEMA, limit))
-    return [
-        Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))
-        for last, stop, hits, accessed, created, head in zip(*(reply[i::6] for i in range(6)), strict=True)
-    ]
+    try:
+        return [
+            Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))
+            for last, stop, hits, accessed, created, head in zip(*(reply[i::6] for i in range(6)), strict=True)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error

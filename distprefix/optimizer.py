@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import weakref
@@ -31,6 +32,8 @@ from distprefix.staleness import check_samples
 from distprefix.state import State
 
 __all__ = ["PrefixCacheOptimizer"]
+
+_log = logging.getLogger("distprefix")
 
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
@@ -229,15 +232,23 @@ class PrefixCacheOptimizer:
         """Send what waits, as `flush` does, and close. The tree keeps what was published. May be called again."""
         if self._state.unusable:
             return
+        if self._background is not None:
+            self._background.stop()
         self.flush()
         if self._told:
             self._tell_metrics(withdraw=True)
         self._state.unusable = "this cache is closed: open another one"
-        if self._background is not None:
-            self._background.stop()
         self._state.link.close()
 
     def _work(self) -> None:
+        try:
+            self._do_what_is_due()
+        except Exception:  # noqa: BLE001 - the thread must go on, whatever it met
+            if not self._state.unusable:
+                self._state.counts["background_errors"] += 1
+                _log.exception("the background of %s failed", self.config.holder)
+
+    def _do_what_is_due(self) -> None:
         if self._state.unusable:
             return
         check_samples(self._state)

@@ -56,10 +56,12 @@ class Outbox:
             return False
         try:
             while self._retractions:
-                self._send(self._retractions[0], deadline)
-                self._retractions.popleft()
+                chain = self._retractions[0]
+                self._send(chain, deadline)
+                if self._retractions and self._retractions[0] is chain:  # else given up meanwhile, for a new epoch
+                    self._retractions.popleft()
         except IndexError:
-            return True  # given up meanwhile: a new epoch voids them all
+            return True
         except NotAttachedError:
             self._retractions.clear()  # flushed: there is nothing left to take back
         except DistPrefixError:

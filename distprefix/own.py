@@ -142,13 +142,19 @@ class OwnBlocks:
 
     def _cut(self, node: Node, depth: int) -> bytes:
         chain = self._tree.key_of(node)[: (depth + 1) * HASH_BYTES]
-        stack = [node]
+        stack, lost = [node], array("I", node.blocks[4 * (depth - node.start) :])
         while stack:
             part = stack.pop()
             self._leaves.pop(part, None)
             stack += part.children.values()
+            for child in part.children.values():
+                lost.frombytes(child.blocks)
         parent = node.parent
         self._tree.cut(node, depth)
+        for block in set(lost):
+            left = self._valid(block, self._references.pop(block, []))
+            if left:
+                self._references[block] = left
         above = node.parent or parent
         if above is not None and above.parent is not None and not above.gone and not above.children:
             self._leaves[above] = None

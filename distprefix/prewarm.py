@@ -50,14 +50,16 @@ def prewarm(
         except DistPrefixError:
             break
         with state.lock:
-            room = generation == state.feed.generation
+            sure, room = generation == state.feed.generation, True
             for node in found:
-                room = room and state.l1.bytes - before < max_bytes
+                room = state.l1.bytes - before < max_bytes
                 if not room:
                     break
                 chain = chains.get(node.parent, b"") + node.run
                 chains[node.run[-HASH_BYTES:]] = chain
-                state.l1.learn_chain(chain, node.view, time.monotonic())
+                if len(chain) != HASH_BYTES * (node.view.start + node.view.size):
+                    continue  # another hand wrote its depth
+                state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure)
                 nodes, chunks = nodes + 1, chunks + node.view.size
             state.l1.shrink()
         if progress is not None:
@@ -86,7 +88,10 @@ def speculate(state: State) -> None:
         except DistPrefixError:
             return
         with state.lock:
-            for each in found if generation == state.feed.generation else []:
+            still = generation == state.feed.generation and state.l1.as_chain(node, depth) == chain
+            for each in found if still else []:
+                if each.view.start != len(chain) // HASH_BYTES:
+                    break
                 chain += each.run
                 state.l1.learn_chain(chain, each.view, time.monotonic())
                 state.counts["speculated_chunks"] += each.view.size

@@ -28,6 +28,7 @@ class Publisher:
         self._state = state
         self._names: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         """Prefix hash to a node and a depth, of own blocks or of L1; the prefix named longest ago is first."""
+        self._told_under = state.link.epoch
 
     def publish(self, prompt: Prompt, blocks: bytes, metadata: bytes) -> str:
         """This worker has a prompt, in these blocks when it names any. Returns the prefix's hash (hex).
@@ -40,6 +41,9 @@ class Publisher:
             found = state.find(prompt, now)
         hashes = state.hashes(prompt, found, 0)
         with state.lock:
+            if self._told_under != state.link.epoch:  # whoever attached anew: Redis knows nothing of it
+                self._told_under = state.link.epoch
+                state.own.forget_told()
             told = state.own.told_up_to(hashes, blocks) if blocks else prompt.chunks
             start = state.l1.published_up_to(found, holder, state.link.epoch, told)
             state.counts["publishes"] += 1
@@ -118,8 +122,6 @@ class Publisher:
                     raise
             except NotAttachedError:  # flushed meanwhile, or more was taken back than could be kept
                 link.attach_again(epoch, deadline)
-                with self._state.lock:
-                    self._state.own.forget_told()
             else:
                 if epoch == link.settled_epoch():
                     return published  # else another thread attached meanwhile, and the old epoch counts for nothing
@@ -136,8 +138,9 @@ class Publisher:
                 l1.assume(prompt, hashes, config.holder, state.link.epoch)
             else:
                 begin = published.views[0].start
-                sure = generation == state.feed.generation
-                l1.learn(prompt, hashes[begin * HASH_BYTES :], begin, published.views, now, sure=sure)
+                learned = l1.learn(prompt, hashes[begin * HASH_BYTES :], begin, published.views, now)
+                if generation != state.feed.generation:
+                    l1.distrust(learned)
             if blocks:
                 last, moved = state.own.remember(hashes, blocks, told=published is not None)
                 if published is None and moved is not None:

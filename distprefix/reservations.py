@@ -145,6 +145,7 @@ class Reservations:
     def mark(self, prompt: Prompt, name: str, ttl_s: float) -> int:
         """Write or remove a lease. Returns how many leading chunks it protects."""
         state = self._state
+        state.check_usable()
         if not prompt.chunks:
             return 0
         with state.lock:
@@ -170,6 +171,7 @@ class Reservations:
 
     def ask(self, prompt: Prompt, missing: int, ttl_s: float) -> Claimed:
         """Claim the chunk at depth `missing`, or give it back. An empty worker when there is none, or Redis failed."""
+        self._state.check_usable()
         if missing >= prompt.chunks:
             return Claimed("", 0, 0)
         chunk = self._hash_at(prompt, missing)

@@ -27,8 +27,11 @@ while #stack > 0 and nodes < budget do
   local run = head ~= 'root' and redis.call('HGET', node_key(head), 'r')
   if not opened[head] and (run or head == 'root') then
     opened[head] = true
+    local depth = #stack
     for _, child in ipairs(redis.call('HKEYS', junction_key(run and hex(run:sub(-16)) or ''))) do
-      if child ~= 'o' then
+      if #stack - depth >= budget - nodes then
+        break -- enough for this call: it ends before it comes back here
+      elseif child ~= 'o' then
         stack[#stack + 1] = child
       end
     end

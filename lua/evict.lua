@@ -44,10 +44,11 @@ while over > 0 and nodes + moved < most and skipped < most_skipped do
     break
   end
   local flat, node = fields_of(head)
-  local size, until_ms = #(node.r or '') / 16, leased_until(head, flat)
+  local size, until_ms = math.floor(#(node.r or '') / 16), leased_until(head, flat)
   if until_ms > now then
-    if tonumber(redis.call('ZSCORE', leaves, head)) < until_ms then
-      redis.call('ZADD', leaves, ('%.0f'):format(until_ms), head) -- out of the way until then
+    local behind_all = until_ms + (tonumber(hot_ms) or 0)
+    if tonumber(redis.call('ZSCORE', leaves, head)) < behind_all then
+      redis.call('ZADD', leaves, ('%.0f'):format(behind_all), head)
       moved = moved + 1
     else
       skipped = skipped + 1

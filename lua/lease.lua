@@ -17,6 +17,7 @@
 -- @include policies
 -- @include score
 -- @include walk
+-- @include leases
 local name, ttl, chain = 'l:' .. ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local first, total, leaves, deepest, covered = 0, #chain / 16, base .. 'leaves', nil, 0
 redis.call('ZCARD', leaves)
@@ -39,6 +40,9 @@ local ends = now + ttl
 if deepest and ttl > 0 then
   local before = redis.call('HGET', node_key(deepest), name) or ':0'
   covered = math.max(covered, tonumber(before:match('%d+$')))
+  if redis.call('HLEN', node_key(deepest)) > 64 then
+    leased_until(deepest, redis.call('HGETALL', node_key(deepest))) -- clears away those that ended
+  end
   redis.call('HSET', node_key(deepest), name, ('%.0f:%d'):format(ends, covered))
 end
 return { first, ends }

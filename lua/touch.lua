@@ -23,7 +23,7 @@ for i = 3, #ARGV, 3 do
   local accessed, depth = unpack(redis.call('HMGET', node_key(head), 'a', 'd'))
   if accessed then
     hits = redis.call('HINCRBY', node_key(head), 'n', hits)
-    accessed = ('%.0f'):format(math.max(now, tonumber(accessed)))
+    accessed = ('%.0f'):format(math.max(now, tonumber(accessed) or 0))
     redis.call('HSET', node_key(head), 'a', accessed)
     rank(head, accessed, hits, depth, redis.call('HSTRLEN', node_key(head), 'r') / 16)
     if threshold > 0 and hits >= threshold then

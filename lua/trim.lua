@@ -42,8 +42,11 @@ while #stack > 0 and changed < budget do
   local run = redis.call('HGET', node_key(head), 'r') or ''
   if not opened[head] then
     opened[head] = true
+    local depth = #stack
     for _, child in ipairs(redis.call('HKEYS', junction_key(hex(run:sub(-16))))) do
-      if child ~= 'o' and redis.call('HGET', node_key(child), 'h:' .. holder) then
+      if #stack - depth >= budget - changed then
+        break -- enough for this call: it ends before it comes back here
+      elseif child ~= 'o' and redis.call('HGET', node_key(child), 'h:' .. holder) then
         stack[#stack + 1] = child
       end
     end

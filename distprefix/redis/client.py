@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import re
 import threading
@@ -123,6 +124,7 @@ class Client:
         """Calls sent."""
         self._with_flags = True
         self._count = threading.Lock()
+        self._process = os.getpid()
         self._idle: list[tuple[Any, float]] = []
         """Connections taken from the pool and when they were used last; the last used is the last here."""
 
@@ -193,6 +195,8 @@ class Client:
 
     def _take(self) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
+        if os.getpid() != self._process:
+            raise errors.ForkedProcessError
         try:
             connection, used = self._idle.pop()
         except IndexError:
@@ -243,7 +247,10 @@ class Client:
         if isinstance(error, BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
             return self._failure(code.lower(), str(error), broke=True)
         self.failures["refused"] += 1
-        self._break()
+        if code in ("ERR", "WRONGTYPE"):  # one damaged key says nothing of the server
+            self.breaker.succeed()
+        else:
+            self._break()
         return errors.ScriptError(f"the server refused the call: {error}")
 
 

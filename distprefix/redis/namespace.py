@@ -78,9 +78,8 @@ def take_epoch(client: Client, keys: Keys, worker: str, above: int, deadline: fl
 
 def read_epochs(client: Client, keys: Keys, deadline: float) -> dict[str, int]:
     """The current epoch of every worker. One call."""
-    return {
-        name: int(epoch) for name, epoch in _pairs(client.command("HGETALL", keys.epochs, deadline=deadline)).items()
-    }
+    pairs = _pairs(client.command("HGETALL", keys.epochs, deadline=deadline))
+    return {name: int(epoch) for name, epoch in pairs.items() if epoch.isdigit()}
 
 
 def _pairs(reply: Any) -> dict[str, str]:

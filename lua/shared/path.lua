@@ -19,7 +19,7 @@ local function read_path(chain, holder, epoch)
     end
     path[#path + 1] = {
       head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
-      accessed = accessed or '0', hits = hits or '0', depth = depth or '0',
+      accessed = tonumber(accessed) or 0, hits = tonumber(hits) or 0, depth = tonumber(depth) or 0,
       epoch = tonumber(held_epoch), covered = tonumber(covered), held = held,
     }
     first = first + matched

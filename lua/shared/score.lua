@@ -3,8 +3,8 @@
 local policy, hot_hits, hot_ms = unpack(redis.call('HMGET', KEYS[1], 'policy', 'hot_hits', 'hot_ms'))
 
 local function score(accessed, hits, depth, size)
-  accessed, hits = tonumber(accessed), tonumber(hits)
-  local value = (policies[policy] or policies.lru)(accessed, hits, tonumber(depth), size)
+  accessed, hits = tonumber(accessed) or 0, tonumber(hits) or 0
+  local value = (policies[policy] or policies.lru)(accessed, hits, tonumber(depth) or 0, size)
   return ('%.3f'):format(value + (hits >= tonumber(hot_hits or 'inf') and tonumber(hot_ms) or 0))
 end
 

@@ -33,6 +33,9 @@ local function uncover(head, run, holder, keep)
     if longest == 0 then
       return tonumber(covered) - left, 1, unlink(head, fields_of(head))
     elseif longest < #run / 16 then
+      if left < longest then
+        tell('changed', head)
+      end
       return tonumber(covered) - left, 0, shorten(head, longest, fields_of(head))
     end
   end

@@ -10,7 +10,7 @@ end
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
 -- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
 local function unlink(head, flat, node)
-  local size = #node.r / 16
+  local size = math.floor(#node.r / 16)
   redis.call('DEL', node_key(head))
   disown(hex(node.r:sub(-16)))
   redis.call('ZREM', base .. 'leaves', head)
@@ -18,7 +18,7 @@ local function unlink(head, flat, node)
   local holders, extra = weigh(flat)
   account(-1, -size, -holders, -extra)
   tell('removed', head)
-  local junction = junction_key(node.p)
+  local junction = junction_key(node.p or '')
   redis.call('HDEL', junction, head)
   local owner = redis.call('HGET', junction, 'o')
   if not owner or redis.call('HLEN', junction) > 1 then
@@ -27,7 +27,7 @@ local function unlink(head, flat, node)
   redis.call('DEL', junction)
   local run, accessed, hits, depth = unpack(redis.call('HMGET', node_key(owner), 'r', 'a', 'n', 'd'))
   if run then
-    local newer = ('%.0f'):format(math.max(tonumber(node.a), tonumber(accessed)))
+    local newer = ('%.0f'):format(math.max(tonumber(node.a) or 0, tonumber(accessed) or 0))
     redis.call('HSET', node_key(owner), 'a', newer)
     redis.call('ZADD', base .. 'leaves', score(newer, hits, depth, #run / 16), owner)
   end
@@ -36,7 +36,7 @@ end
 
 -- Cuts a leaf's tail off, and everybody's coverage of it. Returns the chunks cut.
 local function shorten(head, keep, flat, node)
-  local key, cut = node_key(head), #node.r / 16 - keep
+  local key, cut = node_key(head), math.floor(#node.r / 16) - keep
   local holders, extra = weigh(flat)
   for name, value in pairs(node) do
     local epoch, covered = value:match('^(%d+):(%d+)$')

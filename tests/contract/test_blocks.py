@@ -42,7 +42,7 @@ def test_coverage_behind_a_lost_block_goes(any_server: Backend) -> None:
     sound(one, 6, 18)
     assert one.remove_skipped_blocks([1]) == 1
     sound(one, 2, 6)
-    assert one.find_longest_cache_hit(prompt(12)).matched_chunks == 1
+    assert one.find_longest_cache_hit(prompt(12)).matched_chunks == 6  # L1 sees a gap, and Redis is asked
     one.cache_prefix(prompt(3), range(3))
     assert any_server.open("w3", max_run=4).find_longest_cache_hit(prompt(12)).holders == (
         Holder("w2/0@gpu", 6),
@@ -199,3 +199,15 @@ def test_a_damaged_node_does_not_stop_publishing(failing: tuple[Backend, PrefixC
     assert (metrics["retractions_waiting"], metrics["retractions_refused"]) == (0, 1)
     cache.cache_prefix([9] * 8, [7, 8])
     assert backend.open("w2").find_longest_cache_hit([9] * 8).matched_chunks == 2
+
+
+def test_blocks_are_told_again_after_a_flush(any_server: Backend) -> None:
+    """When the background attached anew, block ids that Redis knew before are sent again."""
+    cache = any_server.open("w1")
+    cache.cache_prefix(prompt(6), range(6))
+    any_server.admin.delete(*any_server.dump(), any_server.keys.log)
+    cache.flush()
+    cache.flush()
+    cache.cache_prefix(prompt(6))
+    cache.cache_prefix(prompt(6), range(6))
+    assert any_server.open("w2").find_longest_cache_hit(prompt(6), blocks_of="w1/0@gpu").block_ids == tuple(range(6))

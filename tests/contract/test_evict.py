@@ -292,6 +292,49 @@ def _depth(backend: Backend, name: str) -> int:
     return int(admin.hget(name, "d"))
 
 
+@pytest.mark.parametrize("change", ["split", "trim"])
+def test_metadata_does_not_move_to_a_shorter_prompt(any_server: Backend, change: str) -> None:
+    """When the log says that a node became shorter, what was kept with its end is forgotten."""
+    cache, reader = any_server.open("w1"), any_server.open("w2")
+    reader.catch_up()
+    cache.cache_prefix(prompt(9), range(9), metadata={"who": "long"})
+    entry = reader.find_longest_cache_hit(prompt(9)).entry
+    assert entry is not None
+    assert entry.metadata == {"who": "long"}
+    if change == "split":
+        cache.cache_prefix(prompt(9, tail=5))
+    else:
+        cache.remove_skipped_blocks([5])
+    reader.catch_up()
+    shorter = reader.find_longest_cache_hit(prompt(5)).entry
+    assert shorter is not None
+    assert shorter.metadata is None
+
+
+def test_lost_coverage_is_revoked_beside_a_longer_holder(any_server: Backend) -> None:
+    """When a leaf is cut to what another holder has, L1 does not keep the loser at that length."""
+    one, two, reader = any_server.open("w1"), any_server.open("w2"), any_server.open("w3")
+    one.cache_prefix(prompt(9), range(9))
+    two.cache_prefix(prompt(6))
+    reader.catch_up()
+    assert len(reader.find_longest_cache_hit(prompt(9)).holders) == 2
+    one.remove_skipped_blocks([3])
+    reader.catch_up()
+    assert dict(reader.find_longest_cache_hit(prompt(6)).holders) == {"w2/0@gpu": 6, "w1/0@gpu": 3}
+
+
+def test_a_gap_in_l1_is_asked_for(any_server: Backend) -> None:
+    """No log tells that somebody covers more of a node: where L1 knows chunks that nobody has, Redis is asked."""
+    one, two, reader = any_server.open("w1"), any_server.open("w2"), any_server.open("w3")
+    one.cache_prefix(prompt(8), range(8))
+    two.cache_prefix(prompt(4))
+    assert reader.find_longest_cache_hit(prompt(8)).matched_chunks == 8
+    any_server.open("w1")  # a new epoch: what the old process had counts for nothing
+    reader.flush()
+    two.cache_prefix(prompt(8))
+    assert reader.find_longest_cache_hit(prompt(8)).matched_chunks == 8
+
+
 @pytest.mark.parametrize("change", ["evict", "split", "trim", "drop", "restore", "flush", "cut log"])
 def test_l1_follows_the_log(any_server: Backend, change: str) -> None:
     """What other workers take out is revoked in L1 with the next poll; when the log has a gap, L1 forgets all."""

@@ -329,6 +329,66 @@ def test_a_forked_child_is_refused(own_server: Server) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_background_goes_on_whatever_it_meets(own_server: Server) -> None:
+    """A round that fails is counted and the next one comes, and what another hand wrote among the epochs is skipped."""
+    with PrefixCacheOptimizer(settings(own_server, touch_interval_s=0.02)) as cache:
+        admin: Any = own_server.client()
+        admin.hset("dp:{default}:epochs", "w9", "garbage")
+        check, failed = cache._state.outbox.send, [False]
+
+        def fail_once() -> None:
+            if not failed[0]:
+                failed[0] = True
+                raise RuntimeError("once")
+            check()
+
+        cache._state.outbox.send = fail_once
+        wait_until(lambda: cache.get_metrics()["background_errors"] == 1)
+        cache.cache_prefix(prompt(3))
+        cache.find_longest_cache_hit(prompt(3))
+        wait_until(lambda: any(int(admin.hget(key, "n")) for key in admin.scan_iter(match="dp:*:n:*")))
+
+
+def test_one_damaged_key_does_not_open_the_breaker(own_server: Server) -> None:
+    """A node that another hand made something else is nobody's reason to leave the server alone."""
+    with PrefixCacheOptimizer(settings(own_server, breaker_failures=2)) as cache:
+        cache.cache_prefix(prompt(3))
+        cache.cache_prefix([9] * 12)
+        admin: Any = own_server.client()
+        heads = [key for key in admin.scan_iter(match="dp:*:n:*") if admin.hget(key, "n")]
+        damaged = next(key for key in heads if key.endswith(heads[0][-8:]))
+        admin.delete(damaged)
+        admin.set(damaged, "x")
+        for tokens in (prompt(3), [9] * 12) * 3:
+            cache.cache_prefix(tokens)
+        assert cache.get_metrics()["breaker"] == "closed"
+        assert cache.get_metrics()["publishes_dropped"] >= 1
+
+
+def test_a_forked_child_cannot_use_the_parents_leases(own_server: Server) -> None:
+    """Releasing a lease in a forked child raises, and the parent's connections stay its own."""
+    program = f"""
+import os, sys
+from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
+from distprefix.errors import ForkedProcessError
+with PrefixCacheOptimizer(PrefixCacheConfig(url={own_server.url!r}, chunk_size=4)) as cache:
+    cache.cache_prefix(list(range(16)))
+    lease = cache.find_longest_cache_hit(list(range(16))).lease(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            lease.release()
+        except ForkedProcessError:
+            os._exit(7)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert cache.find_longest_cache_hit(list(range(16))).hit
+    sys.exit(0 if os.waitstatus_to_exitcode(status) == 7 else 1)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_threads_share_a_cache(own_server: Server) -> None:
     """Eight threads publish and look up at once under a small L1: none sees too much, and all is there afterwards."""
     changes: dict[str, Any] = {"lookup_timeout_s": 30, "publish_timeout_s": 30, "strict": True, "max_run": 8}
