@@ -29,16 +29,16 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
     prompt, now = state.read(token_ids), time.monotonic()
     deadline = now + state.config.lookup_timeout_s
     with state.lock:
-        found = _doubt_gaps(state, state.find(prompt, now))
+        found, coverage = _trusted(state, prompt, now)
         if found.fresh == prompt.chunks and blocks_of is None:
-            return _answer(state, prompt, found, began)
+            return _answer(state, prompt, found, coverage, began)
     hashes = state.hashes(prompt, found, 0, now + _HASHING_SHARE * state.config.lookup_timeout_s)
     with state.lock:
         if not prompt.is_chain and blocks_of is None and state.l1.chains:
             state.l1.adopt(prompt, hashes, now)
-            found = _doubt_gaps(state, state.find(prompt, now))
+            found, coverage = _trusted(state, prompt, now)
             if found.fresh == prompt.chunks:
-                return _answer(state, prompt, found, began)
+                return _answer(state, prompt, found, coverage, began)
         start = found.resume if blocks_of is None else 0
         generation = state.feed.generation
     hashes = hashes[start * HASH_BYTES :]
@@ -54,28 +54,33 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
                 state.l1.cut(prompt, reached)
             if blocks_of is not None:
                 blocks = _blocks_of(state, views, blocks_of)
-        result = _conclude(state, prompt, state.find(prompt, now), answered, calls, blocks, began)
+        found = state.find(prompt, now)
+        coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
+        result = _conclude(state, prompt, found, coverage, answered, calls, blocks, began)
         if generation != state.feed.generation:
             state.l1.distrust(learned)
         state.l1.shrink()  # not before: the prompt may be larger than the budget
         return result
 
 
-def _doubt_gaps(state: State, found: Found) -> Found:
-    """Nothing is revoked when somebody covers more of a node: where L1 sees a gap, Redis is asked from there on."""
-    if not found.fresh:
-        return found
-    coverage = state.l1.coverage(found.path, found.fresh, state.link.is_live)
-    covered = max(coverage.values(), default=0)
-    for node in found.path if covered < found.fresh else ():
-        if node.stop > covered and node.value is not None:
-            return found._replace(fresh=min(node.start, covered), resume=node.value.start)
-    return found
+def _trusted(state: State, prompt: Prompt, now: float) -> tuple[Found, dict[str, int]]:
+    """What L1 knows of a prompt and who covers it, as far as it may be trusted.
+
+    Nothing is revoked when somebody covers more of a node: where L1 sees a gap, Redis is asked from there on.
+    """
+    found = state.find(prompt, now)
+    coverage = state.l1.coverage(found.path, found.fresh, state.link.is_live) if found.fresh else {}
+    covered = max(coverage.values()) if coverage else 0
+    if covered < found.fresh:
+        for node in found.path:
+            if node.stop > covered and node.value is not None:
+                return found._replace(fresh=min(node.start, covered), resume=node.value.start), coverage
+    return found, coverage
 
 
-def _answer(state: State, prompt: Prompt, found: Found, began: int) -> CacheHitResult:
+def _answer(state: State, prompt: Prompt, found: Found, coverage: dict[str, int], began: int) -> CacheHitResult:
     """What L1 says, which is all that is asked for. Now and then it is to be checked. Under the lock."""
-    result = _conclude(state, prompt, found, found.chunks, 0, None, began)
+    result = _conclude(state, prompt, found, coverage, found.chunks, 0, None, began)
     if state.config.staleness_sample and random() < state.config.staleness_sample:  # noqa: S311 - not for secrets
         state.samples.append((state.l1.hashes(found.path, 0, found.chunks), dict(result.holders)))
         state.wake()  # checked later, what changed in between would count as stale
@@ -92,14 +97,20 @@ def _ask(state: State, operation: Any, deadline: float) -> tuple[list[NodeView] 
 
 
 def _conclude(
-    state: State, prompt: Prompt, found: Found, answered: int, calls: int, blocks: bytes | None, began: int
+    state: State,
+    prompt: Prompt,
+    found: Found,
+    coverage: dict[str, int],
+    answered: int,
+    calls: int,
+    blocks: bytes | None,
+    began: int,
 ) -> CacheHitResult:
     """The result, from what L1 knows now. Under the lock.
 
     `answered`: leading chunks that L1 vouched for; `blocks`: block ids of the holder that was asked for.
     """
     size, counts = state.config.chunk_size, state.counts
-    coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
     matched = max(coverage.values()) if coverage else 0
     if matched * size < state.config.min_prefix_length:
         matched, coverage = 0, {}
@@ -116,7 +127,7 @@ def _conclude(
         counts["hits"] += 1
         counts["chunks_hit"] += matched
         counts["chunks_hit_l1"] += l1_chunks
-        counts[f"hits_{tier}"] += 1
+        counts["hits_hot" if tier is CacheTier.HOT else "hits_warm"] += 1
         if state.config.speculate and not node.children and node.value and node.value.stop == matched:
             state.guesses.append((node, matched))
             state.wake()

@@ -31,6 +31,7 @@ class Link:
 
     def __init__(self, config: PrefixCacheConfig, client: redis.Redis | None = None) -> None:
         self._config = config
+        self._holder = config.holder
         self.keys = Keys(config.namespace)
         self.failures: Counter[str] = Counter()
         """Failed calls by reason."""
@@ -134,7 +135,7 @@ class Link:
 
     def is_live(self, holder: str, epoch: int) -> bool:
         """Whether coverage under this epoch counts: a shared tier's always, a worker's until a newer process comes."""
-        if holder == self._config.holder:
+        if holder == self._holder:
             return epoch == self.epoch
         worker = self._workers.get(holder)
         if worker is None:
