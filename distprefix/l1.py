@@ -255,7 +255,7 @@ class L1:
             snapshot = node.value
             if snapshot is None:
                 break
-            start, stop, at = node.start, min(node.stop, chunks), snapshot.at
+            start, stop, at = node.start, node.stop, snapshot.at
             for name, (epoch, end) in snapshot.holders.items():
                 if (
                     end > start
@@ -263,9 +263,10 @@ class L1:
                     and (alive.get(name) == epoch or live(name, epoch))
                 ):
                     alive[name] = epoch
-                    reached[name] = min(end, stop)
-            newest = max(newest, at)
-        return reached
+                    reached[name] = end if end < stop else stop  # noqa: FURB136 - min() takes longer than all else here
+            if at > newest:  # noqa: PLR1730 - likewise
+                newest = at
+        return reached if not path or path[-1].stop <= chunks else {name: min(k, chunks) for name, k in reached.items()}
 
     def hashes(self, path: list[Node], start: int, stop: int) -> bytes:
         """Chunk hashes [start, stop) of a path."""

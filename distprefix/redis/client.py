@@ -54,6 +54,17 @@ class _NoFlagsError(Exception):
 
 
 _current = threading.local()
+_forks = 0
+"""How many forks lie between this process and the first one: asking the system who we are takes longer."""
+
+
+def _count_fork() -> None:
+    global _forks  # noqa: PLW0603 - one number a process
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
 
 
 class _Parser(cast("Any", DefaultParser)):  # pyright: ignore[reportUntypedBaseClass]
@@ -124,7 +135,7 @@ class Client:
         """Calls sent."""
         self._with_flags = True
         self._count = threading.Lock()
-        self._process = os.getpid()
+        self._forks = _forks
         self._idle: list[tuple[Any, float]] = []
         """Connections taken from the pool and when they were used last; the last used is the last here."""
 
@@ -195,7 +206,7 @@ class Client:
 
     def _take(self) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
-        if os.getpid() != self._process:
+        if self._forks != _forks:
             raise errors.ForkedProcessError
         try:
             connection, used = self._idle.pop()

@@ -11,6 +11,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_a_restarted_server_is_attached_again(own_server: Server, cache: PrefixC
 
 
 def test_a_full_server_still_answers(own_server: Server, cache: PrefixCacheOptimizer) -> None:
-    """At maxmemory publishes are dropped and counted, look-ups and removals work, and the breaker stays closed."""
+    """At maxmemory publishes are dropped and counted; look-ups, removals, leases and eviction work."""
     with own_server.client() as admin:
         admin.config_set("maxmemory-policy", "noeviction")
         admin.config_set("maxmemory", "1mb")
@@ -185,6 +186,13 @@ def test_a_full_server_still_answers(own_server: Server, cache: PrefixCacheOptim
         assert cache.find_longest_cache_hit(prompt(6)).matched_chunks == 6
         assert cache.remove_skipped_blocks([4]) == 1
         assert cache.find_longest_cache_hit(prompt(6)).matched_chunks == 4
+        small = PrefixCacheConfig(url=own_server.url, worker_id="w2", chunk_size=4, l2_max_chunks=2, high_watermark=1.0)
+        with PrefixCacheOptimizer(replace(small, low_watermark=1.0)) as evicting:
+            with cache.find_longest_cache_hit(prompt(6)).lease(60) as lease:
+                assert lease.active
+                assert evicting.maintain().chunks == 0
+            assert evicting.maintain().chunks == 2
+        assert cache.find_longest_cache_hit(prompt(6)).matched_chunks == 2
         admin.config_set("maxmemory", "0")
     cache.cache_prefix([7] * 40)
     assert cache.get_metrics()["publishes_dropped"] == 1
