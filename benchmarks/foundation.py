@@ -6,20 +6,15 @@ Starts its own servers. Memory per chunk is not measured here: `distprefix repla
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
-import platform
 import random
-import sys
 from array import array
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import redis
-from measure import Case, Figure, as_json, interleave, print_table
+from measure import Case, Figure, interleave, run_parts
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.chunking import HASH_BYTES, Chain, chain_hashes, chain_root, read_prompt
@@ -31,23 +26,7 @@ _random = random.Random(7)
 
 def main() -> None:
     """Run what was asked for and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds: to see that it runs")
-    parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="parts to run; default: all")
-    options = parser.parse_args()
-    scale = 0.1 if options.quick else 1.0
-    figures: list[Figure] = []
-    with EmbeddedServer() as server:
-        about = _about(server.url)
-        if not options.json:
-            print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)
-        for name in options.only or _PARTS:
-            figures += _PARTS[name](server.url, scale)
-    if options.json:
-        print(json.dumps(as_json(figures, about), indent=2))
-    else:
-        print_table(figures)
+    run_parts(_PARTS, __doc__)
 
 
 def l1(url: str, scale: float) -> list[Figure]:
@@ -250,25 +229,6 @@ def _us(value: float) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}/s"
-
-
-def _about(url: str) -> dict[str, str]:
-    with _plain(url) as plain:
-        info: Any = plain.info("server")
-    models = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    return {
-        "server": f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}",
-        "Python": platform.python_version(),
-        "redis-py": redis.__version__,
-        "CPU": f"{len(models)} x {models[0].partition(':')[2].strip()}" if models else platform.processor(),
-    }
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

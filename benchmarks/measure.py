@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import operator
+import platform
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Case", "Figure", "as_json", "interleave", "print_table"]
+import redis
+
+from distprefix.redis.embedded import EmbeddedServer
+
+__all__ = ["Case", "Figure", "as_json", "interleave", "print_table", "run_parts"]
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
@@ -93,3 +102,43 @@ def as_json(figures: list[Figure], about: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def run_parts(parts: Mapping[str, Callable[[str, float], list[Figure]]], doc: str | None) -> None:
+    """Run the parts that the command line asks for on a server of their own, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds: to see that it runs")
+    parser.add_argument("--only", choices=sorted(parts), action="append", help="parts to run; default: all")
+    options = parser.parse_args()
+    scale = 0.1 if options.quick else 1.0
+    figures: list[Figure] = []
+    with EmbeddedServer() as server:
+        about = _about(server.url)
+        if not options.json:
+            print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)
+        for name in options.only or parts:
+            figures += parts[name](server.url, scale)
+    if options.json:
+        print(json.dumps(as_json(figures, about), indent=2))
+    else:
+        print_table(figures)
+
+
+def _about(url: str) -> dict[str, str]:
+    with redis.Redis.from_url(url) as plain:
+        info: Any = plain.info("server")
+    models = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return {
+        "server": f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}",
+        "Python": platform.python_version(),
+        "redis-py": redis.__version__,
+        "CPU": f"{len(models)} x {models[0].partition(':')[2].strip()}" if models else platform.processor(),
+    }
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

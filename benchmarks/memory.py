@@ -7,9 +7,7 @@ cores, or anything else at work, their p99 is that of the scheduler.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -24,8 +22,7 @@ from typing import Any, NamedTuple
 
 import redis
 import xxhash
-from foundation import _about
-from measure import Figure, as_json, print_table
+from measure import Figure, run_parts
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer, operations
 from distprefix.chunking import HASH_BYTES, Chain
@@ -49,23 +46,7 @@ _spawn = multiprocessing.get_context("spawn")
 
 def main() -> None:
     """Run what was asked for and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds: to see that it runs")
-    parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="parts to run; default: all")
-    options = parser.parse_args()
-    scale = 0.1 if options.quick else 1.0
-    figures: list[Figure] = []
-    with EmbeddedServer() as server:
-        about = _about(server.url)
-        if not options.json:
-            print(", ".join(f"{name} {value}" for name, value in about.items()), file=sys.stderr)
-        for name in options.only or _PARTS:
-            figures += _PARTS[name](server.url, scale)
-    if options.json:
-        print(json.dumps(as_json(figures, about), indent=2))
-    else:
-        print_table(figures)
+    run_parts(_PARTS, __doc__)
 
 
 def evict(url: str, scale: float) -> list[Figure]:

@@ -154,18 +154,7 @@ class L1:
         below = known.path[-1] if known.path and known.path[-1].stop == offset else None
         learned: list[Node] = []
         for view in views:
-            at = (view.start - offset) * HASH_BYTES
-            snapshot = Snapshot(
-                hashes[at : at + HASH_BYTES],
-                view.start,
-                view.start + view.size,
-                view.holders,
-                view.hits,
-                view.accessed,
-                view.created,
-                view.metadata,
-                now,
-            )
+            snapshot = _snapshot_of(view, whole, now)
             key = prompt.view[: (view.start + view.matched) * stride]
             path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
             fresh = [node for node in path if node.start >= view.start]
@@ -177,7 +166,7 @@ class L1:
         return learned
 
     def distrust(self, nodes: Iterable[Node]) -> None:
-        """Something was revoked since the script ran that told of these nodes: look-ups ask again."""
+        """What was told of these nodes may be outdated: look-ups ask again."""
         for node in nodes:
             if node.value is not None:
                 node.value = node.value._replace(at=_UNCONFIRMED)
@@ -206,7 +195,7 @@ class L1:
         for part in path:
             if part.value is None or not part.value.head:
                 return b""
-            if len(part.run) != len(part.hashes) or part.run != part.hashes:
+            if part.run != part.hashes:
                 known = self._trees[True].insert(
                     chain[: part.stop * HASH_BYTES], part.value, hashes=chain, start=part.start
                 )
@@ -216,18 +205,7 @@ class L1:
     def learn_chain(self, chain: bytes, view: NodeView, now: float, *, sure: bool = True) -> None:
         """Take over a node that came without being asked for: `chain` ends with its run."""
         tree = self._trees[True]
-        snapshot = Snapshot(
-            *(
-                chain[view.start * HASH_BYTES :][:HASH_BYTES],
-                view.start,
-                view.start + view.size,
-                view.holders,
-                view.hits,
-                view.accessed,
-                view.created,
-            ),
-            *(view.metadata, now if sure else _UNCONFIRMED),
-        )
+        snapshot = _snapshot_of(view, chain, now if sure else _UNCONFIRMED)
         path = tree.insert(chain, snapshot, hashes=chain, start=view.start)
         path[-1].accessed = now
         self._enqueue(path[-1], tree)
@@ -289,12 +267,6 @@ class L1:
                 tree.cut(child, child.start)
         self._queue.clear()
 
-    def expire(self) -> None:
-        """Trust nothing until Redis has confirmed it again."""
-        for node in self.iter_nodes():
-            if node.value is not None:
-                node.value = node.value._replace(at=_UNCONFIRMED)
-
     # What the log tells
 
     def forget(self, head: str) -> None:
@@ -332,10 +304,8 @@ class L1:
 
     def doubt(self, head: str) -> None:
         """Who covers the L2 node has changed: ask again."""
-        for tree, parts in self._parts(head):
-            for node in parts:
-                if node.value is not None:
-                    tree.set_value(node, node.value._replace(at=_UNCONFIRMED))
+        for _, parts in self._parts(head):
+            self.distrust(parts)
 
     def _parts(self, head: str) -> list[tuple[PrefixTree[Snapshot], list[Node]]]:
         """For each tree that knows the L2 node: its parts there, from the top down."""
@@ -411,6 +381,13 @@ class L1:
         """Nodes with at least so many hits, most first."""
         nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.recent >= threshold]
         return sorted(nodes, key=lambda node: -(node.recent + (node.value.hits if node.value else 0)))
+
+
+def _snapshot_of(view: NodeView, hashes: bytes, at: float) -> Snapshot:
+    """What to remember of a node; `hashes` are those of its path, from the root on."""
+    head, stop = hashes[view.start * HASH_BYTES : (view.start + 1) * HASH_BYTES], view.start + view.size
+    told = (view.holders, view.hits, view.accessed, view.created, view.metadata)
+    return Snapshot(head, view.start, stop, *told, at)
 
 
 def _cut_at(snapshot: Snapshot, depth: int) -> Snapshot:

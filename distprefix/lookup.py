@@ -32,7 +32,7 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
         found, coverage = _trusted(state, prompt, now)
         if found.fresh == prompt.chunks and blocks_of is None:
             return _answer(state, prompt, found, coverage, began)
-    hashes = state.hashes(prompt, found, 0, now + _HASHING_SHARE * state.config.lookup_timeout_s)
+    hashes = state.hashes(prompt, found, now + _HASHING_SHARE * state.config.lookup_timeout_s)
     with state.lock:
         if not prompt.is_chain and blocks_of is None and state.l1.chains:
             state.l1.adopt(prompt, hashes, now)
@@ -164,7 +164,7 @@ def own_blocks(state: State, prompt: Prompt, chunks: int) -> tuple[int, ...]:
     prompt = prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
     with state.lock:
         found = state.l1.find(prompt, time.monotonic())
-    hashes = state.hashes(prompt, found, 0)
+    hashes = state.hashes(prompt, found)
     with state.lock:
         return state.own.ids(hashes)
 

@@ -39,7 +39,7 @@ class Publisher:
         now, generation = time.monotonic(), state.feed.generation
         with state.lock:
             found = state.find(prompt, now)
-        hashes = state.hashes(prompt, found, 0)
+        hashes = state.hashes(prompt, found)
         with state.lock:
             if self._told_under != state.link.epoch:  # whoever attached anew: Redis knows nothing of it
                 self._told_under = state.link.epoch

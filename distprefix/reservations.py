@@ -150,7 +150,7 @@ class Reservations:
             return 0
         with state.lock:
             found = state.l1.find(prompt, time.monotonic())
-        hashes, start = state.hashes(prompt, found, 0), found.resume
+        hashes, start = state.hashes(prompt, found), found.resume
         try:
             if found.chunks < prompt.chunks:  # L1 does not know the way: it is walked again
                 views = state.link.publish(operations.walk(hashes, 0))
@@ -207,7 +207,7 @@ class Reservations:
         cut = _leading(prompt, depth + 1)
         with self._state.lock:
             found = self._state.l1.find(cut, time.monotonic())
-        return self._state.hashes(cut, found, 0)[-HASH_BYTES:]
+        return self._state.hashes(cut, found)[-HASH_BYTES:]
 
 
 def _leading(prompt: Prompt, chunks: int) -> Prompt:

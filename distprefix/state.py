@@ -78,24 +78,22 @@ class State:
             raise InvalidInputError("an empty prompt has no prefix: pass at least one token")
         return prompt
 
-    def hashes(self, prompt: Prompt, found: Found, start: int, until: float = float("inf")) -> bytes:
-        """Chunk hashes from `start` on: those that L1 knows, then computed ones, as far as `until` (time.monotonic).
+    def hashes(self, prompt: Prompt, found: Found, until: float = float("inf")) -> bytes:
+        """A prompt's chunk hashes: those that L1 knows, then computed ones, as far as `until` (time.monotonic).
 
-        `start` is not behind what was found, and what was found is always in the answer.
+        What was found is always in the answer.
         """
         if prompt.is_chain:
-            return bytes(prompt.view[start * HASH_BYTES :])
+            return bytes(prompt.view)
         with self.lock:
             known = self.l1.hashes(found.path, 0, found.chunks)
         if len(known) < found.chunks * HASH_BYTES:  # forgotten meanwhile
             known = b""
-        parts, parent = [known[start * HASH_BYTES :]], known[-HASH_BYTES:] or self._root
+        parts, parent = [known], known[-HASH_BYTES:] or self._root
         window = WINDOW * prompt.stride
         for at in range(len(known) // HASH_BYTES * prompt.stride, len(prompt.view), window):
             if time.monotonic() > until and at >= found.chunks * prompt.stride:
                 break
             parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
             parent = parts[-1][-HASH_BYTES:]
-        if not known and start:
-            return b"".join(parts)[start * HASH_BYTES :]
         return b"".join(parts)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,6 +139,29 @@ class Server:
         self.kill()
         self.folder.mkdir(exist_ok=True)
         return self.start()
+
+
+@contextlib.contextmanager
+def deployed(folder: Path, binary: str) -> Generator[int]:
+    """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say."""
+    for name in ("redis.conf", "users.acl"):
+        shutil.copy(DEPLOY / name, folder)
+    port = _free_port()
+    with (folder / "server.log").open("w") as log:
+        command = [binary, "redis.conf", "--port", str(port), "--bind", "127.0.0.1"]
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        try:
+            with redis.Redis(port=port, username="distprefix", password="distprefix") as client:
+                for _ in range(200):
+                    try:
+                        client.ping()
+                        break
+                    except redis.ConnectionError:
+                        time.sleep(0.05)
+            yield port
+        finally:
+            server.terminate()
+            server.wait(10)
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 -- The longest coverage that anyone has of a node: a leaf's chunks behind it are kept by nobody.
-local function longest_coverage(head)
-  local longest, fields = 0, redis.call('HGETALL', node_key(head))
+local function longest_coverage(fields)
+  local longest = 0
   for i = 1, #fields, 2 do
     if fields[i]:sub(1, 2) == 'h:' then
       longest = math.max(longest, tonumber(fields[i + 1]:match('%d+$')))
@@ -29,14 +29,15 @@ local function uncover(head, run, holder, keep)
     end
   end
   if redis.call('HLEN', junction_key(hex(run:sub(-16)))) == 0 then
-    local longest = longest_coverage(head)
+    local flat, node = fields_of(head)
+    local longest = longest_coverage(flat)
     if longest == 0 then
-      return tonumber(covered) - left, 1, unlink(head, fields_of(head))
+      return tonumber(covered) - left, 1, unlink(head, flat, node)
     elseif longest < #run / 16 then
       if left < longest then
         tell('changed', head)
       end
-      return tonumber(covered) - left, 0, shorten(head, longest, fields_of(head))
+      return tonumber(covered) - left, 0, shorten(head, longest, flat, node)
     end
   end
   tell('changed', head)

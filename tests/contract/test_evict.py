@@ -26,7 +26,7 @@ def found(cache: PrefixCacheOptimizer, *prompts: list[int]) -> list[int]:
 def publish_at(backend: Backend, cache: PrefixCacheOptimizer, tokens: list[int], now_ms: int) -> None:
     """Publish with a clock of the test's own."""
     view = cache._state.read(tokens)
-    hashes = cache._state.hashes(view, cache._state.l1.find(view, 0.0), 0)
+    hashes = cache._state.hashes(view, cache._state.l1.find(view, 0.0))
     operation = operations.publish(
         hashes, 0, cache.config.holder, cache._state.link.epoch, now_ms=now_ms, max_run=cache.config.max_run
     )

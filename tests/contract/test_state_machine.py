@@ -237,7 +237,7 @@ class Histories(RuleBasedStateMachine):
         """Remember which prefixes a prompt's hashes stand for."""
         state = self.caches["w1"]._state
         prompt = state.read(tokens(chunks))
-        hashes = state.hashes(prompt, state.l1.find(prompt, 0.0), 0)
+        hashes = state.hashes(prompt, state.l1.find(prompt, 0.0))
         for i in range(len(chunks)):
             self.names[hashes[16 * i : 16 * i + 16]] = chunks[: i + 1]
 

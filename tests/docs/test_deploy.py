@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +13,7 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
-from tests.servers import find_server
+from tests.servers import deployed, find_server
 
 ROOT = Path(__file__).parents[2]
 USERS = (ROOT / "deploy" / "users.acl").read_text(encoding="utf-8")
@@ -58,31 +54,8 @@ REFUSED = (
 @pytest.fixture(scope="module", params=["redis-7.0", "redis-8.2", "valkey-9.1"])
 def port(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Run a server in a copy of deploy/, as the first lines of redis.conf say."""
-    folder = tmp_path_factory.mktemp("deploy")
-    for name in ("redis.conf", "users.acl"):
-        shutil.copy(ROOT / "deploy" / name, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [find_server(request.param), "redis.conf", "--port", str(number), "--bind", "127.0.0.1"],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            with _client(number, "distprefix") as client:
-                for _ in range(200):
-                    try:
-                        client.ping()
-                        break
-                    except redis.ConnectionError:
-                        time.sleep(0.05)
-            yield number
-        finally:
-            server.terminate()
-            server.wait(10)
+    with deployed(tmp_path_factory.mktemp("deploy"), find_server(request.param)) as number:
+        yield number
 
 
 def _client(port: int, user: str) -> redis.Redis:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import redis
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.redis.embedded import find_binary
+from tests.servers import deployed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "redis-cli.md"
@@ -64,39 +62,11 @@ class Result(NamedTuple):
     output: str
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Run a server with the settings and users of deploy/."""
-    folder = tmp_path_factory.mktemp("server")
-    for name in ("redis.conf", "users.acl"):
-        shutil.copy(ROOT / "deploy" / name, folder)
-    number = _free_port()
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [shutil.which("redis-server") or find_binary(), "redis.conf", "--port", str(number), "--bind", "127.0.0.1"],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            with redis.Redis(port=number, username="distprefix", password="distprefix") as client:
-                for _ in range(200):
-                    try:
-                        client.ping()
-                        break
-                    except redis.ConnectionError:
-                        time.sleep(0.05)
-            yield number
-        finally:
-            server.terminate()
-            server.wait(10)
+    with deployed(tmp_path_factory.mktemp("server"), shutil.which("redis-server") or find_binary()) as number:
+        yield number
 
 
 def _publish_tree(port: int) -> None:

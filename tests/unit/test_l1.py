@@ -57,7 +57,7 @@ def test_young_snapshots_are_trusted_and_old_ones_are_not() -> None:
     assert [node.stop for node in later] == [4]
     found = l1.find(prompt, 11.0)
     assert (found.chunks, found.fresh, found.resume) == (8, 4, 4)
-    l1.expire()
+    l1.distrust(l1.iter_nodes())
     assert (l1.find(prompt, 5.0).chunks, l1.find(prompt, 5.0).fresh) == (8, 0)
 
 
