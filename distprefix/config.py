@@ -14,8 +14,10 @@ from typing import Any, cast, get_type_hints
 from distprefix.errors import ConfigError
 from distprefix.redis.scripts import policy_names
 
-__all__ = ["PrefixCacheConfig", "without_password"]
+__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "without_password"]
 
+SHORTEST_LEASE_S = 3.0
+"""Readers look at the ends of leases every second, and a lease is renewed three times before it ends."""
 _ENV_PREFIX = "DISTPREFIX_"
 _SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -65,6 +67,9 @@ class PrefixCacheConfig:
     rank: int = 0
     medium: str = "gpu"
     """What this worker's KV lies in: the holder is ``worker_id/rank@medium``."""
+    worker_lease_s: float = 0.0
+    """How long others count on what this process published after it was last heard of, at least 3 seconds; 0: until a
+    newer process has its worker_id. `register_worker` gives a lease later."""
     fingerprint: str = ""
     """Model, dtype, layout, ...: attaching to a namespace with another one is refused."""
     chunk_size: int = 16
@@ -132,9 +137,14 @@ class PrefixCacheConfig:
         return replace(self, worker_id=f"{host}-{os.getpid()}")
 
     @property
+    def member(self) -> str:
+        """This rank of the worker: epochs and leases are its own."""
+        return f"{self.worker_id}/{self.rank}"
+
+    @property
     def holder(self) -> str:
         """The name that coverage of this process is kept under."""
-        return f"{self.worker_id}/{self.rank}@{self.medium}"
+        return f"{self.member}@{self.medium}"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> PrefixCacheConfig:
@@ -172,6 +182,10 @@ class PrefixCacheConfig:
             raise ConfigError(
                 f"min_prefix_length is {self.min_prefix_length}: it must not be above "
                 f"max_prefix_length ({self.max_prefix_length})"
+            )
+        if 0 < self.worker_lease_s < SHORTEST_LEASE_S:
+            raise ConfigError(
+                f"worker_lease_s is {self.worker_lease_s}: it must be 0, or at least {SHORTEST_LEASE_S:g} seconds"
             )
         if self.low_watermark > self.high_watermark:
             raise ConfigError(
@@ -231,6 +245,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("prewarm_time_s", 0, 3600),
     ("prewarm_max_bytes", 0, 2**50),
     ("rank", 0, 2**16),
+    ("worker_lease_s", 0, 86_400),
     ("chunk_size", 1, 65_536),
     ("max_run", 1, 256),
     ("shards", 1, 1),

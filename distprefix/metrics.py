@@ -55,6 +55,8 @@ def metrics_of(state: State) -> dict[str, Any]:
         "claims": counts["claims"],
         "claims_lost": counts["claims_lost"],
         "claims_open": state.reservations.claims,
+        "swept_coverage": counts["swept_coverage"],
+        "swept_chunks": counts["swept_chunks"],
         "prewarmed_chunks": counts["prewarmed_chunks"],
         "speculated_chunks": counts["speculated_chunks"],
         "feed_entries": state.feed.entries,

@@ -6,7 +6,7 @@ A driver runs it over a client (`redis.client.run` does over a blocking one), so
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ __all__ = [
     "FeedPage",
     "HotNode",
     "Published",
+    "Swept",
     "Usage",
     "claim",
     "drop",
@@ -36,12 +37,13 @@ __all__ = [
     "parse_nodes",
     "prewarm",
     "publish",
+    "sweep",
     "touch",
     "trim",
     "walk",
 ]
 
-SCHEMA = b"1"
+SCHEMA = b"2"
 """Version of the data model. Another one is refused at attach and by every script."""
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
@@ -50,6 +52,7 @@ TRIMS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
 DROPS_A_CALL = 500
+SWEEPS_A_CALL = 20
 
 
 class Call(NamedTuple):
@@ -103,6 +106,15 @@ class Evicted(NamedTuple):
     """Leased leaves that it passed over."""
     more: bool
     """Whether the shard still is over its bounds, and more can go."""
+
+
+class Swept(NamedTuple):
+    """What a sweep took away."""
+
+    coverage: int
+    """Chunks of coverage that counted for nothing."""
+    nodes: int
+    chunks: int
 
 
 class Claimed(NamedTuple):
@@ -289,6 +301,18 @@ def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
         nodes, chunks, leased, more = nodes + reply[0], chunks + reply[1], leased + reply[2], bool(reply[3])
         batch -= EVICTS_A_CALL
     return Evicted(nodes, chunks, leased, more)
+
+
+def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
+    """Take away all coverage of these members under older epochs than these. One call for about 20 leaves."""
+    args = [part for member, epoch in newest.items() for part in (member, epoch)]
+    cursor: Any = b"0"
+    total = Swept(0, 0, 0)
+    while True:
+        cursor, *swept = yield Call("sweep", (SCHEMA, cursor, SWEEPS_A_CALL, *args))
+        total = Swept(*(a + b for a, b in zip(total, swept, strict=True)))
+        if cursor == b"0":
+            return total
 
 
 def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:

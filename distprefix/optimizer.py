@@ -9,6 +9,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import redis
@@ -17,23 +18,28 @@ from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
 from distprefix.chunking import pack_block_ids
-from distprefix.config import PrefixCacheConfig
+from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
 from distprefix.metrics import metrics_of
 from distprefix.model import CacheHitResult, PrefixEntry
-from distprefix.operations import Evicted
+from distprefix.operations import Evicted, Swept
 from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
+from distprefix.redis.roster import Member, WorkerInfo, read_members, read_roster, retire
 from distprefix.results import pack_metadata
+from distprefix.roster import members_of
 from distprefix.staleness import check_samples
 from distprefix.state import State
+from distprefix.sweep import sweep
 
 __all__ = ["PrefixCacheOptimizer"]
 
 _log = logging.getLogger("distprefix")
+_REGISTER_TIMEOUT_S = 5.0
+_SWEEP_TIMEOUT_S = 60.0
 
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
@@ -57,11 +63,10 @@ class PrefixCacheOptimizer:
             self.prewarm()
         self._due: dict[str, float] = {}
         self._told = False
-        intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s)
+        self._swept = ""
+        """Version of the roster that was swept last."""
         self._background: Background | None = None
-        if any(intervals):
-            self._background = Background(self, PrefixCacheOptimizer._work, min(filter(None, intervals)))
-            self._state.wake = self._background.wake
+        self._begin_background()
         _open.add(self)
 
     def __enter__(self) -> Self:
@@ -207,6 +212,68 @@ class PrefixCacheOptimizer:
             progress,
         )
 
+    # Workers
+
+    def register_worker(
+        self,
+        *,
+        address: str = "",
+        model: str = "",
+        media: Iterable[str] = (),
+        load: Mapping[str, float] | None = None,
+        lease_s: float = 10.0,
+    ) -> int:
+        """Hold a lease from now on, under a new epoch, and say who this worker is. Returns the epoch.
+
+        What it published before counts no more; what it publishes now counts until `lease_s` after it was last heard
+        of, three times a lease in the background. Redis calls: 4. Raises InvalidInputError, UnavailableError.
+        """
+        self._state.check_usable()
+        if lease_s < SHORTEST_LEASE_S:
+            raise InvalidInputError(f"a lease of {lease_s} s is too short: at least {SHORTEST_LEASE_S:g} are needed")
+        link = self._state.link
+        link.info = WorkerInfo(address, model, tuple(media) or (self.config.medium,), dict(load or {}))
+        link.lease_s = float(lease_s)
+        link.attach_again(link.epoch, time.monotonic() + _REGISTER_TIMEOUT_S)
+        self._begin_background()
+        return link.epoch
+
+    def report_load(self, load: Mapping[str, float]) -> None:
+        """What routers should know of this worker now, sent with the next heartbeat. No Redis call."""
+        link = self._state.link
+        link.info = replace(link.info, load=dict(load))
+
+    def workers(self) -> list[Member]:
+        """Every rank that ever published here: its epoch, its lease, what it says of itself.
+
+        Redis calls: 1, and 1 for each that holds a lease. Raises UnavailableError.
+        """
+        self._state.check_usable()
+        link = self._state.link
+        return read_members(link.admin, link.keys, time.monotonic() + _REGISTER_TIMEOUT_S)
+
+    def drop_worker(self, worker: str) -> int:
+        """This worker is gone: nothing that any of its ranks published counts any more, however much it is.
+
+        Returns how many ranks it had. Redis calls: 2. Readers know within `feed_interval_s`; what it left in Redis is
+        swept in the background. Raises UnavailableError.
+        """
+        self._state.check_usable()
+        link, deadline = self._state.link, time.monotonic() + _REGISTER_TIMEOUT_S
+        epochs = read_roster(link.admin, link.keys, "", deadline).epochs or {}
+        dropped = retire(link.admin, link.keys, dict.fromkeys(members_of(worker, epochs)), deadline)
+        link.refresh()
+        return dropped
+
+    def sweep(self) -> Swept:
+        """Take away what dead workers left behind, which counts for nothing already. Raises UnavailableError.
+
+        Redis calls: 3 when there is nothing to do, else one more for about 20 leaves of the tree.
+        """
+        self._state.check_usable()
+        link = self._state.link
+        return sweep(link.admin, link.keys, time.monotonic() + _SWEEP_TIMEOUT_S)
+
     # Look into it
 
     def get_metrics(self) -> dict[str, Any]:
@@ -229,7 +296,10 @@ class PrefixCacheOptimizer:
         self._state.link.refresh()
 
     def close(self) -> None:
-        """Send what waits, as `flush` does, and close. The tree keeps what was published. May be called again."""
+        """Send what waits, as `flush` does, and close. May be called again.
+
+        The tree keeps what was published, and it goes on to count, unless this worker holds a lease: that ends.
+        """
         if self._state.unusable:
             return
         if self._background is not None:
@@ -237,6 +307,8 @@ class PrefixCacheOptimizer:
         self.flush()
         if self._told:
             self._tell_metrics(withdraw=True)
+        if self._state.link.lease_s:
+            self._state.link.end_lease()
         self._state.unusable = "this cache is closed: open another one"
         self._state.link.close()
 
@@ -253,8 +325,15 @@ class PrefixCacheOptimizer:
             return
         check_samples(self._state)
         speculate(self._state)
+        link = self._state.link
+        if self._is_due("heartbeat", link.lease_s / 3):
+            link.heartbeat()
         if self._is_due("feed", self.config.feed_interval_s):
             self._state.feed.poll()
+            link.refresh()
+            if link.lease_s and link.roster.version != self._swept:
+                self._swept = link.roster.version
+                self._sweep_quietly()
         if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
             self._tell_metrics()
@@ -272,6 +351,19 @@ class PrefixCacheOptimizer:
             else:
                 self._told = True
                 write_metrics(link.publishes, link.keys, holder, self.get_metrics(), link.publish_deadline())
+
+    def _sweep_quietly(self) -> None:
+        with contextlib.suppress(DistPrefixError):
+            swept = self.sweep()
+            self._state.counts["swept_coverage"] += swept.coverage
+            self._state.counts["swept_chunks"] += swept.chunks
+
+    def _begin_background(self) -> None:
+        config, lease_s = self.config, self._state.link.lease_s
+        intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s, lease_s / 3)
+        if any(intervals) and self._background is None:
+            self._background = Background(self, PrefixCacheOptimizer._work, min(filter(None, intervals)))
+            self._state.wake = self._background.wake
 
     def _is_due(self, task: str, interval_s: float) -> bool:
         now = time.monotonic()

@@ -1,13 +1,24 @@
 #!lua flags=allow-oom
--- register: give a worker an epoch that it never had; all that it published under an older one counts for nothing.
+-- register: give a member an epoch that it never had; all that it published under an older one counts for nothing.
 --
--- KEYS[1]    dp:{<ns>}:epochs, worker to epoch
--- ARGV[1]    the worker's id
--- ARGV[2]    an epoch that the new one must be above: the worker's own, after data were lost or older ones restored
+-- KEYS[1]    dp:{<ns>}:epochs, member to epoch; the other keys of the workers are derived from it and share its slot
+-- ARGV[1]    the member: <worker>/<rank>
+-- ARGV[2]    an epoch that the new one must be above: the member's own, after data were lost or older ones restored
+-- ARGV[3]    how long its lease lasts, ms; 0 for none: it counts until it is registered again
+-- ARGV[4..]  what it says of itself: field, value, ...
 -- returns    the new epoch
 -- flags      allow-oom: a worker may join a server that is full
--- cost       HGET, HSET
-local worker, above = ARGV[1], tonumber(ARGV[2])
-local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], worker) or '0'), above) + 1
-redis.call('HSET', KEYS[1], worker, epoch)
+-- cost       HGET, HSET, INCR; ZADD and HSET with a lease
+-- @include clock
+-- @include roster
+local member, above, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+redis.call('ZCARD', roster .. 'workers') -- fails here, before anything is written, if it is something else
+local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], member) or '0'), above) + 1
+redis.call('ZREM', roster .. 'workers', member)
+redis.call('DEL', roster .. 'w:' .. member)
+redis.call('HSET', KEYS[1], member, ('%.0f'):format(epoch))
+if ttl > 0 then
+  hold(member, ttl, 4)
+end
+changed()
 return epoch

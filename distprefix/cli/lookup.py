@@ -21,7 +21,9 @@ from distprefix.operations import walk
 from distprefix.redis.client import Client, new_breaker, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
-from distprefix.redis.namespace import read_epochs, salt_check
+from distprefix.redis.namespace import salt_check
+from distprefix.redis.roster import read_roster
+from distprefix.roster import Roster
 
 __all__ = ["lookup"]
 
@@ -73,12 +75,13 @@ def _look_up(
     calls = Client(client, new_breaker(1, 1.0), Counter())
     deadline = time.monotonic() + 5
     views = run(walk(chain, 0), calls, keys.meta, deadline) if chain else []
-    epochs = read_epochs(calls, keys, deadline)
+    roster = Roster()
+    roster.update(read_roster(calls, keys, "", deadline), time.monotonic())
     local = L1(chunk_size, int(settings["max_run"]), 1 << 40, 60.0, 1)
     local.learn(prompt, chain, 0, views, 0.0)
     found = local.find(prompt, 0.0)
     coverage = local.coverage(
-        found.path, found.chunks, lambda name, epoch: epoch >= epochs.get(name.partition("@")[0].partition("/")[0], 0)
+        found.path, found.chunks, lambda name, epoch: roster.is_live(name, epoch, time.monotonic())
     )
     matched = max(coverage.values(), default=0)
     return {

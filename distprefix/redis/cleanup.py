@@ -24,5 +24,5 @@ def remove_namespaces(client: redis.Redis, name: str, nodes: int) -> None:
             run(drop(), calls, keys.meta, time.monotonic() + 60)
         except NotAttachedError:
             continue
-        for key in (keys.meta, keys.log, keys.descriptor, keys.epochs):
+        for key in (keys.meta, keys.log, *keys.own):
             client.delete(key)

@@ -9,6 +9,7 @@ import redis
 
 from distprefix.redis.keys import NAMESPACES, Keys
 from distprefix.redis.metrics import read_metrics
+from distprefix.redis.replies import pairs
 
 __all__ = ["NodeRecord", "children_of", "find_node", "namespaces", "read_descriptor", "read_node", "read_stats"]
 
@@ -155,4 +156,4 @@ def _hash(client: redis.Redis, name: str) -> dict[bytes, bytes]:
         reply: Any = client.execute_command("HGETALL", name)
     except redis.ResponseError:
         return {}
-    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+    return pairs(reply)

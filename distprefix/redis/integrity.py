@@ -9,6 +9,7 @@ from typing import Any
 import redis
 
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import pairs
 
 __all__ = ["Report", "check_integrity"]
 
@@ -187,4 +188,4 @@ def _read(client: redis.Redis, name: str) -> dict[bytes, bytes] | None:
         reply: Any = client.execute_command("HGETALL", name)
     except redis.ResponseError:
         return None
-    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+    return pairs(reply)

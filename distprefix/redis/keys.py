@@ -13,8 +13,18 @@ class Keys:
     def __init__(self, namespace: str, shard: int = 0) -> None:
         self.descriptor = f"dp:ns:{namespace}"
         self.epochs = f"dp:{{{namespace}}}:epochs"
+        """Members, ``worker/rank``, to epochs. The scripts that look after the workers declare it."""
+        self.workers = f"dp:{{{namespace}}}:workers"
+        """Members that hold a lease, by its end."""
+        self.version = f"dp:{{{namespace}}}:version"
+        self.swept = f"dp:{{{namespace}}}:swept"
+        """Members to the epoch below which none of their coverage is left."""
+        self.sweeping = f"dp:{{{namespace}}}:sweeping"
+        """Somebody is sweeping now."""
         self.metrics = f"dp:{{{namespace}}}:metrics"
         """What workers tell of themselves, by holder; for people and dashboards, nothing depends on it."""
+        self.own = (self.descriptor, self.epochs, self.workers, self.version, self.swept, self.sweeping, self.metrics)
+        """The namespace's keys that lie in no shard, but for those of the members."""
         self.base = f"dp:{{{namespace}:{shard}}}:"
         self.meta = f"{self.base}meta"
         """The one key that every script declares; the others of the shard are derived from it."""
@@ -30,3 +40,7 @@ class Keys:
     def junction(self, last: str) -> str:
         """Where the children of the node hang whose last chunk is `last` (hex); "" for the roots."""
         return f"{self.base}j:{last or 'root'}"
+
+    def member(self, name: str) -> str:
+        """What the rank of a worker says of itself."""
+        return f"{self.epochs.removesuffix('epochs')}w:{name}"

@@ -17,13 +17,17 @@ from distprefix.operations import Call
 from distprefix.redis.client import Client, connect, new_breaker, run
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.keys import Keys
-from distprefix.redis.namespace import attach, read_epochs, take_epoch
+from distprefix.redis.namespace import attach
+from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register, retire
+from distprefix.roster import Roster
 
 __all__ = ["Link"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
 _ADMIN_TIMEOUT_S = 5.0
+_LEASES_READ_S = 1.0
+"""How old what is known of the ends of leases may become: they last three seconds at least."""
 
 
 class Link:
@@ -39,8 +43,10 @@ class Link:
         self.attached = False
         self._warned_of_stale_epoch = False
         self._attaching = threading.Lock()
-        self._epochs: dict[str, int] = {}
-        self._workers: dict[str, str] = {}
+        self.roster = Roster()
+        self.lease_s = config.worker_lease_s
+        self.info = WorkerInfo(media=(config.medium,))
+        """What this worker says of itself while it holds a lease."""
         self._server: EmbeddedServer | None = None
         url = config.url or ""
         if client is None and (not url or url.startswith("embedded://")):
@@ -60,8 +66,9 @@ class Link:
 
     def _attach(self, client: Client, deadline: float) -> None:
         attach(client, self.keys, self._config, deadline)
-        self.epoch = take_epoch(client, self.keys, self._config.worker_id, self.epoch, deadline)
-        self._epochs = read_epochs(client, self.keys, deadline)
+        member, asked = self._config.member, time.monotonic()
+        self.epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
+        self.roster.update(read_roster(client, self.keys, "", deadline), asked)
         self.attached = True
 
     def attach_again(self, seen_epoch: int, deadline: float) -> None:
@@ -122,30 +129,44 @@ class Link:
         return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s)
 
     def refresh(self) -> None:
-        """Learn which epochs count. One call, more when this worker has to attach anew. Never raises."""
-        deadline, seen_epoch = self.publish_deadline(), self.epoch
+        """Learn who counts. One call, more when this worker has to attach anew. Never raises."""
+        deadline, seen_epoch, asked = self.publish_deadline(), self.epoch, time.monotonic()
+        outdated = self.roster.has_leases and asked - self.roster.read_at >= _LEASES_READ_S
         try:
             if self.attached:
-                self._epochs = read_epochs(self.publishes, self.keys, deadline)
-            current = self._epochs.get(self._config.worker_id, 0)
-            if not self.attached or current < self.epoch:  # flushed, or older data were restored
+                version = "" if outdated else self.roster.version
+                self.roster.update(read_roster(self.publishes, self.keys, version, deadline), asked)
+            # Flushed, older data were restored, or made void while this process stood still.
+            if not self.attached or self._is_void(self.roster.epoch(self._config.member)):
                 self.attach_again(seen_epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
 
+    def _is_void(self, current: int) -> bool:
+        """Whether nobody has this worker's epoch, this process included."""
+        taken = self.lease_s and not self.roster.holds_lease(self._config.member)
+        return current < self.epoch or bool(current > self.epoch and taken)
+
+    def heartbeat(self) -> None:
+        """This worker's lease lasts on. One call. Never raises."""
+        try:
+            member, deadline = self._config.member, self.publish_deadline()
+            heartbeat(self.publishes, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
+        except DistPrefixError as error:
+            _log.debug("no heartbeat: %s", error)
+
+    def end_lease(self) -> None:
+        """This worker is gone: what it published counts no more. One call. Never raises."""
+        try:
+            retire(self.publishes, self.keys, {self._config.member: self.epoch}, self.publish_deadline())
+        except DistPrefixError as error:
+            _log.debug("the lease ends by itself: %s", error)
+
     def is_live(self, holder: str, epoch: int) -> bool:
-        """Whether coverage under this epoch counts: a shared tier's always, a worker's until a newer process comes."""
+        """Whether coverage under this epoch counts: a shared tier's always, a worker's as the roster says."""
         if holder == self._holder:
             return epoch == self.epoch
-        worker = self._workers.get(holder)
-        if worker is None:
-            worker = self._workers[holder] = holder.partition("@")[0].partition("/")[0]
-        if not worker:
-            return True
-        known = self._epochs.get(worker, 0)
-        if epoch > known:
-            self._epochs[worker] = epoch  # a reply told of it before the epochs were read again
-        return epoch >= known
+        return self.roster.is_live(holder, epoch, time.monotonic())
 
     def close(self) -> None:
         """Close connections and leave the private server."""

@@ -10,6 +10,7 @@ import redis
 
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import pairs
 
 __all__ = ["read_metrics", "withdraw_metrics", "write_metrics"]
 
@@ -33,9 +34,8 @@ def read_metrics(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
         reply: Any = client.execute_command("HGETALL", keys.metrics)
     except redis.ResponseError:
         return {}
-    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     found: dict[str, dict[str, Any]] = {}
-    for holder, packed in cast("Any", pairs):
+    for holder, packed in pairs(reply).items():
         try:
             metrics = msgpack.unpackb(packed)
         except ValueError:  # another hand wrote it

@@ -1,4 +1,4 @@
-"""Attaching to a namespace: its descriptor, the shard's meta, this worker's epoch, everybody's epochs."""
+"""Attaching to a namespace: its descriptor and the shard's meta."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from distprefix.errors import NamespaceError, ScriptError
 from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import pairs
 
-__all__ = ["attach", "read_epochs", "salt_check", "take_epoch"]
+__all__ = ["attach", "salt_check"]
 
 
 def salt_check(root: bytes) -> str:
@@ -45,7 +46,7 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
     fields: list[str] = [part for pair in wanted.items() for part in pair]
     fields += ["created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
     try:
-        found = _pairs(client.call("attach", keys.descriptor, tuple(fields), deadline))
+        found = _texts(client.call("attach", keys.descriptor, tuple(fields), deadline))
     except ScriptError as error:
         raise NamespaceError(f"{keys.descriptor} cannot be read: {error}") from error
     differences = [
@@ -63,7 +64,7 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
         *("hot_hits", config.hot_threshold, "hot_ms", int(config.cold_timeout_s * 1000)),
     )
     try:
-        shard = _pairs(client.call("attach", keys.meta, meta, deadline))
+        shard = _texts(client.call("attach", keys.meta, meta, deadline))
     except ScriptError as error:
         raise NamespaceError(f"{keys.meta} cannot be read: {error}") from error
     if shard.get("schema") != SCHEMA.decode():
@@ -71,21 +72,5 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
     return found
 
 
-def take_epoch(client: Client, keys: Keys, worker: str, above: int, deadline: float) -> int:
-    """A number that this worker never had before, higher than `above`. One script call."""
-    return int(client.call("register", keys.epochs, (worker, above), deadline))
-
-
-def read_epochs(client: Client, keys: Keys, deadline: float) -> dict[str, int]:
-    """The current epoch of every worker. One call."""
-    pairs = _pairs(client.command("HGETALL", keys.epochs, deadline=deadline))
-    return {name: int(epoch) for name, epoch in pairs.items() if epoch.isdigit()}
-
-
-def _pairs(reply: Any) -> dict[str, str]:
-    pairs = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
-    return {_text(name): _text(value) for name, value in pairs.items()}
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _texts(reply: Any) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in pairs(reply).items()}

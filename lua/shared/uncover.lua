@@ -10,8 +10,9 @@ local function longest_coverage(fields)
 end
 
 -- The holder keeps the first `keep` chunks of a node at most. A leaf that nobody covers goes, one that nobody covers to
--- its end is cut. Returns chunks of coverage taken away, nodes removed, chunks removed.
-local function uncover(head, run, holder, keep)
+-- its end is cut. Nobody is told of coverage that counted for nothing. Returns chunks of coverage taken away, nodes
+-- removed, chunks removed.
+local function uncover(head, run, holder, keep, counted_for_nothing)
   local key = node_key(head)
   local held, ids = unpack(redis.call('HMGET', key, 'h:' .. holder, 'b:' .. holder))
   local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
@@ -34,12 +35,14 @@ local function uncover(head, run, holder, keep)
     if longest == 0 then
       return tonumber(covered) - left, 1, unlink(head, flat, node)
     elseif longest < #run / 16 then
-      if left < longest then
+      if left < longest and not counted_for_nothing then
         tell('changed', head)
       end
       return tonumber(covered) - left, 0, shorten(head, longest, flat, node)
     end
   end
-  tell('changed', head)
+  if not counted_for_nothing then
+    tell('changed', head)
+  end
   return tonumber(covered) - left, 0, 0
 end

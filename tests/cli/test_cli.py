@@ -61,7 +61,7 @@ def test_stats_counts_what_is_there(published: tuple[Backend, str]) -> None:
     backend, _ = published
     found = _json("stats", *_where(backend))
     assert (found["nodes"], found["chunks"], found["leaves"], found["roots"]) == (3, 16, 2, 1)
-    assert found["workers"] == {"w1": 2, "w2": 1}
+    assert found["workers"] == {"w1/0": 2, "w2/0": 1}
     assert found["descriptor"]["chunk_size"] == "4"
     text = run_cli("stats", *_where(backend)).stdout
     assert "Valkey 9" in text
@@ -109,7 +109,7 @@ def test_lookup_tells_who_holds_a_prompt(published: tuple[Backend, str], tmp_pat
     assert found["holders"] == {"w1/0@gpu": 48, "w2/0@gpu": 32}
     again = _json("lookup", "-", *_where(backend), stdin=" ".join(str(token) for token in range(35)))
     assert again["matched_tokens"] == 32
-    assert _json("stats", *_where(backend))["workers"] == {"w1": 2, "w2": 1}
+    assert _json("stats", *_where(backend))["workers"] == {"w1/0": 2, "w2/0": 1}
     assert "32 of 35 tokens" in run_cli("lookup", "-", *_where(backend), stdin=str(list(range(35)))).stdout
 
 

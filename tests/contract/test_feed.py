@@ -246,7 +246,7 @@ def test_flushed(any_server: Backend, again: str) -> None:
     busy_log(writer, 3)
     reader.catch_up()
     number: Any = any_server.admin.hget(any_server.keys.meta, "log")
-    any_server.admin.delete(*save_names(any_server), any_server.keys.descriptor, any_server.keys.epochs)
+    any_server.admin.delete(*save_names(any_server), *any_server.keys.own)
     if again != "nobody":
         writer.flush()
         writer.cache_prefix([5] * 40, range(50, 60))

@@ -218,7 +218,7 @@ class Histories(RuleBasedStateMachine):
         for cache in self.caches.values():
             cache.close()
         keys = list(self.admin.scan_iter(match=f"{self.backend.keys.base}*", count=1000))
-        self.admin.delete(*keys, self.backend.keys.descriptor, self.backend.keys.epochs)
+        self.admin.delete(*keys, *self.backend.keys.own)
 
     def start(self, worker: str) -> None:
         """Open a worker's cache."""
@@ -258,7 +258,9 @@ class Histories(RuleBasedStateMachine):
         for head, node in nodes.items():
             node.parent = ends[parents[head]]
         leaves = {head.decode(): score for head, score in self.admin.zrange(keys.leaves, 0, -1, withscores=True)}
-        epochs = {name.decode(): int(epoch) for name, epoch in self.admin.hgetall(keys.epochs).items()}
+        epochs = {
+            name.decode().partition("/")[0]: int(epoch) for name, epoch in self.admin.hgetall(keys.epochs).items()
+        }
         return Shard(nodes, leaves, epochs)
 
     def take_in(self, *workers: str) -> None:

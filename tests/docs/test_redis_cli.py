@@ -27,7 +27,7 @@ ERROR = re.compile(r"^\(?(error\)?|ERR|NOAUTH|NOPERM|NOSCRIPT|WRONGPASS|WRONGTYP
 EXPECTED = {
     "--scan --pattern 'dp:ns:*'": r"^dp:ns:docs$",
     '"dp:ns:$NS"': r"^chunk_size\n4$",
-    "}:epochs": r"^worker-0\n1\nworker-1\n1$",
+    "}:epochs": r"^worker-0/0\n1\nworker-1/0\n1$",
     '"$BASE:meta"\n': r"^nodes\n3\nchunks\n16\nbytes\n\d+\nlog\n\d+\npolicy\nlru$",
     "ZCARD": r"\A2\n\Z",
     "| wc -l": r"^\s*3$",

@@ -1,0 +1,24 @@
+-- The namespace's workers. All names are derived from KEYS[1], dp:{<ns>}:epochs, and lie in its slot. A member is one
+-- rank of a worker, <worker>/<rank>: what it published counts under its newest epoch only, and while its lease lasts.
+local roster = KEYS[1]:sub(1, -7)
+
+-- Readers ask again when this number is another one. The end of a lease that is renewed does not change it.
+local function changed()
+  redis.call('INCR', roster .. 'version')
+end
+
+-- Has the member hold a lease for `ttl` ms from now on, and says of it what stands in ARGV from `first` on.
+local function hold(member, ttl, first)
+  redis.call('ZADD', roster .. 'workers', ('%.0f'):format(now + ttl), member)
+  if ARGV[first] then
+    redis.call('HSET', roster .. 'w:' .. member, unpack(ARGV, first))
+  end
+end
+
+-- The member's lease ends, and all that it published counts for nothing.
+local function void(member)
+  redis.call('HINCRBY', KEYS[1], member, 1)
+  redis.call('ZREM', roster .. 'workers', member)
+  redis.call('DEL', roster .. 'w:' .. member)
+  changed()
+end

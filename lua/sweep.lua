@@ -1,0 +1,58 @@
+#!lua flags=allow-oom
+-- sweep: take away coverage that counts for nothing, below some of the leaves; nodes that nobody covers go, leaf first.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    where to go on: "0" to begin
+-- ARGV[3]    about how many leaves to look at in this call, with all that lies above them
+-- ARGV[4..]  member, epoch, ...: coverage of the member under an older epoch goes
+-- returns    {where to go on, "0" when all was seen, chunks of coverage taken away, nodes removed, chunks removed}
+-- errors     DPGONE, DPSCHEMA
+-- flags      allow-oom: it only makes room
+-- cost       ZSCAN; an HGETALL a node, and its change
+-- @include guard
+-- @include keys
+-- @include policies
+-- @include score
+-- @include account
+-- @include tell
+-- @include discard
+-- @include unlink
+-- @include uncover
+local newest, seen, taken, nodes, chunks = {}, {}, 0, 0, 0
+for i = 4, #ARGV, 2 do
+  newest[ARGV[i]] = tonumber(ARGV[i + 1])
+end
+redis.call('XLEN', base .. 'log')
+redis.call('ZCARD', base .. 'hot')
+local page = redis.call('ZSCAN', base .. 'leaves', ARGV[2], 'COUNT', ARGV[3])
+
+-- Takes from a node what counts for nothing, and a leaf that nobody covers.
+local function clean(head)
+  local flat, node = fields_of(head)
+  local left = 0
+  for i = 1, #flat, 2 do
+    local holder = flat[i]:match('^h:(.*)$')
+    if holder and tonumber(flat[i + 1]:match('^%d+') or 0) < (newest[holder:match('^[^@]*')] or 0) then
+      local lost, gone, cut = uncover(head, node.r, holder, 0, true)
+      taken, nodes, chunks = taken + lost, nodes + gone, chunks + cut
+    elseif holder then
+      left = left + 1
+    end
+  end
+  if node.r and left == 0 and redis.call('HLEN', junction_key(hex(node.r:sub(-16)))) == 0
+    and redis.call('HLEN', node_key(head)) > 0 then
+    nodes, chunks = nodes + 1, chunks + unlink(head, fields_of(head)) -- children had kept it until now
+  end
+end
+
+for i = 1, #page[2], 2 do
+  local head, again = page[2][i], true
+  while head and (again or not seen[head]) do
+    local owner, before = redis.call('HGET', junction_key(redis.call('HGET', node_key(head), 'p') or ''), 'o'), nodes
+    clean(head)
+    seen[head], again, head = true, nodes > before, owner -- what lost its last child is looked at again
+  end
+end
+settle()
+return { page[1], taken, nodes, chunks }
