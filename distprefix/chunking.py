@@ -13,11 +13,22 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
+import msgpack
 import xxhash
 
 from distprefix.errors import InvalidInputError
 
-__all__ = ["HASH_BYTES", "Chain", "Prompt", "chain_hashes", "chain_root", "pack_block_ids", "read_prompt"]
+__all__ = [
+    "HASH_BYTES",
+    "Chain",
+    "Prompt",
+    "chain_hashes",
+    "chain_root",
+    "hash_function",
+    "pack_block_ids",
+    "pack_extra",
+    "read_prompt",
+]
 
 HASH_BYTES = 16
 _TOKEN_BYTES = 4
@@ -189,6 +200,16 @@ def pack_block_ids(block_ids: Iterable[int] | None, chunks: int | None) -> bytes
     return array("I", islice(ids, chunks)).tobytes()
 
 
+def pack_extra(kind: str, *values: str | int | bytes) -> bytes:
+    """Pack one thing besides tokens that a block's content depends on; what depends on several has them in a row.
+
+    The same bytes come from an engine's events and from a query: ``("lora", name)`` and then ``("salt", salt)`` in the
+    first block of a prompt, ``("mm", identifier, offset)`` in each block that an image or the like reaches into,
+    ``("key", value)`` for what an engine does not explain, ``("unknown", hash)`` for what it does not tell at all.
+    """
+    return cast("bytes", msgpack.packb([kind, *values], unicode_errors="surrogateescape"))
+
+
 def chain_root(algorithm: str, salt: bytes) -> bytes:
     """The parent of first chunks: what keeps namespaces with different salts or algorithms apart."""
     return hashlib.sha256(b"distprefix 1 %s %d " % (algorithm.encode(), len(salt)) + salt).digest()[:HASH_BYTES]
@@ -199,6 +220,11 @@ def _sha256(data: bytes) -> bytes:
 
 
 _ALGORITHMS: dict[str, Callable[[bytes], bytes]] = {"xxh3_128": xxhash.xxh3_128_digest, "sha256": _sha256}
+
+
+def hash_function(algorithm: str) -> Callable[[bytes], bytes]:
+    """What makes a chunk hash of its parent's hash, its tokens, and what else its content depends on, in a row."""
+    return _ALGORITHMS[algorithm]
 
 
 def chain_hashes(algorithm: str, parent: bytes, tokens: memoryview, stride: int) -> bytes:

@@ -7,11 +7,14 @@ __all__ = [
     "DamagedNodeError",
     "DistPrefixError",
     "EmbeddedServerError",
+    "EventFormatError",
+    "FencedError",
     "ForkedProcessError",
     "InvalidInputError",
     "NamespaceError",
     "NoParentError",
     "NotAttachedError",
+    "ReplayError",
     "SchemaError",
     "ScriptError",
     "StaleEpochError",
@@ -39,6 +42,10 @@ class TraceError(DistPrefixError, ValueError):
     """A trace file that is not a trace; the message names the file, the line and the reason."""
 
 
+class EventFormatError(DistPrefixError, ValueError):
+    """A message of an engine that is no batch of KV events; the message says what it is instead."""
+
+
 class NamespaceError(DistPrefixError):
     """The namespace was made with other settings; the message names them."""
 
@@ -53,6 +60,10 @@ class ForkedProcessError(DistPrefixError):
 
 class UnavailableError(DistPrefixError):
     """Redis did not give a usable answer in time. Look-ups become misses; only ``strict=True`` raises this."""
+
+
+class ReplayError(DistPrefixError):
+    """The engine could not replay what is missing; the message says why. What it holds is then not known."""
 
 
 class ScriptError(DistPrefixError):
@@ -73,6 +84,10 @@ class NoParentError(ScriptError):
 
 class StaleEpochError(ScriptError):
     """A newer process has this worker id: stop this one, or give it a ``worker_id`` of its own (DPSTALE)."""
+
+
+class FencedError(ScriptError):
+    """Another ingester has taken over the stream; this one stands by (DPFENCED)."""
 
 
 class DamagedNodeError(ScriptError):

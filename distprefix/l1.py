@@ -59,8 +59,9 @@ class L1:
     @property
     def bytes(self) -> int:
         """Memory in use, an estimate held to within a fifth of the truth."""
-        trees = self._trees.values()
-        return sum(len(tree) * (tree.stride + HASH_BYTES) + tree.nodes * _NODE_BYTES + tree.weight for tree in trees)
+        tokens, chains = self._trees[False], self._trees[True]
+        runs = len(tokens) * (tokens.stride + HASH_BYTES) + len(chains) * HASH_BYTES  # the run of a chain is its hashes
+        return runs + (tokens.nodes + chains.nodes) * _NODE_BYTES + tokens.weight + chains.weight
 
     @property
     def chunks(self) -> int:
@@ -147,22 +148,26 @@ class L1:
         Returns the path's nodes from the first view on; nothing when L1 forgot the way there meanwhile.
         """
         tree, stride = self._trees[prompt.is_chain], prompt.stride
-        whole = bytes(offset * HASH_BYTES) + hashes
-        known = tree.find_longest_prefix(prompt.view[: offset * stride])
-        if known.chunks < offset:
-            return []
-        below = known.path[-1] if known.path and known.path[-1].stop == offset else None
+        whole = bytes(offset * HASH_BYTES) + hashes if offset else hashes
+        below: Node | None = None
+        if offset:
+            known = tree.find_longest_prefix(prompt.view[: offset * stride])
+            if known.chunks < offset:
+                return []
+            below = known.path[-1] if known.path[-1].stop == offset else None
         learned: list[Node] = []
         for view in views:
-            snapshot = _snapshot_of(view, whole, now)
-            key = prompt.view[: (view.start + view.matched) * stride]
-            path = tree.insert(key, snapshot, hashes=whole, start=view.start, below=below)
-            fresh = [node for node in path if node.start >= view.start]
-            learned += fresh
-            below = fresh[-1]
+            start, snapshot = view.start, _snapshot_of(view, whole, now)
+            key = prompt.view[: (start + view.matched) * stride]
+            path = tree.insert(key, snapshot, hashes=whole, start=start, below=below)
+            if path[0].start < start:
+                path = [node for node in path if node.start >= start]
+            learned += path
+            below = path[-1]
         for node in learned:
             node.accessed = max(node.accessed, now)
-            self._enqueue(node, tree)
+        if learned:
+            self._enqueue(learned[-1], tree)  # only the last can be a leaf
         return learned
 
     def distrust(self, nodes: Iterable[Node]) -> None:
@@ -360,7 +365,8 @@ class L1:
         self._queued += 1
         hot = node.hits >= self._hot_threshold
         heapq.heappush(self._queue, (hot, node.accessed, self._queued, node, tree))
-        if len(self._queue) > 64 + 4 * self.nodes:  # entries of nodes that are gone or were queued again
+        queued = len(self._queue)
+        if queued > 64 and queued > 64 + 4 * self.nodes:  # entries of nodes that are gone or were queued again
             self._requeue_all()
 
     def _requeue_leaf(self, node: Node | None, tree: PrefixTree[Snapshot]) -> None:
@@ -386,8 +392,7 @@ class L1:
 def _snapshot_of(view: NodeView, hashes: bytes, at: float) -> Snapshot:
     """What to remember of a node; `hashes` are those of its path, from the root on."""
     head, stop = hashes[view.start * HASH_BYTES : (view.start + 1) * HASH_BYTES], view.start + view.size
-    told = (view.holders, view.hits, view.accessed, view.created, view.metadata)
-    return Snapshot(head, view.start, stop, *told, at)
+    return Snapshot(head, view.start, stop, view.holders, view.hits, view.accessed, view.created, view.metadata, at)
 
 
 def _cut_at(snapshot: Snapshot, depth: int) -> Snapshot:

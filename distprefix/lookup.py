@@ -43,7 +43,8 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
         generation = state.feed.generation
     hashes = hashes[start * HASH_BYTES :]
     views, calls = _ask(state, operations.walk(hashes, start, blocks_of or ""), deadline)
-    blocks, learned = None if blocks_of is None else b"", list[Node]()
+    blocks = None if blocks_of is None else b""
+    learned: list[Node] = []
     with state.lock:
         answered = found.chunks
         if views is not None:
@@ -54,7 +55,10 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
                 state.l1.cut(prompt, reached)
             if blocks_of is not None:
                 blocks = _blocks_of(state, views, blocks_of)
-        found = state.find(prompt, now)
+        if learned and not start:  # just this is the path: no need to search for it
+            found = Found(learned, learned[-1].stop, learned[-1].stop, 0)
+        else:
+            found = state.find(prompt, now)
         coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
         result = _conclude(state, prompt, found, coverage, answered, calls, blocks, began)
         if generation != state.feed.generation:
@@ -152,8 +156,6 @@ def _conclude(
         _reservations=state.reservations,
         _prompt=prompt,
         _again=partial(look_up, state, prompt.tokens, None),
-        _tokens=prompt.tokens,
-        _matched_units=matched * prompt.unit,
     )
 
 

@@ -106,8 +106,6 @@ class CacheHitResult:
     _reservations: Reserving | None = field(default=None, repr=False, compare=False)
     _prompt: Prompt | None = field(default=None, repr=False, compare=False)
     _again: Callable[[], CacheHitResult] | None = field(default=None, repr=False, compare=False)
-    _tokens: Any = field(default=(), repr=False, compare=False)
-    _matched_units: int = field(default=0, repr=False, compare=False)
 
     @property
     def block_ids(self) -> tuple[int, ...]:
@@ -132,7 +130,7 @@ class CacheHitResult:
 
         NumPy arrays and memoryviews give views; bytes give bytes, four a token; chains give the chunks left.
         """
-        return self._tokens[self._matched_units :]
+        return self._prompt.tokens[self.matched_chunks * self._prompt.unit :] if self._prompt is not None else ()
 
     def lease(self, ttl_s: float = 30.0) -> Lease:
         """Protect the matched prefix from eviction, for everybody, until `ttl_s` passed or it is released.

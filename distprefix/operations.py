@@ -6,7 +6,7 @@ A driver runs it over a client (`redis.client.run` does over a blocking one), so
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -192,6 +192,16 @@ def _parse_nodes(reply: Sequence[Any], start: int, at: int) -> list[NodeView]:
     return views
 
 
+def _made(
+    start: int, stop: int, max_run: int, holder: str, epoch: int, now_ms: int, metadata: bytes
+) -> Iterator[NodeView]:
+    """The nodes that `insert` has just made for chunks [start, stop): it does not tell what it was told."""
+    for at in range(start, stop, max_run):
+        end = min(at + max_run, stop)
+        size, ending = end - at, metadata if end == stop else b""
+        yield NodeView(at, size, size, now_ms, 0, now_ms, ending, b"", {holder: (epoch, end)})
+
+
 def walk(chain: bytes, start: int, blocks_of: str = "") -> Generator[Call, Any, list[NodeView]]:
     """The nodes that a chain passes; its first chunk lies at depth `start` and is a node's head (or in no tree).
 
@@ -246,7 +256,10 @@ def publish(
             ),
         )
         nodes, chunks = nodes + reply[0], chunks + reply[1]
-        views += parse_nodes(reply, start + pos, 6)
+        told = parse_nodes(reply, start + pos, 6)
+        reached = told[-1].start + told[-1].matched if told else start + pos
+        views += told
+        views += _made(reached, start + stop, max_run, holder, epoch, now_ms, metadata if stop == total else b"")
         if stop == total:
             return Published(views, nodes, chunks, Usage(*reply[2:6]))
         pos, limit = views.pop().start - start, limit + WINDOW

@@ -158,11 +158,34 @@ class PrefixTree(Generic[V]):
         view, stride = memoryview(key), self.stride
         if len(view) % stride:
             raise InvalidInputError(f"a key is a whole number of chunks of {stride} bytes, not {len(view)} bytes")
-        total = len(view) // stride
-        path, matched = self.find_longest_prefix(view, below)
+        total, last = len(view) // stride, below or self.root
+        matched = last.stop
+        path: list[RadixTreeNode[V]] = []
+        if bytes(view[matched * stride : (matched + 1) * stride]) in last.children:
+            path, matched = self.find_longest_prefix(view, below)
         if matched < start:
             raise InvalidInputError(f"only {matched} chunks of the first {start} are in the tree")
-        if path and path[-1].stop > matched:
+        if path:
+            self._give(path, matched, value, start)
+            last = path[-1]
+            if matched < total and not last.children and last.value is value and last.start >= start:
+                stop = min(total, last.start + self.max_run)
+                self._append(last, view[matched * stride : stop * stride], hashes[matched * 16 : stop * 16])
+                matched = max(matched, stop)
+        while matched < total:
+            stop = min(total, matched + self.max_run)
+            node = RadixTreeNode(bytes(view[matched * stride : stop * stride]), matched, stop, last, value)
+            self._know(node, hashes[matched * _HASH_BYTES : stop * _HASH_BYTES])
+            last.children[node.run[:stride]] = node
+            self._add(node)
+            self._chunks += stop - matched
+            path.append(node)
+            last, matched = node, stop
+        return path
+
+    def _give(self, path: list[RadixTreeNode[V]], matched: int, value: V | None, start: int) -> None:
+        """Give the nodes of a path that ends at `matched` a value from chunk `start` on, and split them there."""
+        if path[-1].stop > matched:
             path[-1] = self._split(path[-1], matched - path[-1].start)
         for i, node in enumerate(path):
             if node.start < start < node.stop:
@@ -172,21 +195,6 @@ class PrefixTree(Generic[V]):
             if node.start >= start:
                 self.set_value(node, value)
                 node.recent = 0
-        last = path[-1] if path else (below or self.root)
-        if matched < total and path and not last.children and last.value is value and last.start >= start:
-            stop = min(total, last.start + self.max_run)
-            self._append(last, view[matched * stride : stop * stride], hashes[matched * 16 : stop * 16])
-            matched = max(matched, stop)
-        while matched < total:
-            stop = min(total, matched + self.max_run)
-            node = RadixTreeNode(bytes(view[matched * stride : stop * stride]), matched, stop, last, value)
-            node.hashes = hashes[matched * _HASH_BYTES : stop * _HASH_BYTES]
-            last.children[node.run[:stride]] = node
-            self._add(node)
-            self._chunks += stop - matched
-            path.append(node)
-            last, matched = node, stop
-        return path
 
     def set_value(self, node: RadixTreeNode[V], value: V | None) -> None:
         """Give a node another value."""
@@ -258,11 +266,12 @@ class PrefixTree(Generic[V]):
         upper: RadixTreeNode[V] = RadixTreeNode(
             node.run[: at * stride], node.start, node.start + at, parent, node.value
         )
-        upper.hashes, node.hashes = node.hashes[: at * _HASH_BYTES], node.hashes[at * _HASH_BYTES :]
+        self._know(upper, node.hashes[: at * _HASH_BYTES])
         upper.blocks, node.blocks = node.blocks[: at * _BLOCK_BYTES], node.blocks[at * _BLOCK_BYTES :]
         upper.accessed, upper.hits = node.accessed, node.hits
         parent.children[upper.run[:stride]] = upper
         node.run, node.start, node.parent = node.run[at * stride :], upper.stop, upper
+        self._know(node, node.hashes[at * _HASH_BYTES :])
         upper.children[node.run[:stride]] = node
         self._add(upper)
         if node.hashes:
@@ -273,7 +282,7 @@ class PrefixTree(Generic[V]):
         added = len(run) // self.stride
         node.run += run
         if len(node.hashes) == (node.stop - node.start) * _HASH_BYTES and len(hashes) == added * _HASH_BYTES:
-            node.hashes += hashes
+            self._know(node, node.hashes + hashes)
         else:
             self._lose_head(node)
             node.hashes = b""
@@ -294,7 +303,8 @@ class PrefixTree(Generic[V]):
             return
         self._lose_head(lower)
         self.weight -= self._weigh(upper.value)
-        lower.run, lower.hashes = upper.run + lower.run, upper.hashes + lower.hashes
+        lower.run = upper.run + lower.run
+        self._know(lower, upper.hashes + lower.hashes)
         lower.start, lower.parent = upper.start, parent
         lower.accessed, lower.hits = max(lower.accessed, upper.accessed), max(lower.hits, upper.hits)
         parent.children[lower.run[: self.stride]] = lower
@@ -302,6 +312,11 @@ class PrefixTree(Generic[V]):
         self.nodes -= 1
         if lower.hashes:
             self.heads[lower.hashes[:_HASH_BYTES]] = lower
+
+    @staticmethod
+    def _know(node: RadixTreeNode[V], hashes: bytes) -> None:
+        """Set a node's chunk hashes: the very object that its run is when they are the key, which halves the memory."""
+        node.hashes = node.run if hashes == node.run else hashes
 
     def _add(self, node: RadixTreeNode[V]) -> None:
         self.nodes += 1

@@ -15,6 +15,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include fields
 -- @include discard
 -- @include unlink
 local top, budget = ARGV[2], tonumber(ARGV[3])
@@ -28,7 +29,7 @@ while #stack > 0 and nodes < budget do
   if not opened[head] and (run or head == 'root') then
     opened[head] = true
     local depth = #stack
-    for _, child in ipairs(redis.call('HKEYS', junction_key(run and hex(run:sub(-16)) or ''))) do
+    for _, child in ipairs(redis.call('HKEYS', junction_key(run and hex(run) or ''))) do
       if #stack - depth >= budget - nodes then
         break -- enough for this call: it ends before it comes back here
       elseif child ~= 'o' then

@@ -19,6 +19,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include fields
 -- @include discard
 -- @include unlink
 -- @include leases

@@ -35,6 +35,6 @@ while chunks < budget and redis.call('HLEN', junction_key(last)) <= most_childre
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3] = last, depth, run
   walk(run, '', reply)
-  last, chunks = hex(run:sub(-16)), chunks + #run / 16
+  last, chunks = hex(run), chunks + #run / 16
 end
 return reply

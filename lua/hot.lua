@@ -14,7 +14,7 @@ local reply = {}
 for _, head in ipairs(redis.call('ZREVRANGE', base .. 'hot', 0, tonumber(ARGV[2]) - 1)) do
   local run, depth, hits, accessed, created = unpack(redis.call('HMGET', node_key(head), 'r', 'd', 'n', 'a', 'c'))
   if run then
-    for _, value in ipairs({ hex(run:sub(-16)), depth + #run / 16, hits, accessed, created, head }) do
+    for _, value in ipairs({ hex(run), depth + #run / 16, hits, accessed, created, head }) do
       reply[#reply + 1] = value
     end
   end

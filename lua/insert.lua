@@ -11,10 +11,11 @@
 -- ARGV[7]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
 -- ARGV[8]    block ids, 4 bytes a chunk, or ""
 -- ARGV[9]    metadata of the chain, msgpack, or "": kept with a node that ends where the chain does
--- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, then the path as walk tells it}
+-- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, then the path as walk tells it but
+--            for the new nodes that it ends with: they are as they were sent, in runs of ARGV[3]}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
--- cost       one HMGET, one HGETALL and a few HSET a node on the path; a split moves no child
+-- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; a split moves no child
 -- @include guard
 -- @include keys
 -- @include walk
@@ -23,56 +24,17 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include fields
 -- @include discard
 -- @include edit
 -- @include create
-local now, max_run, holder, epoch = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-local depth, chain, blocks, metadata = tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9]
-local total = #chain / 16
-
--- First only look, at every key that is going to change: what is wrong must show before anything is written.
-local path, pos = read_path(chain, holder, epoch)
-if not path then
-  return pos
-elseif depth > 0 and not (pos > 0 and covers_parent(path[1].head, holder, epoch)) then
-  return redis.error_reply('DPNOPARENT the chain goes on from a node that is gone: publish it from the root')
+-- @include publish
+local chain = ARGV[7]
+local done, problem = publish(chain, tonumber(ARGV[6]), ARGV[9], {
+  now = ARGV[2], max_run = tonumber(ARGV[3]), holder = ARGV[4], epoch = tonumber(ARGV[5]),
+  column = 'b:', width = 4, ids = ARGV[8],
+})
+if not done then
+  return problem
 end
-local last = path[#path]
-local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run:sub(-16)) or '')) == 0, pos
-if last and last.matched < last.size then
-  redis.call('HLEN', node_key(hex(slice(last.run, last.matched, last.matched + 1))))
-elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
-  stop = math.min(total, last.first + max_run)
-end
-check(chain, stop, max_run)
-
--- Then write.
-local nodes, chunks = 0, total - pos
-if last and (chunks > 0 or metadata ~= '') and last.matched < last.size then
-  split(last, last.matched, is_leaf)
-  nodes = 1
-elseif stop > pos then
-  pos = grow(last, chain, stop)
-end
-for _, node in ipairs(path) do
-  cover(node, holder, epoch, node.matched, blocks)
-end
-local tail = last and last.head
-if pos < total then
-  if tail then
-    redis.call('ZREM', base .. 'leaves', tail)
-  end
-  local made
-  tail, made = create(chain, pos, depth, tail, max_run, { now = now, holder = holder, epoch = epoch }, blocks)
-  nodes = nodes + made
-else
-  local accessed = ('%.0f'):format(math.max(tonumber(now), tonumber(last.accessed)))
-  redis.call('HSET', node_key(tail), 'a', accessed)
-  rank(tail, accessed, last.hits, last.depth, last.size)
-end
-if metadata ~= '' then
-  account(0, 0, 0, #metadata - #(redis.call('HGET', node_key(tail), 'm') or ''))
-  redis.call('HSET', node_key(tail), 'm', metadata)
-end
-account(nodes, chunks, 0, 0)
-return walk(chain, '', { nodes, chunks, unpack(settle()) })
+return walk(slice(chain, 0, done.there), '', { done.nodes, done.chunks, unpack(settle()) })

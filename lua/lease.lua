@@ -22,7 +22,7 @@ local name, ttl, chain = 'l:' .. ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local first, total, leaves, deepest, covered = 0, #chain / 16, base .. 'leaves', nil, 0
 redis.call('ZCARD', leaves)
 while first < total do
-  local head = hex(slice(chain, first, first + 1))
+  local head = hex(chain, first)
   local run = redis.call('HGET', node_key(head), 'r') or ''
   local matched = #run % 16 == 0 and match(run, chain, first) or 0
   if matched == 0 then

@@ -16,6 +16,7 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include fields
 -- @include discard
 -- @include unlink
 -- @include uncover

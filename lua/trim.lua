@@ -20,41 +20,14 @@
 -- @include score
 -- @include account
 -- @include tell
+-- @include fields
 -- @include discard
 -- @include unlink
 -- @include uncover
-local holder, epoch, chain, budget = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-
-local path, matched = read_path(chain, holder, epoch)
-if not path then
-  return matched
-end
-redis.call('ZCARD', base .. 'leaves')
-redis.call('XLEN', base .. 'log')
-local last = path[#path]
-if not last or matched * 16 < #chain or not last.held then
-  return { 0, 0, 0, 1 } -- the tree does not say that the holder has it
-end
-
-local stack, opened, changed, taken, nodes, chunks = { last.head }, {}, 0, 0, 0, 0
-while #stack > 0 and changed < budget do
-  local head = stack[#stack]
-  local run = redis.call('HGET', node_key(head), 'r') or ''
-  if not opened[head] then
-    opened[head] = true
-    local depth = #stack
-    for _, child in ipairs(redis.call('HKEYS', junction_key(hex(run:sub(-16))))) do
-      if #stack - depth >= budget - changed then
-        break -- enough for this call: it ends before it comes back here
-      elseif child ~= 'o' and redis.call('HGET', node_key(child), 'h:' .. holder) then
-        stack[#stack + 1] = child
-      end
-    end
-  else
-    stack[#stack] = nil
-    local lost, gone, cut = uncover(head, run, holder, head == last.head and last.matched - 1 or 0)
-    changed, taken, nodes, chunks = changed + 1, taken + lost, nodes + gone, chunks + cut
-  end
+-- @include withdraw
+local taken, nodes, chunks, done = withdraw(ARGV[4], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5]))
+if not taken then
+  return nodes
 end
 settle()
-return { taken, nodes, chunks, #stack == 0 and 1 or 0 }
+return { taken, nodes, chunks, done == 'again' and 0 or 1 }

@@ -42,6 +42,7 @@ _CODES: dict[str, type[errors.ScriptError]] = {
     "DPNOPARENT": errors.NoParentError,
     "DPSTALE": errors.StaleEpochError,
     "DPDAMAGED": errors.DamagedNodeError,
+    "DPFENCED": errors.FencedError,
 }
 
 

@@ -117,7 +117,7 @@ def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:
 def _weigh(node: dict[bytes, bytes]) -> int:
     """What `lua/shared/account.lua` estimates for a node."""
     holders = sum(name.startswith(b"h:") for name in node)
-    extra = sum(len(value) for name, value in node.items() if name == b"m" or name.startswith(b"b:"))
+    extra = sum(len(value) for name, value in node.items() if name == b"m" or name[:2] in (b"b:", b"e:"))
     return 700 + len(node[b"r"]) + 70 * holders + extra
 
 
@@ -130,6 +130,8 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
                 problems.append(f"node {head}: {name.decode()} covers {covered} of {size}")
             if len(node.get(b"b:" + name[2:], b"")) > 4 * covered:
                 problems.append(f"node {head}: {name.decode()} has more block ids than coverage")
+            if len(node.get(b"e:" + name[2:], b"")) % (8 * covered):
+                problems.append(f"node {head}: {name.decode()} has not as many keys as coverage")
     return problems
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 __all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
 SCRIPTS = (
-    *("attach", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "insert", "lease", "prewarm"),
-    *("register", "repair", "retire", "roster", "sweep", "touch", "trim", "walk"),
+    *("attach", "census", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "ingest", "insert", "lease"),
+    *("prewarm", "register", "repair", "retire", "roster", "stream", "sweep", "touch", "trim", "walk"),
 )
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)
 

@@ -7,14 +7,14 @@ local function account(nodes, chunks, holders, extra)
   added.bytes = added.bytes + 700 * nodes + 16 * chunks + 70 * holders + extra
 end
 
--- How many holders a node's fields (name, value, ...) name, and the bytes of its block ids and metadata.
+-- How many holders a node's fields (name, value, ...) name, and the bytes of its columns and metadata.
 local function weigh(fields)
   local holders, extra = 0, 0
   for i = 1, #fields, 2 do
     local kind = fields[i]:sub(1, 2)
     if kind == 'h:' then
       holders = holders + 1
-    elseif kind == 'b:' or kind == 'm' then
+    elseif kind == 'b:' or kind == 'e:' or kind == 'm' then
       extra = extra + #fields[i + 1]
     end
   end

@@ -1,41 +1,55 @@
--- Looks at the keys that `create` is going to write: one that is no hash must show before anything is written.
-local function check(chain, first, max_run)
-  redis.call('ZCARD', base .. 'leaves')
-  redis.call('XLEN', base .. 'log')
-  redis.call('HLEN', junction_key(hex(chain:sub(-16))))
-  for head = first, #chain / 16 - 1, max_run do
-    redis.call('HLEN', node_key(hex(slice(chain, head, head + 1))))
-    redis.call('HLEN', junction_key(head > 0 and hex(slice(chain, head - 1, head)) or ''))
+-- The nodes that a chain makes from chunk `first` on, looked at before anything is written: a key that is no hash must
+-- show. Returns {{head, last chunk}, ..., taken = whether any of these names is there already, or comes up twice}.
+local function plan(chain, first, max_run)
+  local new, keys, seen, taken = {}, {}, {}, 0
+  for at = first, #chain / 16 - 1, max_run do
+    local node = { hex(chain, at), hex(chain, math.min(at + max_run, #chain / 16) - 1) }
+    local key, junction = node_key(node[1]), junction_key(node[2])
+    taken = taken + (seen[key] or 0) + (seen[junction] or 0)
+    seen[key], seen[junction] = 1, 1
+    new[#new + 1], keys[#keys + 1], keys[#keys + 2] = node, key, junction
   end
+  for i = 1, #keys, 1000 do -- one call for what mostly is not there; as many as unpack can take
+    taken = taken + redis.call('EXISTS', unpack(keys, i, math.min(i + 999, #keys)))
+  end
+  for i = 1, taken > 0 and #keys or 0 do
+    redis.call('HLEN', keys[i])
+  end
+  new.taken = taken > 0
+  return new
 end
 
 -- A leaf takes in the chain up to chunk `stop`.
 local function grow(node, chain, stop)
   node.matched, node.size = stop - node.first, stop - node.first
   redis.call('HSET', node_key(node.head), 'r', slice(chain, node.first, stop))
-  disown(hex(slice(chain, stop - 1, stop)))
+  disown(hex(chain, stop - 1))
   return stop
 end
 
--- Makes nodes for the chain from chunk `first` on, below the node `owner` (nil above the first root). Returns the last
--- node's head, a leaf now, and how many were made.
-local function create(chain, first, depth, owner, max_run, fields, blocks)
-  local last_depth, last_size
-  local total, nodes, parent = #chain / 16, 0, first > 0 and hex(slice(chain, first - 1, first)) or ''
-  while first < total do
-    local stop, head = math.min(first + max_run, total), hex(slice(chain, first, first + 1))
-    discard(head)
-    redis.call('HSET', node_key(head), 'p', parent, 'd', depth + first, 'r', slice(chain, first, stop), 'a', fields.now,
-      'n', 0, 'c', fields.now, 'h:' .. fields.holder, fields.epoch .. ':' .. stop - first)
-    account(0, 0, 1, #blocks > 0 and (stop - first) * 4 or 0)
-    if blocks ~= '' then
-      redis.call('HSET', node_key(head), 'b:' .. fields.holder, blocks:sub(first * 4 + 1, stop * 4))
-    end
-    redis.call('HSET', junction_key(parent), head, '', unpack(owner and { 'o', owner } or {}))
-    disown(hex(slice(chain, stop - 1, stop)))
-    last_depth, last_size = depth + first, stop - first
-    owner, parent, first, nodes = head, hex(slice(chain, stop - 1, stop)), stop, nodes + 1
+-- Makes the planned nodes for the chain from chunk `first` on, below the node `owner` (nil above the first root).
+-- Returns the last node's head, a leaf now.
+local function create(chain, first, depth, owner, with, new)
+  local total, parent, size, ids, width =
+    #chain / 16, first > 0 and hex(chain, first - 1) or '', 0, with.ids, with.width
+  account(0, 0, #new, #ids > 0 and (total - first) * width or 0)
+  if owner then
+    redis.call('ZREM', base .. 'leaves', owner)
   end
-  redis.call('ZADD', base .. 'leaves', score(fields.now, 0, last_depth, last_size), owner)
-  return owner, nodes
+  for _, node in ipairs(new) do
+    local head, last = node[1], node[2]
+    first = first + size
+    size = math.min(with.max_run, total - first)
+    if new.taken then
+      discard(head)
+      disown(last)
+    end
+    redis.call('HSET', node_key(head), 'p', parent, 'd', depth + first, 'r', slice(chain, first, first + size),
+      'a', with.now, 'n', '0', 'c', with.now, 'h:' .. with.holder, with.epoch .. ':' .. size,
+      unpack(ids == '' and {} or { with.column .. with.holder, ids:sub(first * width + 1, (first + size) * width) }))
+    redis.call('HSET', junction_key(parent), head, '', unpack(owner and { 'o', owner } or {}))
+    owner, parent = head, last
+  end
+  redis.call('ZADD', base .. 'leaves', score(with.now, 0, depth + first, size), owner)
+  return owner
 end

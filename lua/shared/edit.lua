@@ -6,13 +6,13 @@ local function set(key, values)
 end
 
 -- Cuts a node at chunk `at`. The upper half keeps the key, the lower half takes over the children by one field.
-local function split(node, at, is_leaf)
-  local key, last, lower_head = node_key(node.head), hex(slice(node.run, at - 1, at)), hex(slice(node.run, at, at + 1))
+local function split(node, at, is_leaf, width)
+  local key, last, lower_head = node_key(node.head), hex(node.run, at - 1), hex(node.run, at)
   local upper, lower = { 'r', slice(node.run, 0, at) }, { 'p', last, 'r', slice(node.run, at, node.size) }
   local function add(half, name, value)
     half[#half + 1], half[#half + 2] = name, value
   end
-  local fields = redis.call('HGETALL', key)
+  local fields, named = fields_of(node.head)
   for i = 1, #fields, 2 do
     local name, value = fields[i], fields[i + 1]
     if name == 'd' then
@@ -24,10 +24,11 @@ local function split(node, at, is_leaf)
         add(lower, name, epoch .. ':' .. covered - at)
         account(0, 0, 1, 0)
       end
-    elseif name:sub(1, 2) == 'b:' then
-      if #value > at * 4 then
-        add(upper, name, value:sub(1, at * 4))
-        add(lower, name, value:sub(at * 4 + 1))
+    elseif is_column(name) then
+      local cut = at * width_of(name, value, named)
+      if #value > cut then
+        add(upper, name, value:sub(1, cut))
+        add(lower, name, value:sub(cut + 1))
       end
     elseif name:sub(1, 2) == 'l:' then
       local ends, leased = value:match('^(%d+):(%d+)$')
@@ -47,27 +48,28 @@ local function split(node, at, is_leaf)
     redis.call('ZREM', base .. 'leaves', node.head) -- where a lease had moved it: the lower half may have none
     redis.call('ZADD', base .. 'leaves', score(node.accessed, node.hits, node.depth + at, node.size - at), lower_head)
   else
-    redis.call('HSET', junction_key(hex(node.run:sub(-16))), 'o', lower_head)
+    redis.call('HSET', junction_key(hex(node.run)), 'o', lower_head)
   end
   disown(last)
   redis.call('HSET', junction_key(last), 'o', node.head, lower_head, '')
   tell('split', node.head, 'lower', lower_head)
-  node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * 4)
+  node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * width)
 end
 
 -- The holder has the first k chunks of the node. Within an epoch coverage only grows here; trim is what shrinks it.
-local function cover(node, holder, epoch, k, blocks)
-  local ids = blocks:sub(node.first * 4 + 1, (node.first + k) * 4)
-  if node.epoch == epoch then
+local function cover(node, with, k)
+  local field, width = with.column .. with.holder, with.width
+  local ids = with.ids:sub(node.first * width + 1, (node.first + k) * width)
+  if node.epoch == with.epoch then
     ids, k = ids .. node.ids:sub(#ids + 1), math.max(k, node.covered)
   end
   account(0, 0, node.held and 0 or 1, #ids - #node.ids)
-  if node.epoch ~= epoch or k > node.covered then
-    redis.call('HSET', node_key(node.head), 'h:' .. holder, epoch .. ':' .. k)
+  if node.epoch ~= with.epoch or k > node.covered then
+    redis.call('HSET', node_key(node.head), 'h:' .. with.holder, with.epoch .. ':' .. k)
   end
   if ids ~= '' and ids ~= node.ids then
-    redis.call('HSET', node_key(node.head), 'b:' .. holder, ids)
+    redis.call('HSET', node_key(node.head), field, ids)
   elseif ids == '' and node.ids ~= '' then
-    redis.call('HDEL', node_key(node.head), 'b:' .. holder)
+    redis.call('HDEL', node_key(node.head), field)
   end
 end

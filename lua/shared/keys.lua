@@ -1,9 +1,10 @@
 -- Names of keys. All are derived from the one declared key, the shard's meta hash, and so lie in its slot.
 local base = KEYS[1]:sub(1, -5) -- "dp:{<ns>:<shard>}:meta" without "meta"
 
--- The hash in hex. Four numbers of 32 bits take half the time of sixteen bytes.
-local function hex(hash)
-  local a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = hash:byte(1, 16)
+-- A hash in hex: of chunk `at` of a packed run, or of the last. Four numbers take half the time of sixteen bytes.
+local function hex(packed, at)
+  local first = at and at * 16 + 1 or #packed - 15
+  local a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = packed:byte(first, first + 15)
   return ('%08x%08x%08x%08x'):format(a * 16777216 + b * 65536 + c * 256 + d, e * 16777216 + f * 65536 + g * 256 + h,
     i * 16777216 + j * 65536 + k * 256 + l, m * 16777216 + n * 65536 + o * 256 + p)
 end

@@ -1,11 +1,12 @@
 -- The nodes on a chain's path as a change needs them, without changing any. Returns the path and the chunks matched,
--- or nil and an error: a damaged node, or a holder that a newer process has taken over.
-local function read_path(chain, holder, epoch)
+-- or nil and an error: a damaged node, or a holder that a newer process has taken over. `column`: what the holder
+-- keeps for each chunk, "b:" block ids or "e:" an engine's keys.
+local function read_path(chain, holder, epoch, column)
   local path, first, total = {}, 0, #chain / 16
   while first < total do
-    local head = hex(slice(chain, first, first + 1))
+    local head = hex(chain, first)
     local run, accessed, held, ids, hits, depth =
-      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, 'b:' .. holder, 'n', 'd'))
+      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, column .. holder, 'n', 'd'))
     if not run then
       break
     end

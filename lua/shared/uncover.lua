@@ -14,22 +14,25 @@ end
 -- removed, chunks removed.
 local function uncover(head, run, holder, keep, counted_for_nothing)
   local key = node_key(head)
-  local held, ids = unpack(redis.call('HMGET', key, 'h:' .. holder, 'b:' .. holder))
+  local held, ids, keys = unpack(redis.call('HMGET', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder))
   local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
-  local left, had = math.min(tonumber(covered), keep), #(ids or '')
+  local left, columns = math.min(tonumber(covered), keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
   if left == tonumber(covered) then
     return 0, 0, 0
   elseif left == 0 then
-    redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder)
-    account(0, 0, -1, -had)
+    redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder)
+    account(0, 0, -1, -#columns['b:'] - #columns['e:'])
   else
     redis.call('HSET', key, 'h:' .. holder, epoch .. ':' .. left)
-    if had > left * 4 then
-      redis.call('HSET', key, 'b:' .. holder, ids:sub(1, left * 4))
-      account(0, 0, 0, left * 4 - had)
+    for kind, value in pairs(columns) do
+      local most = left * (kind == 'b:' and 4 or #value / covered)
+      if #value > most then
+        redis.call('HSET', key, kind .. holder, value:sub(1, most))
+        account(0, 0, 0, most - #value)
+      end
     end
   end
-  if redis.call('HLEN', junction_key(hex(run:sub(-16)))) == 0 then
+  if redis.call('HLEN', junction_key(hex(run))) == 0 then
     local flat, node = fields_of(head)
     local longest = longest_coverage(flat)
     if longest == 0 then

@@ -1,18 +1,9 @@
--- A node's fields as they come and by name, for what follows: a run of 4 KB is not to be read twice.
-local function fields_of(head)
-  local flat, named = redis.call('HGETALL', node_key(head)), {}
-  for i = 1, #flat, 2 do
-    named[flat[i]] = flat[i + 1]
-  end
-  return flat, named
-end
-
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
 -- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
 local function unlink(head, flat, node)
   local size = math.floor(#node.r / 16)
   redis.call('DEL', node_key(head))
-  disown(hex(node.r:sub(-16)))
+  disown(hex(node.r))
   redis.call('ZREM', base .. 'leaves', head)
   redis.call('ZREM', base .. 'hot', head)
   local holders, extra = weigh(flat)
@@ -44,12 +35,12 @@ local function shorten(head, keep, flat, node)
       redis.call('HSET', key, name, epoch .. ':' .. keep)
     elseif name:sub(1, 2) == 'l:' and tonumber(covered) > keep then
       redis.call('HSET', key, name, epoch .. ':' .. keep) -- a lease: when it ends, and how far it reaches
-    elseif name:sub(1, 2) == 'b:' and #value > keep * 4 then
-      redis.call('HSET', key, name, value:sub(1, keep * 4))
+    elseif is_column(name) then
+      redis.call('HSET', key, name, value:sub(1, keep * width_of(name, value, node)))
     end
   end
   redis.call('HSET', key, 'r', slice(node.r, 0, keep))
-  disown(hex(slice(node.r, keep - 1, keep)))
+  disown(hex(node.r, keep - 1))
   redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
   local holders_left, extra_left = weigh(redis.call('HGETALL', key))
   account(0, -cut, holders_left - holders, extra_left - extra)

@@ -24,27 +24,26 @@ end
 local function walk(chain, holder, reply)
   local first, total, wanted = 0, #chain / 16, 'b:' .. holder
   while first < total do
-    local fields = redis.pcall('HGETALL', node_key(hex(slice(chain, first, first + 1))))
-    local node, holders = {}, {}
+    local fields = redis.pcall('HGETALL', node_key(hex(chain, first)))
+    local node, holders, ids = { r = '', a = '0', n = '0', c = '0', m = '', p = '', d = '' }, {}, ''
     for i = 1, #fields, 2 do
       local name = fields[i]
-      if #name == 1 then
+      if node[name] then
         node[name] = fields[i + 1]
       elseif name:sub(1, 2) == 'h:' then
-        holders[#holders + 1] = name:sub(3)
-        holders[#holders + 1] = fields[i + 1]
+        holders[#holders + 1], holders[#holders + 2] = name:sub(3), fields[i + 1]
       elseif name == wanted then
-        node.ids = fields[i + 1]
+        ids = fields[i + 1]
       end
     end
-    local run = node.r or ''
+    local run = node.r
     local matched = #run % 16 == 0 and match(run, chain, first) or 0
     if matched == 0 then
       break
     end
     local n = #reply
-    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = #run / 16, matched, node.a or '0', node.n or '0'
-    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = node.c or '0', node.m or '', node.ids or '', #holders / 2
+    reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = #run / 16, matched, node.a, node.n
+    reply[n + 5], reply[n + 6], reply[n + 7], reply[n + 8] = node.c, node.m, ids, #holders / 2
     for i = 1, #holders do
       reply[n + 8 + i] = holders[i]
     end

@@ -90,6 +90,31 @@ def test_prompts_longer_than_a_window(any_server: Backend, chunks: int) -> None:
     sound(writer, -(-chunks // 256), chunks)
 
 
+@pytest.mark.parametrize("ends", [(), (10,), (10, 5), (10, 14), (12, 12), (10, -6), (10, -12, 3)])
+def test_a_publish_tells_what_a_walk_would(any_server: Backend, ends: tuple[int, ...]) -> None:
+    """What a publish says of its path is what is there: of nodes made, grown, split, branched off, lost by failover."""
+    cache, chain = any_server.open("w1", max_run=4), bytes.fromhex("".join(heads(prompt(20))))
+    link = cache._state.link
+
+    def publish(chain: bytes, holder: str, metadata: bytes) -> operations.Published:
+        return link.publish(
+            operations.publish(chain, 0, holder, 1, now_ms=5, max_run=4, blocks=chain[::4], metadata=metadata)
+        )
+
+    for end in ends:
+        if end < 0:  # a failover takes a node, what lies behind it is in the way of what is made
+            any_server.admin.delete(any_server.keys.node(chain[16 * (-end // 4 * 4) :][:16].hex()))
+        else:
+            publish(chain[: 16 * end], "w2/0@gpu", b"m" * (end == 12))
+    told = publish(chain, "w1/0@gpu", b"of all")
+    assert told.views == link.look_up(operations.walk(chain, 0), time.monotonic() + 5)[0]
+    assert told.views[-1].metadata == b"of all"
+    branch = chain[: 16 * 6] + bytes(range(16 * 9))
+    assert publish(branch, "w1/0@gpu", b"").views == link.look_up(operations.walk(branch, 0), time.monotonic() + 5)[0]
+    if all(end > 0 for end in ends):
+        assert cache.check_integrity().problems == []
+
+
 def test_windows_that_end_inside_a_run(any_server: Backend) -> None:
     """A window may end in the middle of a node: the next one begins at that node's head and nothing is lost."""
     writer = any_server.open("w1")

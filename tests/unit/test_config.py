@@ -28,6 +28,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("namespace", "a{b}", "letters, digits, dots, hyphens, underscores"),
     ("namespace", None, "text"),
     ("worker_id", "a/b", "1 to 64 letters"),
+    ("worker_lease_s", 1.0, "0, or at least 3 seconds"),
     ("rank", -1, "between 0 and 65536"),
     ("medium", "g@pu", "1 to 64 letters"),
     ("fingerprint", 5, "text"),

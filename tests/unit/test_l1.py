@@ -163,15 +163,18 @@ def test_the_hottest_come_first() -> None:
     assert [node.value.hits for node in l1.hottest(4) if node.value] == [9, 4]
 
 
+@pytest.mark.parametrize("as_chains", [False, True])
 @pytest.mark.parametrize(
     ("chunks", "fanout", "holders"),
     [(1, 4000, 1), (4, 4000, 1), (60, 1500, 1), (3, 3000, 4), (2, 400, 64)],
 )
-def test_the_budget_is_honest(chunks: int, fanout: int, holders: int) -> None:
+def test_the_budget_is_honest(chunks: int, fanout: int, holders: int, as_chains: bool) -> None:
     """The bytes that L1 says it takes are within a fifth of what is really allocated, in trees of different shapes."""
     rng = random.Random(4)
     prompts = [prompt_of(i % 50, *(rng.randrange(2**31) for _ in range(chunks))) for i in range(fanout)]
     hashes = [hashes_of(prompt) for prompt in prompts]
+    if as_chains:
+        prompts = [read_prompt(Chain.packed(packed), 2, 10_000_000) for packed in hashes]
     tracemalloc.start()
     try:
         l1 = new()

@@ -116,6 +116,22 @@ def test_a_publish_goes_in_windows(chunks: int, calls: int, run: int) -> None:
         assert metadata == (b"m" if i == calls - 1 else b"")
 
 
+@pytest.mark.parametrize(("there", "chunks"), [(0, 1), (0, 250), (0, 4500), (300, 1000), (300, 300), (4000, 4500)])
+def test_a_publish_knows_what_it_made(there: int, chunks: int) -> None:
+    """What insert made, it does not tell: those nodes are as they were sent, the metadata is with the last."""
+    tree = Tree(there, 100)
+    published = tree.run(
+        operations.publish(chain_of(chunks), 40, "w/0@gpu", 2, now_ms=9, max_run=100, metadata=b"of the prompt")
+    )
+    assert [(view.start, view.size, view.matched) for view in published.views] == [
+        (40 + at, min(100, chunks - at), min(100, chunks - at)) for at in range(0, chunks, 100)
+    ]
+    made = [view for view in published.views if view.start >= 40 + there]
+    assert all((view.accessed, view.hits, view.created, view.blocks) == (9, 0, 9, b"") for view in made)
+    assert all(view.holders == {"w/0@gpu": (2, view.start + view.size)} for view in made)
+    assert [view.metadata for view in made] == [b""] * (len(made) - 1) + [b"of the prompt"] * bool(made)
+
+
 def test_a_trim_is_called_until_it_is_done() -> None:
     """A trim repeats while branches are left, and adds up the coverage taken."""
     tree = Tree(10)
