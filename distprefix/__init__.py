@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distprefix.chunking import Chain
+from distprefix.chunking import Chain, pack_extra
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
@@ -21,6 +21,7 @@ __all__ = [
     "PrefixTree",
     "RadixTreeNode",
     "__version__",
+    "pack_extra",
 ]
 
 __version__ = "0.1.0"

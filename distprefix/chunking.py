@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -227,10 +227,20 @@ def hash_function(algorithm: str) -> Callable[[bytes], bytes]:
     return _ALGORITHMS[algorithm]
 
 
-def chain_hashes(algorithm: str, parent: bytes, tokens: memoryview, stride: int) -> bytes:
-    """Hash full chunks in order, each on top of the one before; 16 bytes a chunk, `parent` is before the first."""
+def chain_hashes(
+    algorithm: str, parent: bytes, tokens: memoryview, stride: int, extras: Mapping[int, bytes] | None = None
+) -> bytes:
+    """Hash full chunks in order, each on top of the one before; 16 bytes a chunk, `parent` is before the first.
+
+    `extras`: what chunks depend on besides, by their place (`pack_extra`).
+    """
     digest = _ALGORITHMS[algorithm]
     hashes: list[bytes] = []
+    if extras:
+        for i, start in enumerate(range(0, len(tokens), stride)):
+            parent = digest(parent + tokens[start : start + stride] + extras.get(i, b""))
+            hashes.append(parent)
+        return b"".join(hashes)
     for start in range(0, len(tokens), stride):
         parent = digest(parent + tokens[start : start + stride])
         hashes.append(parent)

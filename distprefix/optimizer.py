@@ -17,7 +17,7 @@ import redis
 from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
-from distprefix.chunking import pack_block_ids
+from distprefix.chunking import Chain, chain_hashes, chain_root, pack_block_ids, pack_extra
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
@@ -107,6 +107,28 @@ class PrefixCacheOptimizer:
         """
         self._state.check_usable()
         return candidates(self._state, limit) if self.config.enable_prewarm else []
+
+    def chain_of(
+        self,
+        token_ids: Any,
+        *,
+        lora_name: str | None = None,
+        cache_salt: str | None = None,
+        extras: Mapping[int, bytes] | None = None,
+    ) -> Chain:
+        """A prompt whose KV depends on more than its tokens, to be looked up or published. No Redis call.
+
+        `extras`: what else, by chunk, each made with `pack_extra`: ``("mm", identifier, offset)`` for an image, as
+        engines tell it, in the first chunk of the engine's block. Without any of these it is the plain prompt's chain.
+        """
+        prompt = self._state.read(token_ids)
+        if prompt.is_chain:
+            raise InvalidInputError("a chain has its LoRA and salt in it already: pass tokens")
+        every = dict(extras or {})
+        first = pack_extra("lora", lora_name) if lora_name else b""
+        every[0] = first + (pack_extra("salt", cache_salt) if cache_salt else b"") + every.get(0, b"")
+        root = chain_root(self.config.hash_algorithm, self.config.salt.encode())
+        return Chain.packed(chain_hashes(self.config.hash_algorithm, root, prompt.view, prompt.stride, every))
 
     # Publish
 

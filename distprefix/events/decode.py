@@ -1,0 +1,375 @@
+"""KV events of vLLM and SGLang, from the bytes of a message to what the index reads. Pure.
+
+Nothing of a message is trusted. Before anything is allocated, one pass that builds nothing proves that every list, map
+and string is as long as it claims; what is built afterwards is at most a fixed multiple of the message.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, cast
+
+from msgpack import Unpacker, UnpackException, packb, unpackb
+
+from distprefix.chunking import pack_extra
+from distprefix.errors import EventFormatError, InvalidInputError
+from distprefix.events.frames import Batch, Cleared, Event, Removed, Stored
+from distprefix.events.sglang import first_hash
+
+__all__ = ["PAYLOAD_LIMIT", "decode"]
+
+PAYLOAD_LIMIT = 64 << 20
+"""Bytes in a message; a longer one is refused."""
+_AT_ONCE = 1 << 20  # up to here a message is unpacked as a whole: at worst 80 times as much memory
+_EVENT_LIMIT = 8 << 20  # an event in a longer message: two million tokens
+_BYTES_PER_CONTAINER = 8  # in a longer message; real events have 14 and more
+_EVENTS = 1 << 18  # in a message: engines send hundreds, a hostile one must not take minutes
+
+_MASK = (1 << 64) - 1
+_KEY_BYTES, _NAME_BYTES = 8, 16
+_INT, _BYTES = {int}, {bytes}
+_WORD = 64  # characters in a medium or kind
+_BASE = "block_hashes parent_block_hash token_ids block_size lora_id medium"
+_FIELDS = {
+    ("vllm", "BlockStored"): f"{_BASE} lora_name extra_keys group_idx kv_cache_spec_kind".split(),
+    ("vllm", "BlockRemoved"): ["block_hashes", "medium", "group_idx"],
+    ("sglang", "BlockStored"): f"{_BASE} cache_salt session_id lora_name".split(),
+    ("sglang", "BlockRemoved"): ["block_hashes", "medium"],
+}
+_SGLANG_TAIL = ("cache_salt", "lora_name")
+_VLLM_ONLY = ("lora_name", "extra_keys", "group_idx")
+
+
+class _MalformedError(Exception):
+    """An event that makes no sense."""
+
+
+def decode(payload: bytes, *, engine: str = "auto") -> Batch:
+    """Read one message of `engine` ("vllm", "sglang", or "auto": told by its looks).
+
+    Events that make no sense are left out and counted. Raises EventFormatError when there is no batch at all.
+    """
+    if engine not in ("auto", "vllm", "sglang"):
+        raise InvalidInputError(f"no engine is called {engine!r}: pass 'auto', 'vllm' or 'sglang'")
+    at, raw, rank = _open(payload)
+    events: list[Event] = []
+    unknown = malformed = 0
+    for item in raw:
+        try:
+            event = _event(item, engine)
+        except (_MalformedError, KeyError):
+            malformed += 1
+            continue
+        if event is None:
+            unknown += 1
+        else:
+            events.append(event)
+    return Batch(_time(at), _rank(rank), tuple(events), unknown, malformed)
+
+
+# The message
+
+
+def _open(payload: bytes) -> tuple[Any, Iterable[Any], Any]:
+    """Time, events, rank."""
+    if len(payload) > PAYLOAD_LIMIT:
+        raise EventFormatError(f"a message has at most {PAYLOAD_LIMIT} bytes, not {len(payload)}")
+    try:
+        reader = _reader(payload)
+        reader.skip()  # builds nothing: afterwards every length is known to be true
+        if reader.tell() != len(payload):
+            raise EventFormatError(f"{len(payload) - reader.tell()} bytes follow the batch")
+        if len(payload) <= _AT_ONCE and (batch := _whole(payload)) is not None:
+            return batch
+        return _one_by_one(payload)
+    except (UnpackException, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, EventFormatError):
+            raise
+        raise EventFormatError(f"no batch of events: {error or type(error).__name__}") from None
+
+
+def _reader(payload: bytes) -> Any:
+    size = max(len(payload), 1)
+    reader = Unpacker(read_size=size, max_buffer_size=size)
+    reader.feed(payload)
+    return reader
+
+
+_EXTENSION = object()  # stands for every msgpack extension: no event has one
+
+
+def _refuse(_code: int, _data: bytes) -> object:
+    return _EXTENSION
+
+
+def _build(data: bytes | memoryview, hook: Callable[[Any], Any] | None = None) -> Any:
+    return unpackb(
+        data,
+        strict_map_key=False,
+        unicode_errors="surrogateescape",
+        max_map_len=256,  # more keys could be made to collide
+        ext_hook=_refuse,
+        list_hook=hook,
+        object_hook=hook,
+    )
+
+
+def _whole(payload: bytes) -> tuple[Any, Iterable[Any], Any] | None:
+    try:
+        batch = _build(payload)
+    except (ValueError, TypeError):
+        return None  # some part cannot be built; the others may
+    if type(batch) is not list or len(batch) < 2 or type(batch[1]) is not list:
+        raise EventFormatError("a batch is an array of a time, an array of events and a rank")
+    _check_count(len(batch[1]))
+    return batch[0], batch[1], batch[2] if len(batch) > 2 else None
+
+
+def _one_by_one(payload: bytes) -> tuple[Any, Iterable[Any], Any]:
+    reader, whole = _reader(payload), memoryview(payload)
+    length = reader.read_array_header()
+    if length < 2:
+        raise EventFormatError("a batch is an array of a time, an array of events and a rank")
+    at = _scalar(_next(reader, whole))
+    claimed: int = reader.read_array_header()
+    _check_count(claimed)
+    start = reader.tell()
+    rank: Any = None
+    if length > 2:
+        for _ in range(claimed):
+            reader.skip()
+        rank = _scalar(_next(reader, whole))
+    return at, _parts(_reader(payload), whole, start, claimed), rank
+
+
+def _check_count(claimed: int) -> None:
+    if claimed > _EVENTS:
+        raise EventFormatError(f"a batch has at most {_EVENTS} events, not {claimed}")
+
+
+def _parts(reader: Any, whole: memoryview, start: int, claimed: int) -> Iterator[Any]:
+    reader.read_bytes(start)
+    for _ in range(claimed):
+        part = _next(reader, whole)
+        event: Any = _EXTENSION
+        if len(part) <= _EVENT_LIMIT:
+            with suppress(ValueError, TypeError):
+                event = _build(part, _counter(64 + len(part) // _BYTES_PER_CONTAINER))
+        yield event
+
+
+def _next(reader: Any, whole: memoryview) -> memoryview:
+    start = reader.tell()
+    reader.skip()
+    return whole[start : reader.tell()]
+
+
+def _scalar(part: memoryview) -> Any:
+    return _build(part) if len(part) <= 9 else _EXTENSION
+
+
+def _counter(left: int) -> Callable[[Any], Any]:
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many lists and maps")
+        return container
+
+    return count
+
+
+def _time(at: Any) -> float:
+    if at is None or type(at) is float or type(at) is int:
+        return float(at) if at is not None and math.isfinite(at) else 0.0
+    raise EventFormatError("the time of a batch is a number")
+
+
+def _rank(rank: Any) -> int | None:
+    if rank is None or (type(rank) is int and rank >= 0):
+        return rank
+    raise EventFormatError("the rank of a batch is a number or nil")
+
+
+# Events
+
+
+def _event(item: Any, engine: str) -> Event | None:
+    """One event; None for a kind that means nothing here."""
+    if type(item) is dict:
+        fields: dict[Any, Any] = item
+        if "type" not in fields or "block_hashes" not in fields:
+            fields = {_text(key) if type(key) is bytes else key: value for key, value in fields.items()}
+        kind, tagged = _text(fields["type"]), True
+    elif type(item) is list and item:
+        kind, tagged = _text(item[0]), False
+        fields, engine = _named(kind, item, engine)
+    else:
+        raise _MalformedError
+    if kind == "BlockStored":
+        return _stored(fields, engine, tagged=tagged)
+    if kind == "BlockRemoved":
+        medium, group = _medium(fields.get("medium")), _number(fields.get("group_idx"))
+        return Removed(_keys(fields["block_hashes"])[0], medium, group)
+    if kind == "AllBlocksCleared":
+        return Cleared()
+    if not kind:
+        raise _MalformedError
+    return None
+
+
+def _named(kind: str, item: list[Any], engine: str) -> tuple[dict[Any, Any], str]:
+    """The fields of a positional event by name; SGLang tells the salt by a map at the end."""
+    tail: dict[Any, Any] = {}
+    if len(item) > 1 and type(item[-1]) is dict and kind == "BlockStored":
+        tail = {name: item[-1][name] for name in _SGLANG_TAIL if name in item[-1]}
+        item, engine = item[:-1], "sglang" if engine == "auto" else engine
+    if engine == "auto" and kind == "BlockStored" and len(item) > 1 and _has_negative(item[1]):
+        engine = "sglang"
+    names = _FIELDS.get((engine if engine == "sglang" else "vllm", kind), ())
+    return dict(zip(names, item[1:], strict=False)) | tail, engine
+
+
+def _stored(fields: dict[Any, Any], engine: str, *, tagged: bool) -> Stored:
+    keys, names = _keys(fields["block_hashes"])
+    parent = fields["parent_block_hash"]
+    if parent is not None:
+        parent = _keys([parent])[0][0]
+    tokens, block_size = _tokens(fields["token_ids"]), _number(fields["block_size"])
+    if tokens and not block_size:
+        raise _MalformedError
+    lora, salt, lora_id = (
+        _text(fields.get("lora_name")),
+        _text(fields.get("cache_salt")),
+        _number(fields.get("lora_id")),
+    )
+    extras = [b""] * len(keys)
+    if (rows := fields.get("extra_keys")) is not None:
+        salt = _read_rows(rows, extras, lora, salt, root=parent is None)
+    if parent is None and keys:
+        whole = pack_extra("lora", lora or str(lora_id)) if lora or lora_id else b""
+        whole += pack_extra("salt", salt) if salt else b""
+        extras[0] = whole + extras[0]
+        if (
+            not whole
+            and tokens
+            and _is_sglang(fields, engine, tagged=tagged)
+            and first_hash(tokens, block_size) != keys[0]
+        ):
+            extras[0] += pack_extra("unknown", keys[0])
+    return Stored(
+        keys,
+        parent,
+        tokens,
+        block_size if tokens else 0,
+        _medium(fields.get("medium")),
+        _number(fields.get("group_idx")),
+        (_text(fields.get("kv_cache_spec_kind")) or "full_attention")[:_WORD],
+        tuple(extras) if any(extras) else (),
+        names,
+    )
+
+
+def _is_sglang(fields: dict[Any, Any], engine: str, *, tagged: bool) -> bool:
+    """Whether SGLang sent this: vLLM always tells a name of a LoRA in its maps, and has no negative hashes."""
+    if engine != "auto":
+        return engine == "sglang"
+    return (tagged and not any(name in fields for name in _VLLM_ONLY)) or _has_negative(fields["block_hashes"])
+
+
+def _has_negative(hashes: Any) -> bool:
+    return type(hashes) is list and any(type(value) is int and value < 0 for value in hashes)
+
+
+def _keys(hashes: Any) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+    """Low 64 bits of each hash, and the hashes whole if they are long enough to stand for themselves."""
+    if type(hashes) is not list:
+        raise _MalformedError
+    kinds = set(map(type, hashes))
+    if kinds <= _INT:
+        return tuple([value & _MASK for value in hashes]), ()
+    if kinds - _INT - _BYTES or b"" in hashes:
+        raise _MalformedError
+    keys = tuple(v & _MASK if type(v) is int else int.from_bytes(v[-_KEY_BYTES:], "big") for v in hashes)
+    whole = kinds == _BYTES and min(map(len, hashes)) >= _NAME_BYTES
+    return keys, tuple(hashes) if whole else ()
+
+
+def _tokens(ids: Any) -> bytes:
+    if type(ids) is not list or set(map(type, cast("list[Any]", ids))) - _INT:
+        raise _MalformedError
+    try:
+        packed = array("I", ids)
+    except OverflowError:
+        raise _MalformedError from None
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _read_rows(rows: Any, extras: list[bytes], lora: str, salt: str, *, root: bool) -> str:
+    """Put into `extras` what vLLM tells of each block besides LoRA and salt; the salt, if it is there, comes back."""
+    if type(rows) is not list:
+        raise _MalformedError
+    if not any(rows):
+        return salt
+    if len(rows) != len(extras):
+        raise _MalformedError
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        if type(row) is not list:
+            raise _MalformedError
+        items = row[1:] if lora and row and row[0] == lora else row
+        if root and i == 0:
+            first = next((n for n, item in enumerate(items) if type(item) is str and (not salt or item == salt)), None)
+            if first is not None:
+                salt, items = items[first], items[:first] + items[first + 1 :]
+        extras[i] = b"".join(map(_item, items))
+    return salt
+
+
+def _item(item: Any) -> bytes:
+    if type(item) is str or type(item) is bytes:
+        return pack_extra("key", item)
+    if type(item) is list and len(item) == 2 and type(item[0]) is str and type(item[1]) is int:
+        return pack_extra("mm", item[0], item[1])
+    try:
+        return pack_extra("key", cast("bytes", packb(item, unicode_errors="surrogateescape")))
+    except (ValueError, TypeError, RecursionError):
+        raise _MalformedError from None
+
+
+def _number(value: Any) -> int:
+    """A natural number; nil and what is not there are 0."""
+    if value is None:
+        return 0
+    if type(value) is not int or value < 0:
+        raise _MalformedError
+    return value
+
+
+def _text(value: Any) -> str:
+    """A string, be it sent as bytes; nil and what is not there are empty."""
+    if value is None:
+        return ""
+    if type(value) is bytes:
+        return value.decode(errors="surrogateescape")
+    if type(value) is not str:
+        raise _MalformedError
+    return value
+
+
+def _medium(value: Any) -> str:
+    return _word((_text(value) or "gpu")[:_WORD])
+
+
+@lru_cache(256)
+def _word(text: str) -> str:
+    return re.sub(r"[^a-z0-9._-]", "-", text.lower())[:_WORD]

@@ -1,0 +1,277 @@
+"""Following one engine's events: in order, without a gap, each exactly as often as it takes. No Redis, no ZMQ.
+
+What cannot be known is not guessed: where messages are missing and the engine cannot replay them, or where it has
+restarted, the worker takes a new epoch, so that nothing older counts, and begins with what the engine still has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import xxhash
+
+from distprefix.errors import EventFormatError, ReplayError, StaleEpochError
+from distprefix.events.changes import blocks_of, changes, confirm, reject
+from distprefix.events.decode import decode
+from distprefix.events.frames import Cleared, Frame, Removed, Stored
+from distprefix.events.holdings import Holdings
+from distprefix.events.journal import Fate, Journal, Position
+
+__all__ = ["Follower", "Replays"]
+
+_log = logging.getLogger("distprefix")
+_WRITTEN = (Fate.DONE, Fate.REFUSED)
+_REMEMBERED = 20_000
+"""Messages whose digests are kept: more than an engine replays."""
+
+
+class Replays(Protocol):
+    """An engine that may be asked for what it sent."""
+
+    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:
+        """Messages from `start` on, as far as it still has them. Raises ReplayError."""
+        ...
+
+
+class Follower:
+    """One stream. Not thread-safe."""
+
+    def __init__(
+        self,
+        name: str,
+        holdings: Holdings,
+        journal: Journal,
+        engine: Replays,
+        *,
+        kind: str = "auto",
+        rank: int = 0,
+        replay_timeout_s: float = 30.0,
+        clock: Callable[[], float],
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        """What happened: messages, events, and whatever was lost, by reason."""
+        self.holdings = holdings
+        self.epoch = 0
+        self.lag_s = 0.0
+        """How long after the engine made it the last message was applied."""
+        self._name = name
+        self._journal = journal
+        self._engine = engine
+        self._kind = kind
+        self._rank = rank
+        self._replay_timeout_s = replay_timeout_s
+        self._clock = clock
+        self._last: Position | None = None
+        """The last message applied."""
+        self._written: Position | None = None
+        self._digests: OrderedDict[int, str] = OrderedDict()
+        self._uncommitted_state = b""
+
+    @property
+    def position(self) -> Position | None:
+        """How far the stream is written."""
+        return self._written
+
+    def begin(self) -> bool:
+        """Take over the stream where it was written to, and apply what the engine sent since. False: another leads.
+
+        Raises UnavailableError and the like when Redis fails: try again.
+        """
+        lead = self._journal.lead()
+        if lead is None:
+            return False
+        self.holdings.clear()
+        self._digests.clear()
+        self._last = self._written = lead.position
+        self.epoch = lead.epoch
+        if lead.position is None or lead.epoch != lead.current_epoch or not lead.epoch:
+            self._start_over("new" if lead.position is None else "voided")
+            return True
+        self._remember(lead.position)
+        self.holdings.restore_state(lead.state)
+        for medium, blocks in blocks_of(self._journal.covered(lead.epoch)).items():
+            self.holdings.restore(medium, blocks)
+        self.resume()
+        return True
+
+    def resume(self) -> None:
+        """The engine is there, for the first time or again: apply what it sent meanwhile, if it still is the same."""
+        if self._last is None:
+            self._start_over("new")
+            return
+        try:
+            if self._continue():
+                return
+        except ReplayError as error:
+            _log.warning("%s: %s", self._name, error)
+            self.counts["replays_failed"] += 1
+        self._start_over("restarted")
+
+    def take(self, frames: Iterable[Frame]) -> None:
+        """Apply live messages, and write what changed."""
+        for frame in frames:
+            self._take(frame)
+            if self._is_much():
+                self.write()
+        self.write()
+
+    def heartbeat(self) -> None:
+        """The engine lives. When the worker was given up meanwhile, begin anew."""
+        load = {"chunks": float(sum(self.holdings.chunks.values())), "blocks": float(len(self.holdings))}
+        try:
+            self._journal.heartbeat(self.epoch, load | {"lag_s": self.lag_s})
+        except StaleEpochError:
+            self._start_over("voided")
+
+    def write(self) -> None:
+        """Tell Redis what changed since it was told last, and with it up to which message that is."""
+        while True:
+            batch, complete = changes(self.holdings)
+            position = self._last if complete and self._last != self._written else None
+            if not batch and position is None:
+                return
+            outcomes = self._journal.commit(self.epoch, batch, position, self.holdings.state)
+            for change, outcome in zip(batch, outcomes, strict=False):
+                self.counts["changes_refused"] += outcome.fate is Fate.REFUSED
+                if outcome.fate is Fate.MOVED:
+                    reject(self.holdings, change)
+                elif outcome.fate is not Fate.AGAIN:
+                    confirm(self.holdings, change, outcome.heads)
+            if position is not None and all(outcome.fate in _WRITTEN for outcome in outcomes):
+                self._written = position
+
+    def _take(self, frame: Frame) -> None:
+        last, digest = self._last, _digest(frame)
+        if last is None or frame.seq == last.seq + 1:
+            self._apply(frame, digest)
+        elif frame.seq <= last.seq:
+            if self._digests.get(frame.seq) == digest:
+                self.counts["duplicates"] += 1
+            else:
+                self._start_over("restarted", frame)
+        else:
+            self._fill(frame)
+
+    def _fill(self, frame: Frame) -> None:
+        """Messages are missing before this one."""
+        self.counts["gaps"] += 1
+        try:
+            same = self._continue(frame.seq)
+        except ReplayError as error:
+            _log.warning("%s: %s", self._name, error)
+            self.counts["replays_failed"] += 1
+            same = False
+        if same and self._last is not None and self._last.seq + 1 >= frame.seq:
+            if self._last.seq + 1 == frame.seq:
+                self._apply(frame, _digest(frame))
+            return
+        missing = frame.seq - (self._last.seq if self._last else -1) - 1
+        self.counts["messages_lost"] += missing
+        _log.warning("%s: %d messages are lost, and the engine cannot replay them", self._name, missing)
+        self._start_over("lost messages", frame)
+
+    def _continue(self, until: int | None = None) -> bool:
+        """Apply what the engine has behind the last message, if it still has that one, and it is the same."""
+        last = self._last
+        if last is None:
+            return False
+        frames = self._engine.replay(last.seq, self._replay_timeout_s)
+        first = next(frames, None)
+        if first is None or first.seq != last.seq or _digest(first) != last.digest:
+            return False
+        for frame in frames:
+            if self._last is None or frame.seq != self._last.seq + 1:
+                return until is not None and self._last is not None and self._last.seq + 1 >= until
+            self._apply(frame, _digest(frame))
+            self.counts["replayed"] += 1
+            if self._is_much():
+                self.write()
+        self.write()
+        return True
+
+    def _start_over(self, reason: str, frame: Frame | None = None) -> None:
+        """Nothing that was published counts any more; begin with what the engine still has, or with this message."""
+        if self.counts["messages"] or reason != "new":
+            _log.warning("%s begins anew: %s", self._name, reason)
+        self.counts[f"renewed, {reason}"] += 1
+        self._void()
+        self._last = None
+        self._digests.clear()
+        try:
+            for each in self._engine.replay(0, self._replay_timeout_s):
+                last = self._last
+                if last is not None and each.seq != last.seq + 1:
+                    self.counts["messages_lost"] += each.seq - last.seq - 1
+                    self._void()  # what went before may have been dropped in between
+                elif last is None and each.seq:
+                    self.counts["joined_late"] += 1
+                self._apply(each, _digest(each))
+                self.counts["replayed"] += 1
+                if self._is_much():
+                    self.write()
+        except ReplayError as error:
+            _log.info("%s: %s", self._name, error)
+            if self._last is not None:  # it ended in the middle: what came is whole as far as it goes
+                self.counts["replays_failed"] += 1
+        if frame is not None:
+            self._take_after_start(frame)
+        self.write()
+
+    def _take_after_start(self, frame: Frame) -> None:
+        """The message that showed that all is different, unless the engine replayed it."""
+        last = self._last
+        if last is not None and frame.seq <= last.seq and self._digests.get(frame.seq) == _digest(frame):
+            return
+        if last is not None and frame.seq != last.seq + 1:
+            self.counts["messages_lost"] += max(0, frame.seq - last.seq - 1)
+            self._void()
+        self._apply(frame, _digest(frame))
+
+    def _void(self) -> None:
+        self.holdings.clear()
+        self.epoch = self._journal.renew()
+
+    def _apply(self, frame: Frame, digest: str) -> None:
+        at = self._last.at if self._last else 0.0
+        try:
+            batch = decode(frame.payload, engine=self._kind)
+        except EventFormatError as error:
+            self.counts["messages_unreadable"] += 1
+            _log.debug("%s, message %d: %s", self._name, frame.seq, error)
+        else:
+            at = batch.at
+            self.counts["events"] += len(batch.events)
+            self.counts["events_unknown"] += batch.unknown
+            self.counts["events_malformed"] += batch.malformed
+            if batch.rank is not None and batch.rank != self._rank:
+                self.counts["events_of_other_ranks"] += len(batch.events)
+            else:
+                self._apply_events(batch.events)
+        self.counts["messages"] += 1
+        self.lag_s = max(0.0, self._clock() - at)
+        self._last = Position(frame.seq, digest, at)
+        self._remember(self._last)
+
+    def _apply_events(self, events: Iterable[Stored | Removed | Cleared]) -> None:
+        for event in events:
+            if isinstance(event, Stored):
+                self.holdings.store(event)
+            elif isinstance(event, Removed):
+                self.holdings.remove(event)
+            elif len(self.holdings) or self.holdings.parked:
+                self._void()
+
+    def _remember(self, position: Position) -> None:
+        self._digests[position.seq] = position.digest
+        if len(self._digests) > _REMEMBERED:
+            self._digests.popitem(last=False)
+
+    def _is_much(self) -> bool:
+        return sum(map(len, self.holdings.changed.values())) > 4096
+
+
+def _digest(frame: Frame) -> str:
+    return xxhash.xxh3_64_hexdigest(frame.payload)

@@ -1,0 +1,298 @@
+"""What one engine holds, by its events, and how that differs from what Redis was told. Pure: no Redis, no clock.
+
+A block counts in a medium while the engine holds it there and everything before it. What lies behind a hole is
+remembered, and counts again when the hole is filled: engines do not tell of it a second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any, cast
+
+import msgpack
+
+from distprefix.chunking import HASH_BYTES, hash_function
+from distprefix.events.blocks import EVERY_MEDIUM, Block
+from distprefix.events.frames import Removed, Stored
+from distprefix.events.parking import Parking
+
+__all__ = ["Holdings"]
+
+_INDEXED = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
+"""Groups all of whose blocks a prefix needs. A sliding window needs, and tells of, its last ones only."""
+_GROUPS = 8
+_EVERY_GROUP = (1 << _GROUPS) - 1
+
+
+class Holdings:
+    """The blocks of one engine; beyond `max_blocks` the prompt that grew longest ago is forgotten from its end.
+
+    `origin` is the chain's root (`chain_root`). With `engine_chains` the engine's own hashes are the chunk hashes.
+    """
+
+    def __init__(
+        self,
+        chunk_size: int,
+        algorithm: str,
+        origin: bytes,
+        *,
+        engine_chains: bool = False,
+        max_blocks: int = 1_000_000,
+        max_parked: int = 100_000,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        """Blocks that were left out, by reason."""
+        self.changed: dict[str, dict[Block, None]] = {}
+        """By medium: blocks that may differ from what Redis was told."""
+        self.chunks: Counter[str] = Counter()
+        """By medium: chunks that count."""
+        self._chunk_size = chunk_size
+        self._stride = 4 * chunk_size
+        self._digest = hash_function(algorithm)
+        self._origin = origin
+        self._engine_chains = engine_chains
+        self._max_blocks = max_blocks
+        self._parking = Parking(max_parked, self.counts)
+        self._media: dict[str, int] = {}
+        self._need: list[int] = []
+        """By medium: the groups that have to hold a block."""
+        self._groups: dict[tuple[str, int], int] = {}
+        """Medium and the engine's number of a group to its bit."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self.root = Block(0, None, b"")
+        self.root.covered = self.root.told = EVERY_MEDIUM
+        self._blocks: dict[int, Block] = {}
+        self._leaves: dict[Block, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def parked(self) -> int:
+        """Blocks that wait for the one before them."""
+        return self._parking.blocks
+
+    @property
+    def state(self) -> bytes:
+        """What has to be known besides the tree in Redis to go on from there."""
+        return cast("bytes", msgpack.packb([[medium, group] for medium, group in self._groups]))
+
+    def mask(self, medium: str) -> int:
+        """The bit of a medium."""
+        return 1 << self._media[medium]
+
+    def clear(self) -> None:
+        """The engine holds nothing."""
+        self._restart()
+        self._parking.clear()
+        self.changed = {medium: {} for medium in self.changed}
+        self.chunks.clear()
+
+    # What the engine tells
+
+    def store(self, event: Stored) -> None:
+        """The engine has these blocks. Telling it twice does the same as once."""
+        if event.kind not in _INDEXED:
+            self.counts["other_groups"] += len(event.keys)
+            return
+        bit = self._group(event.medium, event.group)
+        if not bit:
+            self.counts["other_groups"] += len(event.keys)
+        elif not event.tokens:
+            self._store_known(event, bit)
+        elif not self._fits(event):
+            self.counts["misfits"] += len(event.keys)
+        else:
+            self._store_all(event)
+
+    def remove(self, event: Removed) -> None:
+        """The engine no longer has these blocks."""
+        bit = self._groups.get((event.medium, event.group), 0)
+        if not bit:
+            self.counts["other_groups"] += len(event.keys)
+            return
+        for key in event.keys:
+            block = self._blocks.get(key)
+            if block is None:
+                if not self._parking.remove(key, event):
+                    self.counts["unknown_removals"] += 1
+                continue
+            block.held &= ~bit
+            if block.covered & self.mask(event.medium):
+                self._uncover(block, event.medium)
+            self._forget(block)
+
+    def _store_known(self, event: Stored, bit: int) -> None:
+        """An offload tier names blocks without their tokens."""
+        for key in event.keys:
+            block = self._blocks.get(key)
+            if block is None:
+                self.counts["unknown_blocks"] += 1
+            else:
+                self._credit(block, bit, event.medium)
+
+    def _fits(self, event: Stored) -> bool:
+        size, chunk = event.block_size, self._chunk_size
+        if self._engine_chains:
+            return size == chunk and len(event.names) == len(event.keys)
+        whole = size > 0 and (size % chunk == 0 or chunk % size == 0)
+        return whole and len(event.tokens) == 4 * size * len(event.keys)
+
+    def _store_all(self, event: Stored) -> None:
+        waiting: deque[Stored | Removed] = deque((event,))
+        while waiting:
+            event_now = waiting.popleft()
+            if isinstance(event_now, Removed):
+                self.remove(event_now)
+                continue
+            parent = self.root if event_now.parent is None else self._blocks.get(event_now.parent)
+            if parent is None:
+                self._parking.park(event_now)
+                continue
+            self._append(event_now, parent)
+            if self._parking.blocks:
+                waiting.extend(self._parking.take(event_now.keys))
+        self._shrink()
+
+    def _append(self, event: Stored, parent: Block) -> None:
+        blocks, bit, size = self._blocks, self._group(event.medium, event.group), 4 * event.block_size
+        for i, key in enumerate(event.keys):
+            block = blocks.get(key)
+            if block is None and parent.rest is None:  # ends inside a chunk, and was told of before a restart
+                self.counts["unknown_blocks"] += len(event.keys) - i
+                return
+            if block is None:
+                extra = event.extras[i] if event.extras else b""
+                if self._engine_chains:
+                    block = Block(key, parent, event.names[i][:HASH_BYTES])
+                else:
+                    block = self._make(key, parent, event.tokens[i * size : (i + 1) * size], extra)
+                blocks[key] = block
+                self._leaves.pop(parent, None)
+                self._leaves[block] = None
+                parent.add_child(block)
+            elif block.parent is not parent:  # the engine's hash names two contents: neither can be relied on
+                self.counts["conflicts"] += len(event.keys) - i
+                return
+            self._credit(block, bit, event.medium)
+            parent = block
+
+    def _make(self, key: int, parent: Block, tokens: bytes, extra: bytes) -> Block:
+        """A block with the hashes of the chunks that end in it; what else it depends on goes into the first of them."""
+        last, stride, hashes = parent.last or self._origin, self._stride, list[bytes]()
+        if parent.rest:
+            tokens, extra = parent.rest + tokens, parent.extras + extra
+        at = 0
+        while at + stride <= len(tokens):
+            last = self._digest(last + tokens[at : at + stride] + extra)
+            hashes.append(last)
+            extra = b""
+            at += stride
+        return Block(key, parent, b"".join(hashes), tokens[at:], extra)
+
+    # Who counts
+
+    def _group(self, medium: str, group: int) -> int:
+        """The bit of an attention group in a medium; 0 when there are too many."""
+        bit = self._groups.get((medium, group))
+        if bit is not None:
+            return bit
+        index = self._media.setdefault(medium, len(self._media))
+        if index == len(self._need):
+            self._need.append(0)
+            self.changed[medium] = {}
+        number = sum(known == medium for known, _ in self._groups)
+        if number >= _GROUPS or index >= EVERY_MEDIUM.bit_length():
+            return 0
+        bit = self._groups[medium, group] = 1 << (_GROUPS * index + number)
+        self._need[index] |= bit
+        for block in list(self._blocks.values()):  # what only the groups known so far hold no longer counts
+            if block.covered >> index & 1 and not block.held & bit:
+                self._uncover(block, medium)
+        return bit
+
+    def _credit(self, block: Block, bit: int, medium: str) -> None:
+        block.held |= bit
+        index = self._media[medium]
+        need, parent = self._need[index], block.parent
+        if not block.covered >> index & 1 and block.held & need == need and parent and parent.covered >> index & 1:
+            self._cover(block, medium)
+
+    def _cover(self, top: Block, medium: str) -> None:
+        """The block counts, and what lies behind it without a hole."""
+        index, changed, stack = self._media[medium], self.changed[medium], [top]
+        mask, need, chunks = 1 << index, self._need[index], 0
+        while stack:
+            block = stack.pop()
+            block.covered |= mask
+            changed[block] = None
+            chunks += len(block.chunks)
+            if not block.is_leaf:
+                stack += [child for child in block.children if child.held & need == need]
+        self.chunks[medium] += chunks // HASH_BYTES
+
+    def _uncover(self, top: Block, medium: str) -> None:
+        """Neither the block nor what lies behind it counts any more."""
+        mask, changed, stack, chunks = self.mask(medium), self.changed[medium], [top], 0
+        while stack:
+            block = stack.pop()
+            block.covered &= ~mask
+            changed[block] = None
+            chunks += len(block.chunks)
+            stack += [child for child in block.children if child.covered & mask]
+        self.chunks[medium] -= chunks // HASH_BYTES
+
+    def _forget(self, block: Block) -> None:
+        """Forget what is held nowhere and has nothing behind it."""
+        while not block.held and block.is_leaf and block.parent is not None:
+            parent = block.parent
+            del self._blocks[block.key]
+            self._leaves.pop(block, None)
+            parent.drop_child(block)
+            if parent.is_leaf and parent.parent is not None:
+                self._leaves[parent] = None
+            block = parent
+
+    def _shrink(self) -> None:
+        while len(self._blocks) > self._max_blocks:
+            leaf = next(iter(self._leaves))
+            leaf.held = 0
+            for medium in self._media:
+                if leaf.covered & self.mask(medium):
+                    self._uncover(leaf, medium)
+            self.counts["forgotten"] += 1
+            self._forget(leaf)
+
+    # After a restart of the ingest
+
+    def restore_state(self, state: bytes) -> None:
+        """Know the groups that were known. What another hand wrote is passed over."""
+        try:
+            known: Any = msgpack.unpackb(state) if state else []
+            for medium, group in known:
+                self._group(str(medium), int(group))
+        except (ValueError, TypeError):
+            self.counts["state_unreadable"] += 1
+
+    def restore(self, medium: str, blocks: Iterable[tuple[int, int | None, bytes]]) -> None:
+        """Redis was told that the medium holds these blocks: key, key of the one before, chunks; parents come first."""
+        self._group(medium, 0)
+        mask, groups = self.mask(medium), _EVERY_GROUP << (_GROUPS * self._media[medium])
+        for key, before, chunks in blocks:
+            parent = self.root if before is None else self._blocks.get(before)
+            if parent is None or not parent.covered & mask:
+                continue
+            block = self._blocks.get(key)
+            if block is None:
+                block = self._blocks[key] = Block(key, parent, chunks, b"" if chunks else None)
+                self._leaves.pop(parent, None)
+                self._leaves[block] = None
+                parent.add_child(block)
+            if not block.covered & mask:
+                self.chunks[medium] += len(chunks) // HASH_BYTES
+            block.held |= groups
+            block.covered |= mask
+            block.told |= mask

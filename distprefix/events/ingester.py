@@ -1,0 +1,269 @@
+"""Following engines' events into the shared tree, each in a thread of its own, for as long as this process lives."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import redis
+
+from distprefix.chunking import chain_root
+from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
+from distprefix.errors import ConfigError, DistPrefixError, FencedError, NotAttachedError
+from distprefix.events.engine import Connected, EngineSocket
+from distprefix.events.follower import Follower
+from distprefix.events.frames import Frame
+from distprefix.events.holdings import Holdings
+from distprefix.redis.client import Client, connect, new_breaker
+from distprefix.redis.journal import RedisJournal
+from distprefix.redis.keys import Keys
+from distprefix.redis.namespace import attach
+from distprefix.redis.roster import WorkerInfo
+
+__all__ = ["Engine", "Ingester", "follower_of"]
+
+_log = logging.getLogger("distprefix")
+_TIMEOUT_S = 5.0
+_WAIT_S = 0.2
+_SWEEP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """An engine, or one data-parallel rank of it, and what it is called in the namespace."""
+
+    worker: str
+    endpoint: str
+    """Where it publishes, ``tcp://host:port``; ``tcp://*:port`` when it connects to us."""
+    replay: str | None = None
+    """Where it answers for what was missed. Without it every gap and every restart costs what it holds."""
+    rank: int = 0
+    kind: str = "auto"
+    """vllm, sglang, or auto."""
+    topic: str = ""
+    model: str = ""
+    address: str = ""
+    """Where it takes requests, for routers."""
+
+    @property
+    def member(self) -> str:
+        """This rank of the worker."""
+        return f"{self.worker}/{self.rank}"
+
+
+def follower_of(
+    engine: Engine, config: PrefixCacheConfig, client: Client, replays: Any, *, lease_s: float, engine_chains: bool
+) -> tuple[Follower, RedisJournal]:
+    """What follows this engine into the namespace that the settings name."""
+    keys = Keys(config.namespace)
+    holdings = Holdings(
+        config.chunk_size,
+        config.hash_algorithm,
+        chain_root(config.hash_algorithm, config.salt.encode()),
+        engine_chains=engine_chains,
+        max_blocks=config.max_own_chunks,
+    )
+    info = WorkerInfo(engine.address, engine.model)
+    journal = RedisJournal(client, keys, engine.member, engine.endpoint, info, lease_s=lease_s, max_run=config.max_run)
+    follower = Follower(engine.member, holdings, journal, replays, kind=engine.kind, rank=engine.rank, clock=time.time)
+    return follower, journal
+
+
+class Ingester:
+    """Follows engines until it is stopped. Several may be started for one engine: one writes, the others stand by.
+
+    A worker's lease lasts `lease_s` after its engine was last heard of, and so does the right to write: another
+    ingester goes on that long after this one died, from the message written last.
+    Raises ConfigError, NamespaceError or UnavailableError when it cannot begin.
+    """
+
+    def __init__(
+        self,
+        config: PrefixCacheConfig,
+        engines: Sequence[Engine],
+        *,
+        lease_s: float = 10.0,
+        engine_chains: bool = False,
+        client: redis.Redis | None = None,
+    ) -> None:
+        members = [engine.member for engine in engines]
+        twice = [member for member, times in Counter(members).items() if times > 1]
+        if twice or not engines:
+            raise ConfigError(f"{twice[0]} is named twice: every engine needs a name" if twice else "name an engine")
+        if lease_s < SHORTEST_LEASE_S:
+            raise ConfigError(f"lease_s is {lease_s}: at least {SHORTEST_LEASE_S:g} seconds are needed")
+        self._config = config
+        self._client = Client(client or connect(config.url or "", _TIMEOUT_S), new_breaker(1 << 30, 1.0), Counter())
+        self._attach()
+        self._stop = threading.Event()
+        self.streams = [Stream(engine, self, lease_s, engine_chains=engine_chains) for engine in engines]
+        self._threads = [
+            threading.Thread(target=stream.run, args=(self._stop,), daemon=True) for stream in self.streams
+        ]
+
+    def start(self) -> Self:
+        """Begin. Returns itself."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End, and let other ingesters go on at once. The workers' leases run out unless one does."""
+        self._stop.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(timeout=2 * _TIMEOUT_S)
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def attach_again(self) -> None:
+        """Make the namespace anew, as after a flush. Raises what `attach` raises."""
+        self._attach()
+
+    @property
+    def config(self) -> PrefixCacheConfig:
+        """The namespace's settings."""
+        return self._config
+
+    @property
+    def client(self) -> Client:
+        """The way to Redis that the streams share."""
+        return self._client
+
+    def _attach(self) -> None:
+        attach(self._client, Keys(self._config.namespace), self._config, time.monotonic() + _TIMEOUT_S)
+
+
+class Stream:
+    """One engine's thread."""
+
+    def __init__(self, engine: Engine, ingester: Ingester, lease_s: float, *, engine_chains: bool) -> None:
+        self.engine = engine
+        self.state = "starting"
+        """starting, waiting for the engine, following, standby, or what went wrong."""
+        self._ingester = ingester
+        self._socket = EngineSocket(engine.endpoint, engine.replay, topic=engine.topic)
+        self.follower, self._journal = follower_of(
+            engine, ingester.config, ingester.client, self._socket, lease_s=lease_s, engine_chains=engine_chains
+        )
+        self._beat_s = lease_s / 3
+        self._leads = False
+        self._due: dict[str, float] = {}
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for people and JSON."""
+        follower = self.follower
+        counts = {
+            **follower.counts,
+            **follower.holdings.counts,
+            **{f"dropped_{k}": n for k, n in self._dropped.items()},
+        }
+        return {
+            "worker": self.engine.worker,
+            "rank": self.engine.rank,
+            "endpoint": self.engine.endpoint,
+            "state": self.state,
+            "epoch": follower.epoch,
+            "sequence": follower.position.seq if follower.position else None,
+            "chunks": dict(follower.holdings.chunks),
+            "blocks": len(follower.holdings),
+            "parked": follower.holdings.parked,
+            "lag_s": round(follower.lag_s, 3),
+            "counts": dict(sorted(counts.items())),
+        }
+
+    @property
+    def _dropped(self) -> Counter[str]:
+        return self._socket.dropped
+
+    def run(self, stop: threading.Event) -> None:
+        """Follow the engine until `stop` is set."""
+        try:
+            while not stop.is_set():
+                self._round(stop)
+        finally:
+            self._socket.close()
+            if self._leads:
+                self._quietly(self._journal.resign)
+
+    def _round(self, stop: threading.Event) -> None:
+        try:
+            self._step()
+        except FencedError:
+            self._leads, self.state = False, "standby"
+        except NotAttachedError:
+            self._leads = False
+            self._quietly(self._ingester.attach_again)
+        except DistPrefixError as error:
+            self._trouble(str(error))
+            stop.wait(1.0)
+        except Exception as error:  # noqa: BLE001 - the thread must go on, whatever it met
+            _log.exception("following %s failed", self.engine.member)
+            self._trouble(f"failed: {error}")
+            stop.wait(1.0)
+
+    def _trouble(self, state: str) -> None:
+        """What is in memory may differ from what was written: go on from there."""
+        self._leads, self.state = False, state
+        self.follower.counts["troubles"] += 1
+
+    def _step(self) -> None:
+        frames, connected = list[Frame](), False
+        for arrival in self._socket.receive(_WAIT_S):
+            if isinstance(arrival, Frame):
+                frames.append(arrival)
+            elif isinstance(arrival, Connected):
+                connected = True
+            else:
+                _log.warning("%s: the engine at %s is gone", self.engine.member, self.engine.endpoint)
+        if not self._leads:
+            self._begin(frames)
+            return
+        self._keep()
+        if connected and self._leads:
+            self.follower.resume()
+        if self._leads:
+            self.follower.take(frames)
+            self.state = "following" if self._socket.connected else "waiting for the engine"
+
+    def _begin(self, frames: list[Frame]) -> None:
+        if not self._socket.connected:
+            self.state = "waiting for the engine"
+        elif self._is_due("begin", 1.0):
+            self._leads = self.follower.begin()
+            self.state = "following" if self._leads else "standby"
+            if self._leads:
+                self.follower.take(frames)
+
+    def _keep(self) -> None:
+        """Say that this ingester lives, and the engine if it does."""
+        if self._is_due("beat", self._beat_s):
+            if self._journal.lead() is None:
+                raise FencedError
+            if self._socket.connected:
+                self.follower.heartbeat()
+        if self._is_due("sweep", _SWEEP_S):
+            self._quietly(self._journal.sweep)
+
+    def _quietly(self, what: Any) -> None:
+        try:
+            what()
+        except DistPrefixError as error:
+            _log.debug("%s: %s", self.engine.member, error)
+
+    def _is_due(self, task: str, interval_s: float) -> bool:
+        now = time.monotonic()
+        if now < self._due.get(task, 0.0):
+            return False
+        self._due[task] = now + interval_s
+        return True

@@ -1,0 +1,70 @@
+"""Events that name a block before it was told of: they wait, in order, until it is. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from distprefix.events.frames import Removed, Stored
+
+__all__ = ["Parking"]
+
+
+class Parking:
+    """Bounded in blocks; what waits longest goes first, and is counted as `parked_dropped`."""
+
+    def __init__(self, max_blocks: int, counts: Counter[str]) -> None:
+        self.blocks = 0
+        self._max_blocks = max_blocks
+        self._counts = counts
+        self._waiting: dict[int, list[Stored | Removed]] = {}
+        """By the block that they wait for."""
+        self._place: dict[int, int] = {}
+        """Block that waits to the one that it waits for."""
+
+    def park(self, event: Stored) -> None:
+        """Keep blocks whose parent is unknown."""
+        if event.parent is None:
+            return
+        self._add(event.parent, event)
+        for key in event.keys:
+            self._place.setdefault(key, event.parent)
+
+    def remove(self, key: int, event: Removed) -> bool:
+        """Whether the block waits: then its removal waits behind it."""
+        parent = self._place.get(key)
+        if parent is None:
+            return False
+        self._add(parent, event._replace(keys=(key,)))
+        return True
+
+    def take(self, keys: Iterable[int]) -> list[Stored | Removed]:
+        """What waited for these blocks, in the order in which it came for each."""
+        taken: list[Stored | Removed] = []
+        for key in keys:
+            events = self._waiting.pop(key, None)
+            if events:
+                self._free(events)
+                taken += events
+        return taken
+
+    def clear(self) -> None:
+        """Nothing waits any more."""
+        self.blocks = 0
+        self._waiting.clear()
+        self._place.clear()
+
+    def _add(self, parent: int, event: Stored | Removed) -> None:
+        self._waiting.setdefault(parent, []).append(event)
+        self.blocks += len(event.keys)
+        while self.blocks > self._max_blocks:
+            oldest = next(iter(self._waiting))
+            events = self._waiting.pop(oldest)
+            self._free(events)
+            self._counts["parked_dropped"] += sum(len(dropped.keys) for dropped in events)
+
+    def _free(self, events: list[Stored | Removed]) -> None:
+        for event in events:
+            self.blocks -= len(event.keys)
+            for key in event.keys:
+                self._place.pop(key, None)

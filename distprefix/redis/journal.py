@@ -1,0 +1,139 @@
+"""One engine's stream in Redis: who writes it, how far it is written, and what it holds."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from distprefix.chunking import HASH_BYTES
+from distprefix.events.changes import Change, Covered
+from distprefix.events.journal import Fate, Lead, Outcome, Position
+from distprefix.operations import SCHEMA, Call, Swept
+from distprefix.redis.client import Client, run
+from distprefix.redis.keys import Keys
+from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
+from distprefix.sweep import sweep
+
+__all__ = ["RedisJournal", "census"]
+
+_LEAVES_A_CALL = 50
+_READ_TIMEOUT_S = 60.0
+_RIGHT_S = 10.0
+"""How long the right to write lasts for a worker that holds no lease."""
+_FATES = {"done": Fate.DONE, "again": Fate.AGAIN, "absent": Fate.MOVED, "noparent": Fate.MOVED, "refused": Fate.REFUSED}
+
+
+class RedisJournal:
+    """A `Journal` in a namespace. Every method is one script call unless it says more."""
+
+    def __init__(
+        self, client: Client, keys: Keys, member: str, source: str, info: WorkerInfo, *, lease_s: float, max_run: int
+    ) -> None:
+        self.lease_s = lease_s
+        self._client = client
+        self._keys = keys
+        self._member = member
+        self._source = source
+        self._info = info
+        self._max_run = max_run
+        self._ttl_ms = int(1000 * (lease_s or _RIGHT_S))
+        self._timeout_s = max(1.0, lease_s / 3)
+        self._owner = uuid.uuid4().hex
+        self._number = 0
+        """Of the right to write: whoever takes it over gets a higher one."""
+        self._epoch = 0
+
+    def lead(self) -> Lead | None:
+        """Take the right to write, or keep it; None while another ingester has it. Two calls."""
+        reply = self._stream(self._ttl_ms)
+        held, _, number, _, seq, digest, at, epoch, state = reply
+        if held.decode() != self._owner:
+            return None
+        self._number = int(number)
+        position = Position(int(seq), digest.decode(), float(at)) if seq else None
+        reading = read_roster(self._client, self._keys, "", self._deadline())
+        current = (reading.epochs or {}).get(self._member, 0)
+        return Lead(position, int(epoch), current, state)
+
+    def leader(self) -> tuple[str, float]:
+        """Where the events of whoever has the right come from, and how many seconds it lasts yet."""
+        reply = self._client.call("stream", self._keys.meta, (SCHEMA, self._member, "", 0, ""), self._deadline())
+        return reply[3].decode(errors="replace"), max(0, int(reply[1])) / 1000
+
+    def resign(self) -> None:
+        """Let another ingester go on at once."""
+        self._stream(0)
+
+    def renew(self) -> int:
+        """A new epoch, with a lease: all that was published so far counts no more."""
+        deadline = self._deadline()
+        self._epoch = register(self._client, self._keys, self._member, self._epoch, self.lease_s, self._info, deadline)
+        return self._epoch
+
+    def heartbeat(self, epoch: int, load: Mapping[str, float]) -> None:
+        """The engine lives. Raises StaleEpochError when the epoch counts no more."""
+        info = WorkerInfo(self._info.address, self._info.model, self._info.media, load)
+        heartbeat(self._client, self._keys, self._member, epoch, self.lease_s, info, self._deadline())
+
+    def covered(self, epoch: int) -> list[Covered]:
+        """What the tree says that the engine holds under this epoch. One call for about 50 leaves."""
+        operation = census(self._member)
+        found: list[Covered] = []
+        for parent, depth, holders in run(operation, self._client, self._keys.meta, time.monotonic() + _READ_TIMEOUT_S):
+            for holder, (held_epoch, chunks, keys) in holders.items():
+                if held_epoch == epoch:
+                    found.append(Covered(holder.rpartition("@")[2], parent, depth, chunks, keys))
+        return found
+
+    def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
+        """Write changes, and the position with them once all of them are written."""
+        args: list[Any] = [SCHEMA, int(time.time() * 1000), self._max_run, self._member, self._number, epoch]
+        args += (position.seq, position.digest, repr(position.at)) if position else ("", "", "")
+        args.append(state)
+        for change in changes:
+            args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
+        reply = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
+        return [_outcome(word.decode()) for word in reply]
+
+    def sweep(self) -> Swept:
+        """Take away what no longer counts, of anybody."""
+        return sweep(self._client, self._keys, time.monotonic() + _READ_TIMEOUT_S)
+
+    def _stream(self, ttl_ms: int) -> list[Any]:
+        args = (SCHEMA, self._member, self._owner, ttl_ms, self._source)
+        return self._client.call("stream", self._keys.meta, args, self._deadline())
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_s
+
+
+def _outcome(word: str) -> Outcome:
+    first, *rest = word.split()
+    return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
+
+
+Node = tuple[bytes, int, dict[str, tuple[int, bytes, bytes]]]
+
+
+def census(member: str = "") -> Generator[Call, Any, list[Node]]:
+    """Every node: hash of the chunk before it, depth, and who covers it: holder to epoch, chunks and keys.
+
+    Without a member, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
+    One call for about 50 leaves.
+    """
+    cursor: Any = b"0"
+    nodes: dict[bytes, Node] = {}
+    while True:
+        cursor, *told = yield Call("census", (SCHEMA, cursor, _LEAVES_A_CALL, member))
+        for head, parent, depth, *rest in told:
+            holders: dict[str, tuple[int, bytes, bytes]] = {}
+            for holder, held, chunks, keys in zip(*(rest[i::4] for i in range(4)), strict=True):
+                epoch, _, covered = held.partition(b":")
+                if epoch.isdigit() and covered.isdigit():
+                    wanted = chunks if member else bytes(int(covered) * HASH_BYTES)
+                    holders[holder.decode()] = (int(epoch), wanted, keys)
+            nodes[head] = (bytes.fromhex(parent.decode()), int(depth), holders)
+        if cursor == b"0":
+            return list(nodes.values())

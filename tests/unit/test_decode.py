@@ -1,0 +1,571 @@
+"""KV events of engines: every shape they were ever sent in, what is refused, and what a hostile message can cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any, cast
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distprefix.chunking import pack_extra
+from distprefix.errors import DistPrefixError, EventFormatError, InvalidInputError
+from distprefix.events.decode import PAYLOAD_LIMIT, decode
+from distprefix.events.frames import Batch, Cleared, Removed, Stored
+from distprefix.events.sglang import first_hash
+from tests.conformance.make import cases, sglang_hashes
+
+_EVENTS = Path(os.environ.get("KV_EVENTS") or Path(__file__).parents[3] / "shared" / "kv_events")
+_CAPTURES = sorted(_EVENTS.glob("*.jsonl"))
+_ENGINES = ("auto", "vllm", "sglang")
+_MIB = 1 << 20
+_TOP = 2**64
+_STORED: dict[str, Any] = {
+    "type": "BlockStored",
+    "block_hashes": [1, 2],
+    "parent_block_hash": None,
+    "token_ids": [10, 11, 12, 13],
+    "block_size": 2,
+    "lora_id": None,
+    "medium": "GPU",
+    "lora_name": None,
+    "extra_keys": [None, None],
+    "group_idx": 0,
+    "kv_cache_spec_kind": "full_attention",
+}
+_REMOVED = {"type": "BlockRemoved", "block_hashes": [1], "medium": "GPU", "group_idx": 0}
+
+
+def pack(value: Any) -> bytes:
+    """Msgpack, as engines write it."""
+    return cast("bytes", msgpack.packb(value))
+
+
+def read(*events: Any, engine: str = "auto") -> Batch:
+    """The batch that has these events."""
+    return decode(pack([1.5, list(events), 0]), engine=engine)
+
+
+def stored(engine: str = "auto", **fields: Any) -> Stored:
+    """What a BlockStored with these fields becomes."""
+    (event,) = read(_STORED | fields, engine=engine).events
+    assert isinstance(event, Stored)
+    return event
+
+
+def bare(**fields: Any) -> dict[str, Any]:
+    """A BlockStored without what only vLLM sends, as SGLang has it."""
+    return {k: v for k, v in _STORED.items() if k not in ("lora_name", "extra_keys", "group_idx")} | fields
+
+
+def refused(*events: Any) -> bool:
+    """Whether each of the events, and nothing else, counts as malformed."""
+    batch = read(*events, _REMOVED)
+    return batch.malformed == len(events) and batch.events == (Removed((1,), "gpu", 0),) and batch.unknown == 0
+
+
+def words(*ids: int) -> bytes:
+    """Token ids as the index has them."""
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def test_a_map_is_read() -> None:
+    """A map of vLLM becomes an event with everything in it."""
+    want = Stored((1, 2), None, words(10, 11, 12, 13), 2, "gpu", 0, "full_attention", (), ())
+    assert read(_STORED, _REMOVED, {"type": "AllBlocksCleared"}) == Batch(
+        1.5, 0, (want, Removed((1,), "gpu", 0), Cleared()), 0, 0
+    )
+
+
+@pytest.mark.parametrize("engine", _ENGINES)
+@pytest.mark.parametrize("length", range(4, 13))
+def test_arrays_of_any_length_are_read(engine: str, length: int) -> None:
+    """A positional array of four fields or more is the same event; what it lacks has its default."""
+    names = list(_STORED)[1:]
+    values = [5, "CPU", None, None, 3, "mla_attention", 128, "more"]
+    array = ["BlockStored", [-1], 7, [10, 11], 2, *(values if engine != "sglang" else [5, "CPU", "salt", "s", "lora"])]
+    (event,) = read(array[: length + 1], engine=engine if engine != "auto" else "vllm").events
+    assert isinstance(event, Stored)
+    assert (event.keys, event.parent, event.tokens, event.block_size) == ((_TOP - 1,), 7, words(10, 11), 2)
+    assert event.medium == ("cpu" if length >= 6 else "gpu")
+    if engine != "sglang":
+        assert event.group == (3 if length >= 9 else 0), names
+        assert event.kind == ("mla_attention" if length >= 10 else "full_attention")
+    assert read(["BlockRemoved", [1]], ["BlockRemoved", [1], "CPU"], engine=engine).events == (
+        Removed((1,), "gpu", 0),
+        Removed((1,), "cpu", 0),
+    )
+    assert read(["AllBlocksCleared"], engine=engine).events == (Cleared(),)
+
+
+def test_arrays_that_are_too_short_are_malformed() -> None:
+    """Without hashes, parent, tokens and block size there is no stored block."""
+    assert refused(*[["BlockStored", [1], None, [1], 1][:n] for n in range(1, 5)], ["BlockRemoved"], [], [[]])
+
+
+def test_batches_of_two_and_more_elements() -> None:
+    """A batch may lack its rank, have nil for it, or have elements more."""
+    assert decode(pack([1, []])) == Batch(1.0, None, (), 0, 0)
+    assert decode(pack([1, [], None])).rank is None
+    assert decode(pack([1, [_REMOVED], 3, "x", [1]])) == Batch(1.0, 3, (Removed((1,), "gpu", 0),), 0, 0)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\xc1",
+        pack(None),
+        pack(1),
+        pack({}),
+        pack([]),
+        pack([1.0]),
+        pack([1.0, None]),
+        pack([1.0, {}, 0]),
+        pack(["now", [], 0]),
+        pack([True, [], 0]),
+        pack([[], [], 0]),
+        pack([1.0, [], True]),
+        pack([1.0, [], "0"]),
+        pack([1.0, [], -1]),
+        pack([1.0, [], 0.0]),
+        pack([1.0, [], 0]) + b"\0",
+        pack([1.0, [_STORED], 0])[:-1],
+        pack([1.0, [None] * (1 << 19), 0]),
+        b"\xdd\xff\xff\xff\xff" * 400,
+        b"\x91" * 5000 + b"\0",
+    ],
+)
+def test_what_is_no_batch_is_refused(payload: bytes) -> None:
+    """A message that is not one batch and nothing else is refused as a whole, with a message."""
+    with pytest.raises(EventFormatError, match=r"\w"):
+        decode(payload)
+    with pytest.raises(EventFormatError, match=r"\w"):
+        decode(payload + b"\xdb\0\x20\0\0" + b"a" * (2 * _MIB))
+    assert issubclass(EventFormatError, DistPrefixError)
+    assert issubclass(EventFormatError, ValueError)
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    """An engine that nobody knows is a mistake of the caller."""
+    with pytest.raises(InvalidInputError, match="'llama'"):
+        decode(pack([1.0, []]), engine="llama")
+
+
+@pytest.mark.parametrize("at", [math.nan, math.inf, -math.inf, None])
+def test_times_that_are_none(at: Any) -> None:
+    """A time that is no number is 0."""
+    assert decode(pack([at, []])).at == 0.0
+
+
+def test_hashes_are_low_64_bits() -> None:
+    """Negative numbers and strings are the same keys as the numbers they end in; long strings are kept whole."""
+    long = [bytes(range(32)), b"\xff" * 16]
+    assert stored(block_hashes=[-1, -(2**63)]).keys == (_TOP - 1, 2**63)
+    event = stored(block_hashes=long, parent_block_hash=b"abc" + b"\0" * 7 + b"\5")
+    assert event.keys == (int.from_bytes(range(24, 32), "big"), _TOP - 1)
+    assert (event.parent, event.names) == (5, tuple(long))
+    assert stored(block_hashes=[b"\1", b"\xff" * 16]).names == ()
+    assert stored(block_hashes=[b"\1\0", 7]).keys == (256, 7)
+
+
+def test_bad_hashes_are_malformed() -> None:
+    """What is neither a number nor a string of bytes names no block."""
+    bad: list[Any] = [True, 1.0, "1", None, [1], {}, b"", msgpack.ExtType(5, b"1")]
+    assert refused(*[_STORED | {"block_hashes": [1, value]} for value in bad])
+    assert refused(*[_REMOVED | {"block_hashes": [value]} for value in bad])
+    assert refused(*[_STORED | {"parent_block_hash": value} for value in bad if value is not None])
+    assert refused(*[_STORED | {"block_hashes": value} for value in (None, 1, "a", {}, b"ab")])
+
+
+def test_bad_tokens_are_malformed() -> None:
+    """Token ids are integers in [0, 2^32), and there are none without a block size."""
+    assert refused(*[_STORED | {"token_ids": [1, value]} for value in (True, 1.0, "1", None, -1, 2**32, [1], b"1")])
+    assert refused(*[_STORED | {"token_ids": value} for value in (None, 1, b"abcd", {1: 2})])
+    assert refused(*[_STORED | {"block_size": value} for value in (True, 2.0, "2", -2, None, 0)])
+    assert stored(token_ids=[0, 2**32 - 1]).tokens == words(0, 2**32 - 1)
+
+
+def test_bad_fields_are_malformed() -> None:
+    """Fields of the wrong type are not guessed at."""
+    assert refused(*[_STORED | {"group_idx": value} for value in (True, 1.0, "1", -1)])
+    assert refused(*[_STORED | {"lora_id": value} for value in (True, 1.0, "1")])
+    names = ("medium", "kv_cache_spec_kind", "lora_name", "cache_salt")
+    assert refused(*[_STORED | {name: value} for name in names for value in (1, True, [], {})])
+    assert refused(*[_STORED | {"extra_keys": value} for value in (1, "ab", [["a"]], ["a", None], [{"a": 1}, None])])
+    assert refused(None, 1, "BlockStored", b"", {}, {"type": None}, {"type": 1}, {"type": ""}, {1: 2})
+    assert refused(*[{k: v for k, v in _STORED.items() if k != name} for name in list(_STORED)[1:5]])
+    assert refused(_REMOVED | {"medium": 1}, _REMOVED | {"group_idx": True})
+
+
+def test_unknown_kinds_and_fields() -> None:
+    """Events of other kinds are counted and other fields ignored, whatever is in them."""
+    more = {"locality": "LOCAL", "new": [{"a": [1.0]}], "lookahead_token_ids": [[1], [2]]}
+    batch = read({"type": "Moved"}, ["Later", 1, 2], {"type": b"\xff"}, _STORED | more)
+    assert (batch.unknown, batch.malformed) == (3, 0)
+    assert batch.events == read(_STORED).events
+
+
+def test_names_may_be_bytes() -> None:
+    """Names of fields, types and media may be binary."""
+    made = {k.encode(): v.encode() if isinstance(v, str) else v for k, v in _STORED.items()}
+    assert read(made).events == read(_STORED).events
+    assert read([b"BlockRemoved", [1], b"CPU"], {b"type": b"AllBlocksCleared"}).events == (
+        Removed((1,), "cpu", 0),
+        Cleared(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("medium", "word"),
+    [
+        (None, "gpu"),
+        ("", "gpu"),
+        ("GPU", "gpu"),
+        ("CPU_PINNED", "cpu_pinned"),
+        ("a b/c:d@é", "a-b-c-d--"),
+        ("x" * 100, "x" * 64),
+        ("İ" * 64, "i-" * 32),
+        (b"\xffA", "-a"),
+    ],
+)
+def test_media(medium: Any, word: str) -> None:
+    """A medium is a short word in lower case; none means the GPU."""
+    assert stored(medium=medium).medium == word
+
+
+def test_placeholders() -> None:
+    """An event without tokens names blocks, whatever block size it tells."""
+    for size in (0, 16):
+        event = stored(token_ids=[], block_size=size, extra_keys=None)
+        assert (event.keys, event.tokens, event.block_size, event.parent) == ((1, 2), b"", 0, None)
+
+
+def test_defaults() -> None:
+    """Without them the group is 0 and of full attention, and the medium the GPU."""
+    event = stored(group_idx=None, kv_cache_spec_kind=None, medium=None)
+    assert (event.group, event.kind, event.medium) == (0, "full_attention", "gpu")
+    short = {name: _STORED[name] for name in list(_STORED)[:5]}
+    assert read(short, engine="vllm").events == (event,)
+
+
+def test_extras_are_packed_the_same_everywhere() -> None:
+    """The packing of an extra is fixed: it is part of what names a block."""
+    assert pack_extra("mm", "image", -3) == b"\x93\xa2mm\xa5image\xfd"
+    assert pack_extra("key", b"\1") == b"\x92\xa3key\xc4\x01\x01"
+    assert pack_extra("salt", "\udcff") == b"\x92\xa4salt\xa1\xff"
+
+
+@pytest.mark.parametrize(
+    ("fields", "extras"),
+    [
+        ({"lora_name": "a", "lora_id": 1}, [[("lora", "a")], []]),
+        ({"lora_id": 7}, [[("lora", "7")], []]),
+        ({"lora_id": 0}, []),
+        ({"lora_name": ""}, []),
+        ({"lora_name": "a", "parent_block_hash": 5}, []),
+        ({"lora_name": "a", "extra_keys": [["a"], ["a"]]}, [[("lora", "a")], []]),
+        ({"lora_name": "a", "extra_keys": [["a"], ["a"]], "parent_block_hash": 5}, []),
+        ({"lora_name": "a", "extra_keys": [["a", "a"], ["a"]]}, [[("lora", "a"), ("salt", "a")], []]),
+        ({"extra_keys": [["t"], None]}, [[("salt", "t")], []]),
+        ({"extra_keys": [["t", "u"], ["v"]]}, [[("salt", "t"), ("key", "u")], [("key", "v")]]),
+        ({"extra_keys": [["t"], None], "parent_block_hash": 5}, [[("key", "t")], []]),
+        ({"extra_keys": [["t"], None], "cache_salt": "t"}, [[("salt", "t")], []]),
+        ({"extra_keys": [["u"], None], "cache_salt": "t"}, [[("salt", "t"), ("key", "u")], []]),
+        ({"cache_salt": "t"}, [[("salt", "t")], []]),
+        ({"cache_salt": "t", "parent_block_hash": 5}, []),
+        ({"extra_keys": [[["i", 3], "t"], [["i", -13]]]}, [[("salt", "t"), ("mm", "i", 3)], [("mm", "i", -13)]]),
+        (
+            {"lora_name": "a", "extra_keys": [["a", ["i", 3], "t", b"d"], ["a", ["i", 0]]]},
+            [[("lora", "a"), ("salt", "t"), ("mm", "i", 3), ("key", b"d")], [("mm", "i", 0)]],
+        ),
+        ({"extra_keys": [[b"d"], [5]]}, [[("key", b"d")], [("key", pack(5))]]),
+        ({"extra_keys": [None, [["i", True], [1]]]}, [[], [("key", pack(["i", True])), ("key", pack([1]))]]),
+        ({"extra_keys": [[], None]}, []),
+        ({"extra_keys": []}, []),
+        ({"extra_keys": None}, []),
+    ],
+)
+def test_extras(fields: dict[str, Any], extras: list[list[Any]]) -> None:
+    """LoRA, then salt, in a prompt's first block; images and what is not explained in the block they stand in."""
+    want = tuple(b"".join(pack_extra(*item) for item in block) for block in extras)
+    assert stored(**fields).extras == want
+
+
+def test_extras_that_cannot_be_packed_are_malformed() -> None:
+    """An extension, or what is nested beyond measure, is no extra key."""
+    deep: list[Any] = []
+    for _ in range(600):
+        deep = [deep]
+    assert refused(_STORED | {"extra_keys": [[msgpack.ExtType(5, b"1")], None]})
+    batch = read(_STORED | {"extra_keys": [[deep], None]})  # depends on the version of msgpack
+    assert batch.malformed + sum(len(event.extras) == 2 for event in batch.events if isinstance(event, Stored)) == 1
+
+
+def test_sglang_blocks_of_something_else_are_marked() -> None:
+    """A first block of SGLang whose hash is not that of its tokens is never a plain prompt's."""
+    ids = _STORED["token_ids"]
+    mark, salted = (pack_extra("unknown", 1), b""), (pack_extra("salt", "t"), b"")
+    right = first_hash(words(*ids), 2)
+    assert right == int.from_bytes(hashlib.sha256(words(10, 11)).digest()[:8], "big")
+    for engine, event, extras in [
+        ("sglang", bare(), mark),
+        ("auto", bare(), mark),
+        ("vllm", bare(), ()),
+        ("auto", _STORED, ()),
+        ("sglang", _STORED, mark),
+        ("sglang", bare(block_hashes=[right, 2]), ()),
+        ("auto", bare(block_hashes=[right - _TOP if right >= 2**63 else right, 2]), ()),
+        ("sglang", bare(parent_block_hash=9), ()),
+        ("sglang", bare(cache_salt="t"), salted),
+        ("sglang", bare(lora_name="a"), (pack_extra("lora", "a"), b"")),
+        ("sglang", bare(token_ids=[], block_size=0), ()),
+        ("auto", _STORED | {"block_hashes": [1, -2]}, mark),
+        ("auto", ["BlockStored", [1, -2], None, ids, 2, None, "GPU"], mark),
+        ("auto", ["BlockStored", [1, 2], None, ids, 2, None, "GPU"], ()),
+        ("sglang", ["BlockStored", [1, 2], None, ids, 2], mark),
+        ("sglang", ["BlockStored", [1, 2], None, ids, 2, None, "GPU", "t"], salted),
+        (
+            "auto",
+            ["BlockStored", [1, 2], None, ids, 2, None, "GPU", {"cache_salt": "t"}],
+            salted,
+        ),
+    ]:
+        (made,) = read(event, engine=engine).events
+        assert isinstance(made, Stored)
+        assert made.extras == extras, (engine, event)
+
+
+def test_sglang_hashes_agree_with_the_corpus() -> None:
+    """The rule in the package and the one of the conformance cases, written apart, give one hash."""
+    ids = list(range(70_000, 70_016))
+    assert first_hash(words(*ids), 16) == sglang_hashes(ids)[0] % _TOP
+
+
+def test_duplicate_keys_and_bad_text() -> None:
+    """The last of two equal fields counts, and text that is no UTF-8 spoils nothing."""
+    twice = b"\x84" + pack("type") + pack("BlockRemoved") + (pack("block_hashes") + pack([3])) * 2
+    twice += pack("block_hashes") + pack([4])
+    assert decode(b"\x92\x01\x91" + twice).events == (Removed((4,), "gpu", 0),)
+    bad = pack([1.0, [_STORED | {"lora_name": "xx"}], 0]).replace(b"\xa2xx", b"\xa2\xff\xfe")
+    (event,) = decode(bad).events
+    assert isinstance(event, Stored)
+    assert event.extras == (b"\x92\xa4lora\xa2\xff\xfe", b"")
+
+
+@pytest.mark.parametrize("filler", [0, 2 * _MIB])
+def test_one_bad_event_does_not_spoil_the_others(filler: int) -> None:
+    """What cannot even be built, in a small message or a large one, is one malformed event."""
+    huge_map: dict[int, int] = dict.fromkeys(range(1000), 0)
+    events = [
+        {"type": "x", "y": huge_map},
+        {"type": "BlockStored", "y": "time"},
+        _STORED,
+        {"type": "f", "f": "a" * filler},
+    ]
+    batch = decode(pack([1.5, events, 2]).replace(b"\xa4time", b"\xc7\x03\xff123"))
+    assert (batch.at, batch.rank, batch.unknown, batch.malformed) == (1.5, 2, 1, 2)
+    assert batch.events == read(_STORED).events
+    unhashable = b"\x93\x01\x92\x81\x90\x01" + pack(_STORED) + b"\0"
+    assert decode(unhashable) == Batch(1.0, 0, read(_STORED).events, 0, 1)
+
+
+def test_large_messages_are_read() -> None:
+    """A message of many megabytes gives the same events, at a few times its size."""
+    big = _STORED | {"block_hashes": [2**63] * 20_000, "token_ids": [100_000] * 40_000, "extra_keys": None}
+    payload = pack([1.0, [big] * 10, 1])
+    batch = decode(payload)
+    assert len(payload) > 3 * _MIB
+    assert (len(batch.events), batch.malformed, batch.rank) == (10, 0, 1)
+    huge = _STORED | {"token_ids": [100_000] * (2 * _MIB)}
+    assert decode(pack([1.0, [huge, _STORED], 1])) == Batch(1.0, 1, read(_STORED).events, 0, 1)
+
+
+def test_the_limit() -> None:
+    """A message above the limit is refused without a look into it."""
+    with pytest.raises(EventFormatError, match=str(PAYLOAD_LIMIT)):
+        decode(bytes(PAYLOAD_LIMIT + 1))
+
+
+def array_of(count: int, items: bytes) -> bytes:
+    """An array that claims a number of items."""
+    return b"\xdd" + count.to_bytes(4, "big") + items
+
+
+_HEAD = b"\x93\xca\0\0\0\0"
+
+
+@pytest.mark.parametrize("size", [_MIB - 100, 3 * _MIB])
+@pytest.mark.parametrize(
+    ("name", "item", "length"),
+    [("lists", b"\x90", 1), ("maps", b"\x81\xc0\xc0", 3), ("text", b"\xa4\xf0\x9f\x98\x80", 5), ("ints", b"\xcd@@", 3)],
+)
+def test_what_a_hostile_message_costs(name: str, item: bytes, length: int, size: int) -> None:
+    """No message takes more than 90 times its size in memory, and above a mebibyte 40 times; nor long."""
+    count = size // length
+    payload = _HEAD + b"\x91" + array_of(count, item * count) + b"\0"
+    peak, seconds = cost(payload)
+    assert peak < len(payload) * (90 if len(payload) <= _MIB else 40), name
+    assert seconds < 20
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        _HEAD + array_of(10_000_000, b"") * 500 + bytes(11_000_000),
+        _HEAD + b"\x91" + b"\x81\xa1a\xdf\0\x0f\xff\xff\x01" * 400,
+        _HEAD + b"\x91" + b"\xdc\xff\xff" * 500 + bytes(60_000),
+        _HEAD + array_of(4 * _MIB, b"\xc0" * (4 * _MIB)) + b"\0",
+        _HEAD + b"\x91" + b"\x91" * (4 * _MIB) + b"\0\0",
+        _HEAD + b"\x91\xdb\xff\xff\xff\xff" + b"a" * 1000,
+    ],
+    ids=["nested arrays", "nested maps", "nested short arrays", "empty events", "deep", "long text"],
+)
+def test_claims_cost_nothing(payload: bytes) -> None:
+    """Lengths that a message only claims are not allocated."""
+    peak, seconds = cost(payload)
+    assert peak < 3 * len(payload) + 100_000
+    assert seconds < 5
+
+
+def cost(payload: bytes) -> tuple[int, float]:
+    """Peak of memory and time to decode."""
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        decode(payload)
+    except EventFormatError:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak, time.process_time() - started
+
+
+_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), _TOP - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=40)
+    | st.sampled_from(["BlockStored", "BlockRemoved", "AllBlocksCleared", *_STORED]),
+    lambda inner: (
+        st.lists(inner, max_size=6)
+        | st.dictionaries(st.sampled_from(list(_STORED)) | st.binary(max_size=3) | st.integers(0, 9), inner, max_size=6)
+    ),
+    max_leaves=30,
+)
+
+
+def sound(payload: bytes) -> None:
+    """Decode with each engine: a batch that keeps its promises, or EventFormatError."""
+    for engine in _ENGINES:
+        try:
+            batch = decode(payload, engine=engine)
+        except EventFormatError:
+            continue
+        assert math.isfinite(batch.at)
+        for event in batch.events:
+            if isinstance(event, Stored):
+                assert all(0 <= key < _TOP for key in event.keys)
+                assert len(event.extras) in (0, len(event.keys))
+                assert len(event.names) in (0, len(event.keys))
+                assert bool(event.tokens) == bool(event.block_size)
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes(payload: bytes) -> None:
+    """Any bytes are a batch or refused."""
+    sound(payload)
+
+
+@given(_values, st.lists(_values, max_size=4), _values)
+def test_arbitrary_structures(at: Any, events: list[Any], rank: Any) -> None:
+    """Any structure is a batch or refused, and so is one whose events are nearly right."""
+    sound(pack([at, events, rank]))
+    sound(pack([1.0, events, 0]))
+    sound(pack([1.0, [["BlockStored", *events], ["BlockRemoved", *events]], 0]))
+
+
+@given(st.sampled_from(list(_STORED)), _values)
+def test_arbitrary_fields(name: str, value: Any) -> None:
+    """One field with anything in it makes the event right or malformed, or of another kind."""
+    for event in (_STORED, _REMOVED, bare()):
+        payload = pack([1.0, [event | {name: value}, _STORED], 0])
+        batch = decode(payload)
+        assert batch.unknown + batch.malformed + len(batch.events) == 2
+        sound(payload)
+
+
+def captured(path: Path) -> list[tuple[bytes, Any]]:
+    """The messages of a capture, with what is in them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(bytes.fromhex(row["payload_hex"]), row["decoded"]) for row in rows if "decoded" in row]
+
+
+_MADE = [bytes.fromhex(frame["payload_hex"]) for case in cases() for frame in case["frames"]]
+_FRAMES = _MADE + [payload for path in _CAPTURES for payload, _ in captured(path)]
+
+
+@given(st.data())
+def test_changed_frames(data: st.DataObject) -> None:
+    """A message with some bytes changed, cut out or doubled is a batch or refused."""
+    payload = bytearray(data.draw(st.sampled_from(_FRAMES)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(payload)))
+        payload[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    sound(bytes(payload))
+
+
+@pytest.mark.skipif(not _CAPTURES, reason=f"no captured events in {_EVENTS}; KV_EVENTS says where they are")
+@pytest.mark.parametrize("engine", ["auto", "own"])
+@pytest.mark.parametrize("path", _CAPTURES or [Path("none")], ids=lambda path: path.stem)
+def test_captured_frames(path: Path, engine: str) -> None:
+    """Each event of a real engine comes out with all that it says."""
+    own = path.stem.split("-")[0]
+    for payload, (at, raw, rank) in captured(path):
+        batch = decode(payload, engine=own if engine == "own" else engine)
+        assert (batch.at, batch.rank, batch.unknown, batch.malformed) == (at, rank, 0, 0)
+        assert len(batch.events) == len(raw)
+        for event, said in zip(batch.events, raw, strict=True):
+            if isinstance(event, Cleared):
+                assert said == {"type": "AllBlocksCleared"}
+                continue
+            assert event.keys == tuple(map(key_of, said["block_hashes"]))
+            assert (event.medium, event.group) == ("gpu", said.get("group_idx", 0))
+            if isinstance(event, Stored):
+                parent = said["parent_block_hash"]
+                assert event.parent == (None if parent is None else key_of(parent))
+                assert event.tokens == words(*said["token_ids"])
+                assert (event.block_size, event.kind) == (
+                    said["block_size"],
+                    said.get("kv_cache_spec_kind", "full_attention"),
+                )
+                assert event.extras == extras_of(path.stem, said, event)
+                assert bool(event.names) == ("bytes" in path.stem)
+
+
+def key_of(said: Any) -> int:
+    """A hash as the captures write it."""
+    return int(said["hex"][-16:], 16) if isinstance(said, dict) else said % _TOP
+
+
+def extras_of(name: str, said: dict[str, Any], event: Stored) -> tuple[bytes, ...]:
+    """What the captures are known to hold: one salt for vLLM; for SGLang a salt, and a LoRA that only dynamo shows."""
+    rest = (b"",) * (len(event.keys) - 1)
+    salt = said.get("cache_salt") or ((said.get("extra_keys") or [None])[0] or [None])[0]
+    if salt:
+        return (pack_extra("salt", "tenant-1"), *rest)
+    if name == "sglang-0.5.23-dynamo" and said["token_ids"] == [7] * 16:
+        return (pack_extra("unknown", event.keys[0]), *rest)
+    return ()
