@@ -27,6 +27,7 @@ __all__ = [
     "hash_function",
     "pack_block_ids",
     "pack_extra",
+    "prompt_extras",
     "read_prompt",
 ]
 
@@ -220,6 +221,18 @@ def _sha256(data: bytes) -> bytes:
 
 
 _ALGORITHMS: dict[str, Callable[[bytes], bytes]] = {"xxh3_128": xxhash.xxh3_128_digest, "sha256": _sha256}
+
+
+def prompt_extras(
+    lora_name: str | None, cache_salt: str | None, others: Mapping[int, bytes] | None = None
+) -> dict[int, bytes]:
+    """What chunks depend on besides tokens, by their place: LoRA and salt concern the first, others any."""
+    extras = dict(others or {})
+    first = pack_extra("lora", lora_name) if lora_name else b""
+    first += pack_extra("salt", cache_salt) if cache_salt else b""
+    if first:
+        extras[0] = first + extras.get(0, b"")
+    return extras
 
 
 def hash_function(algorithm: str) -> Callable[[bytes], bytes]:

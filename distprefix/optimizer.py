@@ -17,7 +17,7 @@ import redis
 from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
-from distprefix.chunking import Chain, chain_hashes, chain_root, pack_block_ids, pack_extra
+from distprefix.chunking import Chain, chain_hashes, chain_root, pack_block_ids, prompt_extras
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
@@ -28,9 +28,9 @@ from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
-from distprefix.redis.roster import Member, WorkerInfo, read_members, read_roster, retire
+from distprefix.redis.roster import Member, WorkerInfo, read_members
+from distprefix.redis.workers import retire_worker
 from distprefix.results import pack_metadata
-from distprefix.roster import members_of
 from distprefix.staleness import check_samples
 from distprefix.state import State
 from distprefix.sweep import sweep
@@ -124,9 +124,7 @@ class PrefixCacheOptimizer:
         prompt = self._state.read(token_ids)
         if prompt.is_chain:
             raise InvalidInputError("a chain has its LoRA and salt in it already: pass tokens")
-        every = dict(extras or {})
-        first = pack_extra("lora", lora_name) if lora_name else b""
-        every[0] = first + (pack_extra("salt", cache_salt) if cache_salt else b"") + every.get(0, b"")
+        every = prompt_extras(lora_name, cache_salt, extras)
         root = chain_root(self.config.hash_algorithm, self.config.salt.encode())
         return Chain.packed(chain_hashes(self.config.hash_algorithm, root, prompt.view, prompt.stride, every))
 
@@ -282,8 +280,7 @@ class PrefixCacheOptimizer:
         """
         self._state.check_usable()
         link, deadline = self._state.link, time.monotonic() + _REGISTER_TIMEOUT_S
-        epochs = read_roster(link.admin, link.keys, "", deadline).epochs or {}
-        dropped = retire(link.admin, link.keys, dict.fromkeys(members_of(worker, epochs)), deadline)
+        dropped = retire_worker(link.admin, link.keys, worker, deadline)
         link.refresh()
         return dropped
 

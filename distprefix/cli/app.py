@@ -8,6 +8,7 @@ import typer
 
 from distprefix import __version__
 from distprefix.cli.demo import demo
+from distprefix.cli.ingest import ingest
 from distprefix.cli.lookup import lookup
 from distprefix.cli.maintain import maintain
 from distprefix.cli.node import node
@@ -15,6 +16,7 @@ from distprefix.cli.replay import replay
 from distprefix.cli.stats import stats
 from distprefix.cli.top import top
 from distprefix.cli.tree import tree
+from distprefix.cli.workers import workers
 
 __all__ = ["app"]
 
@@ -42,5 +44,5 @@ def _main(
     del version
 
 
-for command in (demo, replay, stats, top, tree, node, lookup, maintain):
+for command in (demo, replay, stats, top, tree, node, lookup, workers, ingest, maintain):
     app.command()(command)

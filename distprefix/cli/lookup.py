@@ -13,7 +13,7 @@ import redis
 import typer
 from rich.table import Table
 
-from distprefix.chunking import chain_hashes, chain_root, read_prompt
+from distprefix.chunking import chain_hashes, chain_root, prompt_extras, read_prompt
 from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, opened, show
 from distprefix.errors import InvalidInputError, NamespaceError
 from distprefix.l1 import L1
@@ -33,6 +33,8 @@ def lookup(
     url: Url = None,
     namespace: Namespace = "default",
     salt: Annotated[str, typer.Option(envvar="DISTPREFIX_SALT", help="The namespace's salt, if it has one.")] = "",
+    lora_name: Annotated[str, typer.Option(help="The LoRA that the prompt is for, as the engine calls it.")] = "",
+    cache_salt: Annotated[str, typer.Option(help="The request's cache salt.")] = "",
     as_json: Json = False,
 ) -> None:
     """Look a prompt up: matched tokens and who holds them. Exit code 1 when nobody does."""
@@ -43,7 +45,7 @@ def lookup(
             settings = read_descriptor(client, keys)
             if not settings:
                 absent(client, namespace, private=url is None)
-            value = _look_up(client, keys, settings, tokens, salt.encode())
+            value = _look_up(client, keys, settings, tokens, salt.encode(), prompt_extras(lora_name, cache_salt))
         show(value, as_json=as_json, render=lambda: _table(value))
         if not value["hit"]:
             raise typer.Exit(EXIT_MISS)
@@ -64,14 +66,19 @@ def _read_tokens(source: str) -> list[int]:
 
 
 def _look_up(
-    client: redis.Redis, keys: Keys, settings: dict[str, str], tokens: list[int], salt: bytes
+    client: redis.Redis,
+    keys: Keys,
+    settings: dict[str, str],
+    tokens: list[int],
+    salt: bytes,
+    extras: dict[int, bytes],
 ) -> dict[str, Any]:
     chunk_size, algorithm = int(settings["chunk_size"]), settings["hash_algorithm"]
     root = chain_root(algorithm, salt)
     if settings.get("salt_check") != salt_check(root):
         raise NamespaceError("the namespace has another salt: pass it with --salt or DISTPREFIX_SALT")
     prompt = read_prompt(tokens, chunk_size, 1 << 31)
-    chain = chain_hashes(algorithm, root, prompt.view, prompt.stride)
+    chain = chain_hashes(algorithm, root, prompt.view, prompt.stride, extras)
     calls = Client(client, new_breaker(1, 1.0), Counter())
     deadline = time.monotonic() + 5
     views = run(walk(chain, 0), calls, keys.meta, deadline) if chain else []

@@ -25,7 +25,7 @@ from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
 from distprefix.redis.roster import WorkerInfo
 
-__all__ = ["Engine", "Ingester", "follower_of"]
+__all__ = ["Engine", "Ingester", "follower_of", "status_of"]
 
 _log = logging.getLogger("distprefix")
 _TIMEOUT_S = 5.0
@@ -72,6 +72,25 @@ def follower_of(
     journal = RedisJournal(client, keys, engine.member, engine.endpoint, info, lease_s=lease_s, max_run=config.max_run)
     follower = Follower(engine.member, holdings, journal, replays, kind=engine.kind, rank=engine.rank, clock=time.time)
     return follower, journal
+
+
+def status_of(engine: Engine, follower: Follower, state: str, dropped: Counter[str]) -> dict[str, Any]:
+    """How following goes; `dropped`: messages that made no sense before they got there."""
+    holdings, position = follower.holdings, follower.position
+    counts = {**follower.counts, **holdings.counts, **{f"dropped_{name}": n for name, n in dropped.items()}}
+    return {
+        "worker": engine.worker,
+        "rank": engine.rank,
+        "endpoint": engine.endpoint,
+        "state": state,
+        "epoch": follower.epoch,
+        "sequence": position.seq if position else None,
+        "chunks": dict(holdings.chunks),
+        "blocks": len(holdings),
+        "parked": holdings.parked,
+        "lag_s": round(follower.lag_s, 3),
+        "counts": dict(sorted(counts.items())),
+    }
 
 
 class Ingester:
@@ -162,29 +181,7 @@ class Stream:
 
     def status(self) -> dict[str, Any]:
         """How it goes, for people and JSON."""
-        follower = self.follower
-        counts = {
-            **follower.counts,
-            **follower.holdings.counts,
-            **{f"dropped_{k}": n for k, n in self._dropped.items()},
-        }
-        return {
-            "worker": self.engine.worker,
-            "rank": self.engine.rank,
-            "endpoint": self.engine.endpoint,
-            "state": self.state,
-            "epoch": follower.epoch,
-            "sequence": follower.position.seq if follower.position else None,
-            "chunks": dict(follower.holdings.chunks),
-            "blocks": len(follower.holdings),
-            "parked": follower.holdings.parked,
-            "lag_s": round(follower.lag_s, 3),
-            "counts": dict(sorted(counts.items())),
-        }
-
-    @property
-    def _dropped(self) -> Counter[str]:
-        return self._socket.dropped
+        return status_of(self.engine, self.follower, self.state, self._socket.dropped)
 
     def run(self, stop: threading.Event) -> None:
         """Follow the engine until `stop` is set."""

@@ -33,6 +33,10 @@ class Keys:
         self.hot = f"{self.base}hot"
         """Candidates for pre-warming by hits."""
 
+    def stream(self, member: str) -> str:
+        """How far the KV events of this rank are written, and who writes them."""
+        return f"{self.base}s:{member}"
+
     def node(self, head: str) -> str:
         """The radix node whose first chunk has the hash `head` (hex)."""
         return f"{self.base}n:{head}"

@@ -1,0 +1,121 @@
+"""`distprefix ingest`: follow engines' KV events into a namespace."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import redis
+import typer
+from rich.table import Table
+
+from distprefix.cli.common import EXIT_USAGE, Json, Namespace, Url, errors, fail, opened, show
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import ConfigError
+from distprefix.redis.inspect import read_descriptor
+from distprefix.redis.keys import Keys
+
+__all__ = ["ingest"]
+
+
+def ingest(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Where an engine publishes: tcp://host:port. May be given again.")
+    ] = None,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="Where it answers for what was missed, in the order of --engine.")
+    ] = None,
+    worker: Annotated[list[str] | None, typer.Option(help="What it is called, in the order of --engine.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks of each engine: its ports count up.")] = 1,
+    url: Url = None,
+    namespace: Namespace = "default",
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a chunk of a new namespace; default 16.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="auto, vllm or sglang.")] = "auto",
+    model: Annotated[str, typer.Option(help="What they serve, for routers and people.")] = "",
+    address: Annotated[list[str] | None, typer.Option(help="Where they take requests, in order.")] = None,
+    topic: Annotated[str, typer.Option(help="Only messages whose topic begins so.")] = "",
+    lease: Annotated[float, typer.Option(min=3, help="Seconds a worker counts after it was last heard of.")] = 10.0,
+    engine_chains: Annotated[
+        bool, typer.Option("--engine-chains", help="The engine's own hashes (16 bytes and more) name the chunks.")
+    ] = False,
+    file: Annotated[Path | None, typer.Option(help="Messages from a file instead: JSON lines, or - for input.")] = None,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two lines about how it goes.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Follow engines' KV events into a namespace until stopped, so that everybody knows who holds what."""
+    with errors():
+        try:
+            from distprefix.cli.following import engines_of, follow_file  # noqa: PLC0415 - optional dependency
+            from distprefix.events.ingester import Ingester  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            if error.name != "zmq":
+                raise
+            fail("following engines needs pyzmq: pip install 'distprefix[events]'", EXIT_USAGE)
+        with opened(url) as (client, where):
+            config = _settings(client, where, namespace, chunk_size)
+            if file is not None:
+                name = (worker or ["engine"])[0]
+                value = follow_file(file, name, config, client, kind=kind, engine_chains=engine_chains)
+                show(value, as_json=as_json, render=lambda: _table([value]))
+                return
+            engines = engines_of(
+                *(engine or [], replay or [], worker or [], address or []),
+                ranks=ranks,
+                kind=kind,
+                model=model,
+                topic=topic,
+            )
+            stop = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())  # pyright: ignore[reportUnknownLambdaType]
+            with Ingester(config, engines, lease_s=lease, engine_chains=engine_chains, client=client) as running:
+                _report(running, stop, every, as_json=as_json)
+
+
+def _settings(client: redis.Redis, url: str, namespace: str, chunk_size: int | None) -> PrefixCacheConfig:
+    """Those that the namespace was made with, else those of the environment."""
+    found = read_descriptor(client, Keys(namespace))
+    settings: dict[str, Any] = {"url": url, "namespace": namespace}
+    if found:
+        settings |= {name: found[name] for name in ("hash_algorithm", "policy", "fingerprint") if name in found}
+        settings |= {name: int(found[name]) for name in ("chunk_size", "max_run", "shards") if name in found}
+    if chunk_size is not None:
+        if found and settings["chunk_size"] != chunk_size:
+            raise ConfigError(f"chunk_size is {chunk_size}: the namespace {namespace!r} has {found['chunk_size']}")
+        settings["chunk_size"] = chunk_size
+    return PrefixCacheConfig.from_env(**settings)
+
+
+def _report(running: Any, stop: threading.Event, every: float, *, as_json: bool) -> None:
+    """Say how it goes: soon after the start, whenever a state changes, and every so often."""
+    told: list[str] = []
+    due = 0.0
+    while True:
+        now = time.monotonic()
+        states = [stream.state for stream in running.streams]
+        if states != told or now >= due:
+            told, due = states, now + every
+            status = [stream.status() for stream in running.streams]
+            show(status, as_json=as_json, render=lambda status=status: _table(status))
+            sys.stdout.flush()
+        if stop.wait(0.2):
+            return
+
+
+def _table(status: list[dict[str, Any]]) -> Table:
+    table = Table(show_header=True)
+    for name in ("worker", "state", "sequence", "chunks held", "behind", "counts"):
+        table.add_column(name, overflow="fold")
+    for one in status:
+        chunks = ", ".join(f"{count:,} {medium}" for medium, count in sorted(one["chunks"].items())) or "none"
+        counts = ", ".join(f"{name} {count:,}" for name, count in one["counts"].items() if count)
+        sequence = "none" if one["sequence"] is None else f"{one['sequence']:,}"
+        name = f"{one['worker']}/{one['rank']}"
+        table.add_row(name, one["state"], sequence, chunks, f"{one['lag_s']:.1f} s", counts)
+    return table

@@ -1,0 +1,76 @@
+"""`distprefix workers`: who holds something, until when that counts, and how far its events are written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, fail, opened, show
+from distprefix.redis.client import Client, new_breaker
+from distprefix.redis.inspect import read_descriptor
+from distprefix.redis.keys import Keys
+from distprefix.redis.workers import describe_workers, retire_worker
+
+__all__ = ["workers"]
+
+_DEADLINE_S = 60.0
+
+
+def workers(
+    url: Url = None,
+    namespace: Namespace = "default",
+    drop: Annotated[str | None, typer.Option(metavar="NAME", help="This worker is gone: forget all it holds.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the workers: lease, epoch, ranks, chunks held, how far behind their events are. Or drop one."""
+    with errors(), opened(url) as (client, _):
+        keys, deadline = Keys(namespace), time.monotonic() + _DEADLINE_S
+        if not read_descriptor(client, keys):
+            absent(client, namespace, private=url is None)
+        calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
+        if drop is not None:
+            ranks = retire_worker(calls, keys, drop, deadline)
+            if not ranks:
+                fail(f"there is no worker {drop!r}", EXIT_MISS)
+            show({"dropped": drop, "ranks": ranks}, as_json=as_json, render=lambda: f"dropped {drop}: {ranks} ranks")
+            return
+        found = describe_workers(calls, keys, deadline)
+        show(found, as_json=as_json, render=lambda: _table(namespace, found))
+
+
+def _table(namespace: str, found: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"workers of {namespace}", title_justify="left")
+    table.add_column("worker", overflow="fold")
+    for name in ("rank", "epoch", "lease"):
+        table.add_column(name, justify="right")
+    table.add_column("chunks held")
+    table.add_column("events")
+    table.add_column("model, address", overflow="fold")
+    for one in found:
+        chunks = ", ".join(f"{count:,} {medium}" for medium, count in sorted(one["chunks"].items())) or "none"
+        where = " ".join(filter(None, (one["model"], one["address"])))
+        table.add_row(
+            *(one["worker"], str(one["rank"]), str(one["epoch"]), _lease(one["lease_left_s"]), chunks),
+            *(_events(one["events"]), where),
+            style="" if one["live"] else "dim",
+        )
+    return table
+
+
+def _lease(left_s: float | None) -> str:
+    if left_s is None:
+        return "none"
+    return f"{left_s:.0f} s" if left_s > 0 else f"ended {-left_s:.0f} s ago"
+
+
+def _events(events: dict[str, Any] | None) -> str:
+    if events is None:
+        return ""
+    if events["sequence"] is None:
+        return "none yet"
+    lag = "" if events["lag_s"] is None else f", {events['lag_s']:.1f} s behind"
+    return f"to {events['sequence']:,}{lag}" + ("" if events["followed"] else ", not followed")

@@ -1,0 +1,71 @@
+"""The workers of a namespace as people want to see them: leases, what they hold, how far their events are written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from distprefix.chunking import HASH_BYTES
+from distprefix.redis.client import Client, run
+from distprefix.redis.journal import census
+from distprefix.redis.keys import Keys
+from distprefix.redis.replies import pairs
+from distprefix.redis.roster import Member, read_members, read_roster, retire
+from distprefix.roster import members_of
+
+__all__ = ["describe_workers", "retire_worker"]
+
+
+def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[str, Any]]:
+    """Every rank that counts, or did: one dictionary each. One call for about 50 leaves, and two for each rank.
+
+    Ranks that hold neither a lease nor anything in the tree are left out.
+    """
+    members = read_members(client, keys, deadline)
+    epochs = {f"{member.worker}/{member.rank}": member.epoch for member in members}
+    chunks: dict[str, Counter[str]] = {}
+    for _, _, holders in run(census(), client, keys.meta, deadline):
+        for holder, (epoch, held, _) in holders.items():
+            name, _, medium = holder.rpartition("@")
+            if name and epoch == epochs.get(name):
+                chunks.setdefault(name, Counter())[medium] += len(held) // HASH_BYTES
+    described: list[dict[str, Any]] = []
+    for member in members:
+        name = f"{member.worker}/{member.rank}"
+        stream = pairs(client.command("HGETALL", keys.stream(name), deadline=deadline))
+        if member.lease_left_s is not None or name in chunks or stream:
+            described.append(_describe(member, dict(chunks.get(name, {})), stream))
+    return described
+
+
+def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> int:
+    """Nothing that any rank of the worker published counts any more. Two calls. Returns how many ranks it had."""
+    epochs = read_roster(client, keys, "", deadline).epochs or {}
+    return retire(client, keys, dict.fromkeys(members_of(worker, epochs)), deadline)
+
+
+def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]) -> dict[str, Any]:
+    info = member.info
+    ends = float(stream.get(b"u", b"0")) / 1000
+    return {
+        "worker": member.worker,
+        "rank": member.rank,
+        "epoch": member.epoch,
+        "lease_left_s": None if member.lease_left_s is None else round(member.lease_left_s, 1),
+        "live": member.lease_left_s is None or member.lease_left_s > 0,
+        "address": info.address,
+        "model": info.model,
+        "media": sorted({*info.media, *chunks}),
+        "chunks": chunks,
+        "load": dict(info.load),
+        "started": member.started or None,
+        "events": {
+            "source": stream.get(b"w", b"").decode(errors="replace"),
+            "sequence": int(stream[b"q"]) if stream.get(b"q", b"").isdigit() else None,
+            "lag_s": info.load.get("lag_s"),
+            "followed": ends > time.time(),
+        }
+        if stream
+        else None,
+    }
