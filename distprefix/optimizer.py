@@ -275,8 +275,8 @@ class PrefixCacheOptimizer:
     def drop_worker(self, worker: str) -> int:
         """This worker is gone: nothing that any of its ranks published counts any more, however much it is.
 
-        Returns how many ranks it had. Redis calls: 2. Readers know within `feed_interval_s` where any worker holds a
-        lease, else within `touch_interval_s`; what it left in Redis is swept in the background. Raises UnavailableError.
+        Returns how many ranks it had. Redis calls: 2. Readers know within `feed_interval_s` where any worker holds
+        a lease, else within `touch_interval_s`; what it left in Redis is swept in the background. Raises UnavailableError.
         """
         self._state.check_usable()
         link, deadline = self._state.link, time.monotonic() + _REGISTER_TIMEOUT_S
