@@ -13,7 +13,8 @@ __all__ = ["Background"]
 class _Signals:
     """What the thread waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float) -> None:
+        self.interval_s = interval_s
         self.wake = threading.Event()
         self.ended = False
 
@@ -26,10 +27,15 @@ class Background:
     """Calls a method of `owner` every `interval_s` and whenever it is woken, until stopped or the owner is gone."""
 
     def __init__(self, owner: Any, method: Callable[[Any], None], interval_s: float) -> None:
-        self._signals = _Signals()
-        arguments = (weakref.ref(owner, self._signals.end), method, interval_s, self._signals)
+        self._signals = _Signals(interval_s)
+        arguments = (weakref.ref(owner, self._signals.end), method, self._signals)
         self._thread = threading.Thread(target=_work, args=arguments, name="distprefix", daemon=True)
         self._thread.start()
+
+    def go_on_every(self, interval_s: float) -> None:
+        """Call it every so often from now on."""
+        self._signals.interval_s = interval_s
+        self._signals.wake.set()
 
     def wake(self) -> None:
         """Begin a round now."""
@@ -42,9 +48,9 @@ class Background:
             self._thread.join(timeout=1)
 
 
-def _work(reference: weakref.ref[Any], method: Callable[[Any], None], interval_s: float, signals: _Signals) -> None:
+def _work(reference: weakref.ref[Any], method: Callable[[Any], None], signals: _Signals) -> None:
     while True:
-        signals.wake.wait(interval_s)
+        signals.wake.wait(signals.interval_s)
         signals.wake.clear()
         owner = reference()
         if signals.ended or owner is None:

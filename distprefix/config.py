@@ -14,7 +14,7 @@ from typing import Any, cast, get_type_hints
 from distprefix.errors import ConfigError
 from distprefix.redis.scripts import policy_names
 
-__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "without_password"]
+__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "check_name", "without_password"]
 
 SHORTEST_LEASE_S = 3.0
 """Readers look at the ends of leases every second, and a lease is renewed three times before it ends."""
@@ -121,11 +121,8 @@ class PrefixCacheConfig:
         if self.policy not in policy_names():
             raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, policy_names()))}")
         for name in ("namespace", "worker_id", "medium"):
-            value = getattr(self, name)
-            if not _NAME.fullmatch(value) and not (name == "worker_id" and not value):
-                raise ConfigError(
-                    f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed"
-                )
+            if getattr(self, name) or name != "worker_id":
+                check_name(name, getattr(self, name))
         if self.url is not None and not self.url.startswith(_SCHEMES):
             raise ConfigError(f"url is {without_password(self.url)!r}: it must begin with {', '.join(_SCHEMES)}")
 
@@ -200,6 +197,12 @@ class PrefixCacheConfig:
             object.__setattr__(self, name, float(value))
         elif not isinstance(value, allowed):
             raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+
+
+def check_name(name: str, value: str) -> None:
+    """Raise ConfigError when `value` cannot be part of a key."""
+    if not _NAME.fullmatch(value):
+        raise ConfigError(f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed")
 
 
 def without_password(url: str) -> str:

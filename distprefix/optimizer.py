@@ -40,6 +40,7 @@ __all__ = ["PrefixCacheOptimizer"]
 _log = logging.getLogger("distprefix")
 _REGISTER_TIMEOUT_S = 5.0
 _SWEEP_TIMEOUT_S = 60.0
+_SWEEP_INTERVAL_S = 10.0
 
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
@@ -63,8 +64,6 @@ class PrefixCacheOptimizer:
             self.prewarm()
         self._due: dict[str, float] = {}
         self._told = False
-        self._swept = ""
-        """Version of the roster that was swept last."""
         self._background: Background | None = None
         self._begin_background()
         _open.add(self)
@@ -275,8 +274,8 @@ class PrefixCacheOptimizer:
     def drop_worker(self, worker: str) -> int:
         """This worker is gone: nothing that any of its ranks published counts any more, however much it is.
 
-        Returns how many ranks it had. Redis calls: 2. Readers know within `feed_interval_s` where any worker holds
-        a lease, else within `touch_interval_s`; what it left in Redis is swept in the background. Raises UnavailableError.
+        Returns how many ranks it had. Redis calls: 3. Readers know within `feed_interval_s` where any worker holds
+        a lease, else within `touch_interval_s`; what it left is swept in the background. Raises UnavailableError.
         """
         self._state.check_usable()
         link, deadline = self._state.link, time.monotonic() + _REGISTER_TIMEOUT_S
@@ -287,7 +286,7 @@ class PrefixCacheOptimizer:
     def sweep(self) -> Swept:
         """Take away what dead workers left behind, which counts for nothing already. Raises UnavailableError.
 
-        Redis calls: 3 when there is nothing to do, else one more for about 20 leaves of the tree.
+        Redis calls: 2 when there is nothing to do, else three more and one for about 20 leaves of the tree.
         """
         self._state.check_usable()
         link = self._state.link
@@ -351,9 +350,8 @@ class PrefixCacheOptimizer:
             self._state.feed.poll()
             if link.roster.has_leases:
                 link.refresh()
-            if link.lease_s and link.roster.version != self._swept:
-                self._swept = link.roster.version
-                self._sweep_quietly()
+        if link.lease_s and self._is_due("sweep", _SWEEP_INTERVAL_S):
+            self._sweep_quietly()
         if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
             self._tell_metrics()
@@ -381,9 +379,14 @@ class PrefixCacheOptimizer:
     def _begin_background(self) -> None:
         config, lease_s = self.config, self._state.link.lease_s
         intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s, lease_s / 3)
-        if any(intervals) and self._background is None:
-            self._background = Background(self, PrefixCacheOptimizer._work, min(filter(None, intervals)))
+        if not any(intervals):
+            return
+        interval_s = min(filter(None, intervals))
+        if self._background is None:
+            self._background = Background(self, PrefixCacheOptimizer._work, interval_s)
             self._state.wake = self._background.wake
+        else:
+            self._background.go_on_every(interval_s)
 
     def _is_due(self, task: str, interval_s: float) -> bool:
         now = time.monotonic()

@@ -47,10 +47,6 @@ class Roster:
         """Whether any member holds a lease, so that reading again matters although no epoch changes."""
         return bool(self._ends)
 
-    def holds_lease(self, member: str) -> bool:
-        """Whether the member held a lease when it was read last."""
-        return member in self._ends
-
     def epoch(self, member: str) -> int:
         """The newest epoch known of a member, 0 when it is unknown."""
         return self._epochs.get(member, 0)

@@ -10,13 +10,16 @@
 -- returns    members made void
 -- errors     DPSTALE
 -- flags      allow-oom: the living stay known on a server that is full
--- cost       HGET, ZADD, HSET, ZRANGE
+-- cost       HGET, ZSCORE, ZADD, HSET, ZRANGE
 -- @include clock
 -- @include roster
 local member, epoch, ttl, grace = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local current, most, leases = redis.call('HGET', KEYS[1], member) or '0', 16, roster .. 'workers'
 if current ~= epoch then
   return redis.error_reply('DPSTALE ' .. member .. ' has epoch ' .. current .. ', not ' .. epoch)
+end
+if not redis.call('ZSCORE', leases, member) then
+  changed() -- readers who know of no lease would never read its end
 end
 hold(member, ttl, 5)
 local dead = redis.call('ZRANGE', leases, '-inf', ('%.0f'):format(now - grace), 'BYSCORE', 'LIMIT', 0, most)

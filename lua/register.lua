@@ -7,15 +7,21 @@
 -- ARGV[3]    how long its lease lasts, ms; 0 for none: it counts until it is registered again
 -- ARGV[4..]  what it says of itself: field, value, ...
 -- returns    the new epoch
+-- errors     DPDAMAGED
 -- flags      allow-oom: a worker may join a server that is full
 -- cost       HGET, HSET, INCR; ZADD and HSET with a lease
 -- @include clock
 -- @include roster
 local member, above, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('ZCARD', roster .. 'workers') -- fails here, before anything is written, if it is something else
-local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], member) or '0'), above) + 1
+local current = redis.call('HGET', KEYS[1], member) or '0'
+if not current:match('^%d+$') then
+  return redis.error_reply('DPDAMAGED the epoch of ' .. member .. ' is no number: ' .. current:sub(1, 20))
+end
+local epoch = math.max(tonumber(current), above) + 1
 redis.call('ZREM', roster .. 'workers', member)
 redis.call('DEL', roster .. 'w:' .. member)
+redis.call('HDEL', roster .. 'voided', member)
 redis.call('HSET', KEYS[1], member, ('%.0f'):format(epoch))
 if ttl > 0 then
   hold(member, ttl, 4)

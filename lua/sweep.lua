@@ -9,7 +9,7 @@
 -- returns    {where to go on, "0" when all was seen, chunks of coverage taken away, nodes removed, chunks removed}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
--- cost       ZSCAN; an HGETALL a node, and its change
+-- cost       ZSCAN; two HGETALL a node, and its change
 -- @include guard
 -- @include keys
 -- @include policies
@@ -28,22 +28,39 @@ redis.call('XLEN', base .. 'log')
 redis.call('ZCARD', base .. 'hot')
 local page = redis.call('ZSCAN', base .. 'leaves', ARGV[2], 'COUNT', ARGV[3])
 
--- Takes from a node what counts for nothing, and a leaf that nobody covers.
-local function clean(head)
-  local flat, node = fields_of(head)
-  local left = 0
+-- Whether a node's fields make sense. One that another hand wrote is passed over: look-ups refuse it as well.
+local function is_sound(flat, node)
+  local sound = node.r and #node.r > 0 and #node.r % 16 == 0
   for i = 1, #flat, 2 do
-    local holder = flat[i]:match('^h:(.*)$')
-    if holder and tonumber(flat[i + 1]:match('^%d+') or 0) < (newest[holder:match('^[^@]*')] or 0) then
-      local lost, gone, cut = uncover(head, node.r, holder, 0, true)
-      taken, nodes, chunks = taken + lost, nodes + gone, chunks + cut
-    elseif holder then
-      left = left + 1
+    if flat[i]:sub(1, 2) == 'h:' then
+      local epoch, covered = flat[i + 1]:match('^(%d+):(%d+)$')
+      sound = sound and epoch and tonumber(covered) > 0
     end
   end
-  if node.r and left == 0 and redis.call('HLEN', junction_key(hex(node.r:sub(-16)))) == 0
-    and redis.call('HLEN', node_key(head)) > 0 then
-    nodes, chunks = nodes + 1, chunks + unlink(head, fields_of(head)) -- children had kept it until now
+  return sound
+end
+
+-- Takes from a node what counts for nothing. A leaf that nobody covers goes, one that nobody covers to its end is cut.
+local function clean(head)
+  local flat, node = fields_of(head)
+  if not is_sound(flat, node) then
+    return
+  end
+  for i = 1, #flat, 2 do
+    local holder = flat[i]:match('^h:(.*)$')
+    if holder and tonumber(flat[i + 1]:match('^%d+')) < (newest[holder:match('^[^@]*')] or 0) then
+      local lost, gone, cut = uncover(head, node.r, holder, 0, true)
+      taken, nodes, chunks = taken + lost, nodes + gone, chunks + cut
+    end
+  end
+  flat, node = fields_of(head)
+  if node.r and redis.call('HLEN', junction_key(hex(node.r))) == 0 then
+    local longest = longest_coverage(flat) -- a child that went after what covered this node had kept the rest of it
+    if longest == 0 then
+      nodes, chunks = nodes + 1, chunks + unlink(head, flat, node)
+    elseif longest < #node.r / 16 then
+      chunks = chunks + shorten(head, longest, flat, node)
+    end
   end
 end
 

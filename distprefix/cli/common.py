@@ -103,9 +103,9 @@ def holders_text(holders: dict[str, tuple[int, int]], size: int, epochs: dict[st
     """A node's first three holders by name; those of an older epoch, which no longer count, are marked."""
     parts: list[str] = []
     for name, (epoch, covered) in list(holders.items())[:3]:
-        worker = name.partition("@")[0].partition("/")[0]
+        member = name.partition("@")[0]
         part = name if covered == size else f"{name} first {covered}"
-        parts.append(f"{part} (old)" if worker and epoch < epochs.get(worker, 0) else part)
+        parts.append(f"{part} (old)" if member and epoch < epochs.get(member, 0) else part)
     more = f" +{len(holders) - 3:,}" if len(holders) > 3 else ""
     return (", ".join(parts) or "nobody") + more
 

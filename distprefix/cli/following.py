@@ -86,13 +86,15 @@ def follow_file(
     if not follower.begin():
         raise ConfigError(f"somebody else writes what {worker} says")
     frames: list[Frame] = []
-    for frame in _messages(path):
-        frames.append(frame)
-        if len(frames) >= _BATCH:
-            follower.take(frames)
-            frames = []
-    follower.take(frames)
-    journal.resign()
+    try:
+        for frame in _messages(path):
+            frames.append(frame)
+            if len(frames) >= _BATCH:
+                follower.take(frames)
+                frames = []
+        follower.take(frames)
+    finally:
+        journal.resign()
     return status_of(engine, follower, "done", Counter())
 
 

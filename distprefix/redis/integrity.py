@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +70,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         report.bytes += _weigh(node)
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
-    newest = _newest_epochs(nodes.values())
+    newest = _read(client, keys.epochs) or {}
     for head, node in nodes.items():
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
         problems += _check_closed(head, node, above, newest) if above else []
@@ -125,7 +124,11 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
     problems: list[str] = []
     for name, value in node.items():
         if name.startswith(b"h:"):
-            covered = int(value.partition(b":")[2])
+            epoch, _, chunks = value.partition(b":")
+            if not epoch.isdigit() or not chunks.isdigit():
+                problems.append(f"node {head}: {name.decode(errors='replace')} is {value!r}")
+                continue
+            covered = int(chunks)
             if not 0 < covered <= size:
                 problems.append(f"node {head}: {name.decode()} covers {covered} of {size}")
             if len(node.get(b"b:" + name[2:], b"")) > 4 * covered:
@@ -135,23 +138,15 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
     return problems
 
 
-def _newest_epochs(nodes: Iterable[dict[bytes, bytes]]) -> dict[bytes, int]:
-    newest: dict[bytes, int] = {}
-    for node in nodes:
-        for name, value in node.items():
-            if name.startswith(b"h:"):
-                newest[name] = max(newest.get(name, 0), int(value.partition(b":")[0]))
-    return newest
-
-
 def _check_closed(
-    head: str, node: dict[bytes, bytes], above: dict[bytes, bytes], newest: dict[bytes, int]
+    head: str, node: dict[bytes, bytes], above: dict[bytes, bytes], newest: dict[bytes, bytes]
 ) -> list[str]:
     """Who covers a node covers all of its parent; coverage under an older epoch counts for nothing, here as well."""
     problems: list[str] = []
     for name, value in node.items():
         epoch, end = value.partition(b":")[0], len(above[b"r"]) // 16
-        if name.startswith(b"h:") and int(epoch) == newest[name] and above.get(name) != b"%s:%d" % (epoch, end):
+        counts = name.startswith(b"h:") and newest.get(name[2:].partition(b"@")[0], epoch) == epoch
+        if counts and above.get(name) != b"%s:%d" % (epoch, end):
             problems.append(f"node {head}: {name.decode()} does not cover the parent")
     return problems
 

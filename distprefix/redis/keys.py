@@ -23,7 +23,12 @@ class Keys:
         """Somebody is sweeping now."""
         self.metrics = f"dp:{{{namespace}}}:metrics"
         """What workers tell of themselves, by holder; for people and dashboards, nothing depends on it."""
-        self.own = (self.descriptor, self.epochs, self.workers, self.version, self.swept, self.sweeping, self.metrics)
+        self.voided = f"dp:{{{namespace}}}:voided"
+        """Members that were made void and that nobody has registered since, to the epoch that nobody has."""
+        self.own = (
+            *(self.descriptor, self.epochs, self.workers, self.version, self.voided, self.swept, self.sweeping),
+            self.metrics,
+        )
         """The namespace's keys that lie in no shard, but for those of the members."""
         self.base = f"dp:{{{namespace}:{shard}}}:"
         self.meta = f"{self.base}meta"

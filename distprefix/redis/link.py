@@ -136,16 +136,18 @@ class Link:
             if self.attached:
                 version = "" if outdated else self.roster.version
                 self.roster.update(read_roster(self.publishes, self.keys, version, deadline), asked)
-            # Flushed, older data were restored, or made void while this process stood still.
-            if not self.attached or self._is_void(self.roster.epoch(self._config.member)):
+            # Flushed, older data were restored, or made void.
+            if not self.attached or self._is_void(self.roster.epoch(self._config.member), deadline):
                 self.attach_again(seen_epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
 
-    def _is_void(self, current: int) -> bool:
-        """Whether nobody has this worker's epoch, this process included."""
-        taken = self.lease_s and not self.roster.holds_lease(self._config.member)
-        return current < self.epoch or bool(current > self.epoch and taken)
+    def _is_void(self, current: int, deadline: float) -> bool:
+        """Whether nobody has this worker's epoch: neither this process nor a newer one. A call if not this one."""
+        if current <= self.epoch:
+            return current < self.epoch
+        voided = self.publishes.command("HGET", self.keys.voided, self._config.member, deadline=deadline)
+        return voided == str(current).encode()
 
     def heartbeat(self) -> None:
         """This worker's lease lasts on. One call. Never raises."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, cast
 
 import msgpack
 
+from distprefix.errors import InvalidInputError
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 from distprefix.roster import Reading
 
-__all__ = ["Member", "WorkerInfo", "heartbeat", "read_members", "read_roster", "register", "retire"]
+__all__ = ["GRACE_S", "Member", "WorkerInfo", "heartbeat", "read_members", "read_roster", "register", "retire"]
 
 GRACE_S = 60.0
 """How long after its lease a member may come back with all that it published."""
@@ -32,9 +34,16 @@ class WorkerInfo:
     load: Mapping[str, float] = field(default_factory=dict[str, float])
     """Whatever a router weighs: requests running, blocks free, ..."""
 
+    def __post_init__(self) -> None:
+        for name, value in self.load.items():
+            try:
+                float(value)
+            except (TypeError, ValueError):
+                raise InvalidInputError(f"the load {name!r} is {value!r}: numbers are allowed") from None
+
     def fields(self) -> list[Any]:
         """As they lie in Redis, name after value."""
-        load = cast("bytes", msgpack.packb({name: float(value) for name, value in self.load.items()}))
+        load = cast("bytes", msgpack.packb({str(name): float(value) for name, value in self.load.items()}))
         return ["address", self.address, "model", self.model, "media", ",".join(self.media), "load", load]
 
 
@@ -120,7 +129,7 @@ def _numbers(flat: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, value in pairs(flat).items():
         number = _float(value)
-        if number:
+        if number and isfinite(number):
             found[name.decode(errors="replace")] = int(number)
     return found
 

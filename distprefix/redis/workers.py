@@ -47,7 +47,7 @@ def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> i
 
 def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]) -> dict[str, Any]:
     info = member.info
-    ends = float(stream.get(b"u", b"0")) / 1000
+    ends = int(stream[b"u"]) / 1000 if stream.get(b"u", b"").isdigit() else 0.0
     return {
         "worker": member.worker,
         "rank": member.rank,

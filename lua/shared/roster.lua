@@ -2,9 +2,11 @@
 -- rank of a worker, <worker>/<rank>: what it published counts under its newest epoch only, and while its lease lasts.
 local roster = KEYS[1]:sub(1, -7)
 
--- Readers ask again when this number is another one. The end of a lease that is renewed does not change it.
+-- Readers ask again when this number is another one. The end of a lease that is renewed does not change it. It never
+-- comes again, not even when everything was flushed.
 local function changed()
-  redis.call('INCR', roster .. 'version')
+  local version = tonumber(redis.call('GET', roster .. 'version') or '') or 0
+  redis.call('SET', roster .. 'version', ('%.0f'):format(math.max(version + 1, now)))
 end
 
 -- Has the member hold a lease for `ttl` ms from now on, and says of it what stands in ARGV from `first` on.
@@ -15,9 +17,9 @@ local function hold(member, ttl, first)
   end
 end
 
--- The member's lease ends, and all that it published counts for nothing.
+-- The member's lease ends, and all that it published counts for nothing. It may find out that nobody took its place.
 local function void(member)
-  redis.call('HINCRBY', KEYS[1], member, 1)
+  redis.call('HSET', roster .. 'voided', member, redis.call('HINCRBY', KEYS[1], member, 1))
   redis.call('ZREM', roster .. 'workers', member)
   redis.call('DEL', roster .. 'w:' .. member)
   changed()

@@ -473,6 +473,24 @@ class Histories(RuleBasedStateMachine):
         self.start(worker)
         self.take_in()
 
+    @rule(worker=WHO, by=WHO)
+    def drop_worker(self, worker: str, by: str) -> None:
+        """A worker is given up by another and started anew: nothing that it published before counts."""
+        assert self.caches[by].drop_worker(worker) == 1
+        assert self.read().held(worker) == set()
+        self.restart(worker, gracefully=False)
+
+    @rule(worker=WHO)
+    def sweep(self, worker: str) -> None:
+        """What counts for nothing goes, and what nobody covers with it; what counts stays."""
+        swept = self.caches[worker].sweep()
+        after, model = self.read(), self.model
+        assert {each: after.held(each) for each in WORKERS} == model.has
+        assert swept.chunks == len(model.tree) - len(after.chunks)
+        for node in after.nodes.values():
+            assert all(epoch == after.epochs[each] for each, (epoch, _) in node.held.items())
+        self.keep(after)
+
     @invariant()
     def whole(self) -> None:
         """Nothing is damaged, the counts are exact, and the shard is what the model says."""

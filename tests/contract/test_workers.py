@@ -1,0 +1,806 @@
+"""Workers come, hold leases, stand still, die and are dropped; what the dead leave behind is swept."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distprefix import PrefixCacheOptimizer, operations
+from distprefix.errors import DamagedNodeError, DistPrefixError, InvalidInputError, StaleEpochError, UnavailableError
+from distprefix.operations import Swept
+from distprefix.redis.roster import GRACE_S, heartbeat
+from distprefix.redis.workers import describe_workers
+from tests.contract.test_find import prompt
+from tests.contract.test_model import Model, tokens
+from tests.servers import Backend, Server
+
+LONG_S = 600.0
+"""A lease that is not renewed while a test runs."""
+
+
+def learn(*caches: PrefixCacheOptimizer) -> None:
+    """These caches read now who counts and until when, and what the log says."""
+    for cache in caches:
+        cache._state.link.roster.version = ""
+        cache._state.link.refresh()
+        cache.catch_up()
+
+
+def let_lease_end(backend: Backend, member: str, in_s: float) -> None:
+    """The lease ends so long from now, or did so long ago."""
+    seconds, micros = backend.admin.time()  # pyright: ignore[reportGeneralTypeIssues]
+    end = int(1000 * (seconds + micros / 1e6 + in_s))
+    backend.admin.zadd(backend.keys.workers, {member: end})
+
+
+def held(reader: PrefixCacheOptimizer, asked: list[int]) -> dict[str, int]:
+    """Who holds how many leading chunks of a prompt, as this cache says."""
+    return dict(reader.find_longest_cache_hit(asked).holders)
+
+
+@contextlib.contextmanager
+def calls_of(*caches: PrefixCacheOptimizer) -> Generator[list[str]]:
+    """The commands that these caches send from now on: names of scripts, and of what is none."""
+    sent: list[str] = []
+    clients = [
+        client
+        for cache in caches
+        for client in (cache._state.link.lookups, cache._state.link.publishes, cache._state.link.admin)
+    ]
+
+    def spy(client: Any) -> None:
+        call, command = client.call, client.command
+
+        def count_call(script: str, *args: Any) -> Any:
+            sent.append(script)
+            client.call = call  # it may call itself, for a server that knows no flags
+            try:
+                return call(script, *args)
+            finally:
+                client.call = count_call
+
+        def count_command(*args: Any, **options: Any) -> Any:
+            if args[0] not in ("EVALSHA", "EVALSHA_RO", "SCRIPT LOAD"):
+                sent.append(args[0])
+            return command(*args, **options)
+
+        client.call, client.command = count_call, count_command
+
+    for client in clients:
+        spy(client)
+    yield sent
+    for client in clients:
+        del client.call, client.command
+
+
+def sound(cache: PrefixCacheOptimizer, chunks: int, nodes: int | None = None) -> None:
+    """The tree keeps its invariants, counts exactly, and has so many chunks and nodes."""
+    report = cache.check_integrity()
+    assert (report.problems, report.chunks) == ([], chunks)
+    assert nodes in (None, report.nodes)
+
+
+# Epochs
+
+
+def test_ranks_have_epochs_of_their_own(any_server: Backend) -> None:
+    """A rank that starts again voids what it published before, and nothing of the worker's other ranks."""
+    zero, one = any_server.open("w1"), any_server.open("w1", rank=1)
+    zero.cache_prefix(prompt(5))
+    one.cache_prefix(prompt(7))
+    reader = any_server.open("r")
+    assert held(reader, prompt(9)) == {"w1/1@gpu": 7, "w1/0@gpu": 5}
+    any_server.open("w1", rank=1)
+    learn(reader)
+    assert held(reader, prompt(9)) == {"w1/0@gpu": 5}
+    epochs = {(member.worker, member.rank): member.epoch for member in reader.workers()}
+    assert epochs == {("w1", 0): 1, ("w1", 1): 2, ("r", 0): 1}
+
+
+def test_registering_voids_what_was_published_before(any_server: Backend) -> None:
+    """A worker that takes a lease takes a new epoch: older coverage counts for nothing, what comes then does."""
+    worker, reader = any_server.open("w1"), any_server.open("r")
+    worker.cache_prefix(prompt(5))
+    assert held(reader, prompt(9)) == {"w1/0@gpu": 5}
+    assert worker.register_worker(lease_s=LONG_S) == 2
+    learn(reader)
+    for cache in (worker, reader):
+        assert not cache.find_longest_cache_hit(prompt(9)).hit
+    worker.cache_prefix(prompt(4))
+    for cache in (worker, reader):
+        assert held(cache, prompt(9)) == {"w1/0@gpu": 4}
+    assert worker.register_worker(lease_s=LONG_S) == 3
+
+
+def test_registering_costs_four_calls(any_server: Backend) -> None:
+    """As it says."""
+    worker = any_server.open("w1")
+    with calls_of(worker) as sent:
+        worker.register_worker(lease_s=LONG_S)
+    assert sent == ["attach", "attach", "register", "roster"]
+
+
+@pytest.mark.parametrize("lease_s", [0, 2.9, -1])
+def test_too_short_a_lease_is_refused(any_server: Backend, lease_s: float) -> None:
+    """Readers could not see in time that it goes on; nothing has changed then."""
+    worker = any_server.open("w1")
+    with pytest.raises(InvalidInputError, match="too short"):
+        worker.register_worker(lease_s=lease_s)
+    (member,) = worker.workers()
+    assert (member.epoch, member.lease_left_s) == (1, None)
+
+
+def test_workers_tell_who_they_are(any_server: Backend) -> None:
+    """Address, model, media and load of who holds a lease come back; who holds none says nothing."""
+    plain, leased = any_server.open("w1"), any_server.open("w2", rank=3, medium="cpu")
+    before = time.time()
+    leased.register_worker(
+        address="10.0.0.7:8000", model="tiny", media=["gpu", "cpu"], load={"running": 3}, lease_s=100.0
+    )
+    one, two = plain.workers()
+    assert (one.worker, one.rank, one.lease_left_s, one.started) == ("w1", 0, None, 0.0)
+    assert (one.info.address, one.info.model, one.info.media, one.info.load) == ("", "", (), {})
+    assert (two.worker, two.rank, two.epoch) == ("w2", 3, 2)
+    assert (two.info.address, two.info.model, two.info.media) == ("10.0.0.7:8000", "tiny", ("gpu", "cpu"))
+    assert two.info.load == {"running": 3.0}
+    assert two.lease_left_s is not None
+    assert 90 < two.lease_left_s <= 100
+    assert before - 1 < two.started < time.time() + 1
+
+
+def test_a_lease_from_the_settings(any_server: Backend) -> None:
+    """`worker_lease_s` gives a lease from the start, and the medium is told."""
+    any_server.open("w1", worker_lease_s=LONG_S, medium="cpu")
+    (member,) = any_server.open("w1", rank=1).workers()[:1]
+    assert member.epoch == 1
+    assert member.lease_left_s is not None
+    assert member.info.media == ("cpu",)
+
+
+def test_load_goes_with_the_heartbeat(any_server: Backend) -> None:
+    """What is reported is told with the next heartbeat, one call, which keeps the lease."""
+    worker, reader = any_server.open("w1"), any_server.open("r")
+    worker.register_worker(address="here", lease_s=100.0, load={"running": 1})
+    worker.report_load({"running": 7, "free": 0.5})
+    let_lease_end(any_server, "w1/0", 5)
+    with calls_of(worker) as sent:
+        worker._state.link.heartbeat()
+    assert sent == ["heartbeat"]
+    member = reader.workers()[1]
+    assert (member.info.load, member.info.address) == ({"running": 7.0, "free": 0.5}, "here")
+    assert member.lease_left_s is not None
+    assert member.lease_left_s > 90
+
+
+def test_a_load_that_is_no_number_is_refused(any_server: Backend) -> None:
+    """At once, and the heartbeats go on."""
+    worker = any_server.open("w1")
+    worker.register_worker(lease_s=100.0)
+    with pytest.raises(InvalidInputError, match="'running' is 'many'"):
+        worker.report_load({"running": "many"})  # pyright: ignore[reportArgumentType]
+    let_lease_end(any_server, "w1/0", 1)
+    worker._state.link.heartbeat()
+    left = worker.workers()[0].lease_left_s
+    assert left is not None
+    assert left > 90
+
+
+def test_heartbeats_come_by_themselves(real_server: Backend) -> None:
+    """Three a lease, in the background, whatever else is done there."""
+    worker = real_server.open("w1", worker_lease_s=3.0)
+    let_lease_end(real_server, "w1/0", 0.01)
+    deadline = time.monotonic() + 10
+    while (worker.workers()[0].lease_left_s or 0) < 2:
+        assert time.monotonic() < deadline, "no heartbeat came"
+        time.sleep(0.02)
+
+
+# The end of a lease
+
+
+def test_a_worker_whose_lease_ends_drops_out(any_server: Backend) -> None:
+    """At that moment and with no word from anybody: out of answers of L1 and of Redis, which are only read."""
+    dying, living = any_server.open("w1", worker_lease_s=LONG_S), any_server.open("w2", worker_lease_s=LONG_S)
+    hot, cold = any_server.open("r1"), any_server.open("r2")
+    dying.cache_prefix(prompt(8))
+    living.cache_prefix(prompt(5))
+    let_lease_end(any_server, "w1/0", 0.4)
+    learn(hot, cold)
+    assert held(hot, prompt(8)) == {"w1/0@gpu": 8, "w2/0@gpu": 5}
+    with calls_of(hot, cold) as sent:
+        result = hot.find_longest_cache_hit(prompt(8))
+        assert (result.matched_chunks, result.l1_chunks, result.redis_calls) == (8, 8, 0)
+        time.sleep(0.45)
+        before = any_server.dump()
+        for cache in (hot, cold, hot):
+            result = cache.find_longest_cache_hit(prompt(8))
+            assert (result.matched_chunks, dict(result.holders)) == (5, {"w2/0@gpu": 5})
+        assert cold.find_longest_cache_hit(prompt(8), blocks_of="w1/0@gpu").block_ids == ()
+        learn(hot, cold)
+        assert set(sent) <= {"walk", "roster", "feed"}
+    assert any_server.dump() == before
+
+
+def test_l1_answers_when_the_only_holder_has_died(any_server: Backend) -> None:
+    """What nobody else holds is a miss, also when L1 knows it."""
+    dying, reader = any_server.open("w1", worker_lease_s=LONG_S), any_server.open("r")
+    dying.cache_prefix(prompt(8))
+    let_lease_end(any_server, "w1/0", -1)
+    learn(reader)
+    for _ in range(2):
+        result = reader.find_longest_cache_hit(prompt(8))
+        assert (result.hit, result.holders, result.tier) == (False, (), None)
+
+
+def test_a_worker_that_returns_counts_again(any_server: Backend) -> None:
+    """Within the grace one heartbeat brings back all that it published, under the same epoch."""
+    worker, other, reader = (
+        any_server.open("w1", worker_lease_s=LONG_S),
+        any_server.open("w2", worker_lease_s=LONG_S),
+        any_server.open("r"),
+    )
+    worker.cache_prefix(prompt(8))
+    let_lease_end(any_server, "w1/0", 5 - GRACE_S)
+    learn(reader)
+    assert not reader.find_longest_cache_hit(prompt(8)).hit
+    other._state.link.heartbeat()
+    worker._state.link.heartbeat()
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8}
+    assert worker._state.link.epoch == 1
+
+
+def test_after_the_grace_others_void_it(any_server: Backend) -> None:
+    """Somebody else's heartbeat makes it void; when it comes back it attaches anew and publishes again."""
+    worker, other, reader = (
+        any_server.open("w1", worker_lease_s=LONG_S),
+        any_server.open("w2", worker_lease_s=LONG_S),
+        any_server.open("r"),
+    )
+    worker.cache_prefix(prompt(8))
+    let_lease_end(any_server, "w1/0", -GRACE_S - 1)
+    other._state.link.heartbeat()
+    assert any_server.admin.zscore(any_server.keys.workers, "w1/0") is None
+    assert any_server.admin.exists(any_server.keys.member("w1/0")) == 0
+    link = worker._state.link
+    with pytest.raises(StaleEpochError):
+        heartbeat(link.publishes, link.keys, "w1/0", 1, 5, link.info, time.monotonic() + 5)
+    link.heartbeat()
+    link.refresh()
+    assert link.epoch == 3
+    learn(reader)
+    for cache in (reader, worker):
+        assert not cache.find_longest_cache_hit(prompt(8)).hit
+    worker.cache_prefix(prompt(8))
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8}
+    assert reader.workers()[1].lease_left_s is not None
+
+
+def test_a_heartbeat_voids_no_more_than_sixteen(any_server: Backend) -> None:
+    """The rest waits for the next one, so that no call takes long."""
+    worker = any_server.open("w1", worker_lease_s=LONG_S)
+    for i in range(20):
+        any_server.admin.hset(any_server.keys.epochs, f"d{i}/0", 1)
+        let_lease_end(any_server, f"d{i}/0", -GRACE_S - 100 + i)
+    worker._state.link.heartbeat()
+    assert any_server.admin.zcard(any_server.keys.workers) == 5
+    worker._state.link.heartbeat()
+    assert any_server.admin.zrange(any_server.keys.workers, 0, -1) == [b"w1/0"]
+
+
+def test_readers_learn_of_a_lease_that_somebody_removed(any_server: Backend) -> None:
+    """A heartbeat puts it back, and who knows of no lease then reads when it ends."""
+    worker, reader = any_server.open("w1", worker_lease_s=LONG_S), any_server.open("r")
+    any_server.admin.delete(any_server.keys.workers)
+    learn(reader)
+    assert not reader._state.link.roster.has_leases
+    worker._state.link.heartbeat()
+    reader._state.link.refresh()
+    assert reader._state.link.roster.has_leases
+
+
+def test_close_ends_a_lease(any_server: Backend) -> None:
+    """A worker with a lease counts no more once it is closed; one without goes on to count."""
+    leased, plain, reader = any_server.open("w1", worker_lease_s=LONG_S), any_server.open("w2"), any_server.open("r")
+    leased.cache_prefix(prompt(8))
+    plain.cache_prefix(prompt(5))
+    leased.close()
+    plain.close()
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w2/0@gpu": 5}
+    leased.close()
+    assert [member.epoch for member in reader.workers()] == [1, 2, 1]
+
+
+def test_close_leaves_a_newer_process_alone(any_server: Backend) -> None:
+    """A process that was replaced ends its own epoch only, which counts no more anyway."""
+    old = any_server.open("w1", worker_lease_s=LONG_S)
+    new = any_server.open("w1", worker_lease_s=LONG_S)
+    new.cache_prefix(prompt(8))
+    old._state.link.refresh()
+    assert old._state.link.epoch == 1, "it does not fight for the name"
+    old._state.link.heartbeat()
+    old.close()
+    assert held(any_server.open("r"), prompt(8)) == {"w1/0@gpu": 8}
+
+
+# Dropping
+
+
+@pytest.mark.parametrize("size", [1, 400])
+def test_dropping_a_worker_costs_two_calls(any_server: Backend, size: int) -> None:
+    """However many ranks it has and however much it holds; one more call lets the caller know it as well."""
+    ranks = [any_server.open("w1", rank=rank, max_run=4) for rank in range(3)]
+    other, reader = any_server.open("w10", max_run=4), any_server.open("r", max_run=4)
+    for rank, cache in enumerate(ranks):
+        cache.cache_prefix(prompt(size + rank))
+    other.cache_prefix(prompt(1))
+    assert reader.find_longest_cache_hit(prompt(size + 2)).matched_chunks == size + 2
+    with calls_of(reader, other) as sent:
+        assert other.drop_worker("w1") == 3
+        assert sent == ["roster", "retire", "roster"]
+        sent.clear()
+        reader._state.link.refresh()
+        assert sent == ["roster"]
+    assert held(reader, prompt(size + 2)) == {"w10/0@gpu": 1}
+    assert held(other, prompt(size + 2)) == {"w10/0@gpu": 1}
+
+
+def test_dropping_nobody(any_server: Backend) -> None:
+    """Whom nobody knows has no ranks, and nothing changes."""
+    cache = any_server.open("w1")
+    cache.cache_prefix(prompt(3))
+    before = any_server.admin.hgetall(any_server.keys.epochs)
+    assert cache.drop_worker("w") == 0
+    assert any_server.admin.hgetall(any_server.keys.epochs) == before
+    assert cache.find_longest_cache_hit(prompt(3)).hit
+
+
+def test_a_leased_worker_that_is_dropped_and_runs_comes_back(any_server: Backend) -> None:
+    """It takes a new epoch when it next looks, holds its lease again, and counts with what it publishes then."""
+    worker, reader = any_server.open("w1", worker_lease_s=LONG_S), any_server.open("r")
+    worker.cache_prefix(prompt(8))
+    assert reader.drop_worker("w1") == 1
+    worker._state.link.heartbeat()
+    worker._state.link.refresh()
+    worker.cache_prefix(prompt(8))
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8}
+    assert worker._state.link.epoch == 3
+    assert reader.workers()[1].lease_left_s is not None
+
+
+def test_a_worker_without_a_lease_that_is_dropped_and_runs_comes_back(any_server: Backend) -> None:
+    """As one with a lease does."""
+    worker, reader = any_server.open("w1"), any_server.open("r")
+    worker.cache_prefix(prompt(8))
+    assert reader.drop_worker("w1") == 1
+    worker.flush()
+    worker.cache_prefix(prompt(8))
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8}
+
+
+def test_dropping_oneself(any_server: Backend) -> None:
+    """A worker with a lease goes on under a new epoch, without what it published."""
+    worker = any_server.open("w1", worker_lease_s=LONG_S)
+    worker.cache_prefix(prompt(8))
+    assert worker.drop_worker("w1") == 1
+    assert worker._state.link.epoch == 3
+    assert not worker.find_longest_cache_hit(prompt(8)).hit
+
+
+# Sweeping
+
+
+def test_a_sweep_with_nothing_to_do_costs_two_calls(any_server: Backend) -> None:
+    """Nobody died, so the tree is not read; nor is it when all was swept before."""
+    cache, dead = any_server.open("w1"), any_server.open("w2")
+    cache.cache_prefix(prompt(8))
+    with calls_of(cache) as sent:
+        assert cache.sweep() == Swept(0, 0, 0)
+        assert sent == ["roster", "HGETALL"]
+        dead.cache_prefix(prompt(9))
+        cache.drop_worker("w2")
+        sent.clear()
+        assert cache.sweep() == Swept(9, 0, 1)
+        assert sent == ["roster", "HGETALL", "SET", "sweep", "HSET", "DEL"]
+        sent.clear()
+        assert cache.sweep() == Swept(0, 0, 0)
+        assert sent == ["roster", "HGETALL"]
+    sound(cache, 8, 1)
+
+
+def test_a_sweep_takes_what_a_restarted_worker_left(any_server: Backend) -> None:
+    """Coverage of the older process goes, that of the newer one stays, in one and the same node."""
+    any_server.open("w1", max_run=4).cache_prefix(prompt(12), range(12))
+    again = any_server.open("w1", max_run=4)
+    again.cache_prefix(prompt(6), range(6))
+    sound(again, 12, 3)
+    swept = again.sweep()
+    assert (swept.coverage, swept.chunks) == (4, 6)  # publishing anew had taken the place of two
+    sound(again, 6, 2)
+    reader = any_server.open("r", max_run=4)
+    assert reader.find_longest_cache_hit(prompt(12), blocks_of="w1/0@gpu").block_ids == tuple(range(6))
+
+
+@pytest.mark.parametrize("max_run", [1, 4, 256])
+def test_a_sweep_takes_exactly_what_is_dead(any_server: Backend, max_run: int) -> None:
+    """Deep chains, branches, shared nodes, parts of runs: what somebody living covers stays as it was."""
+    live, dead, shared = (any_server.open(name, max_run=max_run) for name in ("w1", "w2", "w3"))
+    for tail in range(1, 20, 3):
+        dead.cache_prefix(prompt(22, tail=tail), range(22))
+    dead.cache_prefix([7] * 160)
+    live.cache_prefix(prompt(12, tail=4), range(12), {"of": "live"})
+    live.cache_prefix(prompt(15))
+    shared.cache_prefix(prompt(22, tail=19)[: 4 * 17], range(100, 117))
+    dead.cache_prefix(prompt(22, tail=19)[: 4 * 17])
+    everything = {
+        tuple(asked[: 4 * i])
+        for asked, count in ((prompt(12, tail=4), 12), (prompt(15), 15), (prompt(22, tail=19), 17))
+        for i in range(1, count + 1)
+    }
+    live.drop_worker("w2")
+    swept = live.sweep()
+    assert swept.coverage > 100
+    sound(live, len(everything))
+    assert not any(b"h:w2/0@gpu" in node or b"b:w2/0@gpu" in node for node in nodes(any_server))
+    reader = any_server.open("r", max_run=max_run)
+    assert held(reader, prompt(22, tail=19)) == {"w3/0@gpu": 17, "w1/0@gpu": 15}
+    result = reader.find_longest_cache_hit(prompt(12, tail=4), blocks_of="w1/0@gpu")
+    assert result.block_ids == tuple(range(12))
+    assert result.entry is not None
+    assert result.entry.metadata == {"of": "live"}
+    assert reader.find_longest_cache_hit(prompt(22, tail=19), blocks_of="w3/0@gpu").block_ids == tuple(range(100, 117))
+    assert not reader.find_longest_cache_hit([7] * 160).hit
+
+
+def nodes(backend: Backend) -> list[dict[bytes, bytes]]:
+    """The fields of every node."""
+    return [value for key, value in backend.dump().items() if key.startswith(f"{backend.keys.base}n:")]
+
+
+def test_a_sweep_of_everything(any_server: Backend) -> None:
+    """When nobody lives the tree is empty, roots and all."""
+    cache, dead = any_server.open("w1"), any_server.open("w2", max_run=256)
+    for tail in range(1, 30):
+        dead.cache_prefix(prompt(31, tail=tail), range(31), {"tail": tail})
+    cache.drop_worker("w2")
+    cache.sweep()
+    sound(cache, 0, 0)
+    assert list(any_server.dump()) == [any_server.keys.meta]
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_a_leaf_that_a_sweep_makes_is_cut(any_server: Backend, branches: int) -> None:
+    """An inner node that the living hold in part ends where they do, once its last branch has gone."""
+    live, dead = any_server.open("w1"), any_server.open("w2")
+    live.cache_prefix(prompt(10), range(10))
+    for branch in range(branches):
+        dead.cache_prefix([*prompt(10), *[50 + branch] * 8])
+    live.remove_skipped_blocks([4])
+    live.drop_worker("w2")
+    live.sweep()
+    sound(live, 4, 1)
+    assert held(any_server.open("r"), prompt(10)) == {"w1/0@gpu": 4}
+
+
+def test_leases_do_not_keep_what_nobody_has(any_server: Backend) -> None:
+    """A lease keeps a prompt from eviction; dead coverage goes all the same, and what lives stays leased."""
+    live, dead = any_server.open("w1"), any_server.open("w2")
+    live.cache_prefix(prompt(5))
+    dead.cache_prefix(prompt(9))
+    dead.cache_prefix([7] * 20)
+    leases = [live.find_longest_cache_hit(asked).lease(600) for asked in (prompt(9), [7] * 20)]
+    assert [lease.chunks for lease in leases] == [9, 5]
+    live.drop_worker("w2")
+    live.sweep()
+    sound(live, 5, 1)
+    with any_server_cache(any_server, l2_max_chunks=1) as evicting:
+        assert evicting.maintain().chunks == 0
+        for lease in leases:
+            lease.release()
+        assert evicting.maintain().chunks > 0
+
+
+@contextlib.contextmanager
+def any_server_cache(backend: Backend, **changes: Any) -> Generator[PrefixCacheOptimizer]:
+    """A cache of another worker."""
+    with PrefixCacheOptimizer(
+        backend.config("other", high_watermark=1.0, low_watermark=1.0, **changes), client=backend.client
+    ) as made:
+        yield made
+
+
+def test_metadata_of_what_is_cut_goes(any_server: Backend) -> None:
+    """It told of a prompt that ended behind the cut."""
+    live, dead = any_server.open("w1"), any_server.open("w2")
+    live.cache_prefix(prompt(5))
+    dead.cache_prefix(prompt(9), None, {"of": "dead"})
+    live.drop_worker("w2")
+    live.sweep()
+    sound(live, 5, 1)
+    entry = any_server.open("r").find_longest_cache_hit(prompt(9)).entry
+    assert entry is not None
+    assert not entry.metadata
+
+
+def test_readers_are_told_what_went(any_server: Backend) -> None:
+    """L1s forget what a sweep removed or cut, by the log."""
+    live, dead, reader = any_server.open("w1"), any_server.open("w2"), any_server.open("r")
+    reader.catch_up()
+    live.cache_prefix(prompt(5))
+    dead.cache_prefix(prompt(9))
+    dead.cache_prefix([7] * 20)
+    for asked in (prompt(9), [7] * 20):
+        reader.find_longest_cache_hit(asked)
+    assert reader.get_metrics()["l1_chunks"] == 14
+    live.drop_worker("w2")
+    live.sweep()
+    reader.catch_up()
+    assert reader.get_metrics()["l1_chunks"] == 5
+
+
+def test_an_interrupted_sweep_is_done_again(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is cut short leaves coverage that counts for nothing, and lets the next one begin at once, which ends it."""
+    monkeypatch.setattr(operations, "SWEEPS_A_CALL", 1)
+    live, dead = any_server.open("w1"), any_server.open("w2")
+    live.cache_prefix(prompt(5))
+    for tail in range(1, 201):
+        dead.cache_prefix([*prompt(5), tail, *range(15)])
+    live.drop_worker("w2")
+    client = live._state.link.admin
+    call, left = client.call, [1]
+
+    def fail(script: str, *args: Any) -> Any:
+        if script == "sweep" and left[0] == 0:
+            raise UnavailableError("it died here")
+        left[0] -= script == "sweep"
+        return call(script, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "call", fail)
+        with pytest.raises(UnavailableError):
+            live.sweep()
+    assert all("does not cover the parent" in problem for problem in live.check_integrity().problems)
+    assert any_server.admin.exists(any_server.keys.sweeping) == 0
+    live.sweep()
+    sound(live, 5, 1)
+    assert live.sweep() == Swept(0, 0, 0)
+
+
+def test_two_sweepers_do_not_meet(any_server: Backend) -> None:
+    """While one sweeps the other leaves it to it; a lock that a dead one left ends by itself."""
+    one, two, dead = any_server.open("w1"), any_server.open("w2"), any_server.open("w3")
+    dead.cache_prefix(prompt(9))
+    one.drop_worker("w3")
+    any_server.admin.set(any_server.keys.sweeping, "1", px=100)
+    with calls_of(two) as sent:
+        assert two.sweep() == Swept(0, 0, 0)
+        assert "sweep" not in sent
+    sound(one, 9)
+    time.sleep(0.11)
+    assert two.sweep() == Swept(9, 1, 9)
+    assert one.sweep() == Swept(0, 0, 0)
+    sound(one, 0)
+
+
+def test_sweepers_and_publishers_at_once(real_server: Backend) -> None:
+    """Sweeps that run at once, without the lock too, take nothing living, and the counts stay exact."""
+    writers = [real_server.open(f"w{i}", max_run=4) for i in range(3)]
+    sweepers = [real_server.open(f"s{i}", max_run=4) for i in range(2)]
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def work(action: Callable[[], object]) -> None:
+        try:
+            while not stop.is_set():
+                action()
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            errors.append(error)
+
+    def sweep(cache: PrefixCacheOptimizer) -> None:
+        epochs = cache._state.link.roster._epochs
+        cache._state.link.administer(operations.sweep(dict(epochs)))
+        learn(cache)
+
+    threads = [threading.Thread(target=work, args=(lambda c=cache: sweep(c),)) for cache in sweepers]
+    for thread in threads:
+        thread.start()
+    for i, cache in itertools.product(range(40), writers):
+        cache.cache_prefix(prompt(4 + i % 9, tail=1 + i % 5), range(4 + i % 9))
+        if i % 5 == 0 and cache is writers[0]:
+            cache.register_worker(lease_s=LONG_S)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    learn(*writers)
+    sweepers[0].sweep()
+    report = writers[0].check_integrity()
+    assert report.problems == []
+    for i in range(40):
+        found = held(real_server.open("r", max_run=4), prompt(4 + i % 9, tail=1 + i % 5))
+        assert found["w1/0@gpu"] == found["w2/0@gpu"] == 4 + i % 9
+
+
+def test_a_sweep_of_very_many_members(any_server: Backend) -> None:
+    """All of them, some hundreds a pass over the tree."""
+    live, dead = any_server.open("w1"), any_server.open("w9999")
+    live.cache_prefix(prompt(5))
+    dead.cache_prefix(prompt(9))
+    any_server.admin.hset(any_server.keys.epochs, mapping={f"w{i}/0": 2 for i in range(2, 1203)})
+    live.drop_worker("w9999")
+    assert live.sweep() == Swept(9, 0, 4)
+    assert any_server.admin.hlen(any_server.keys.swept) == 1202
+    assert live.sweep() == Swept(0, 0, 0)
+    sound(live, 5, 1)
+
+
+# Another hand
+
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "the leases are a string": ("workers", "foreign"),
+    "what a member says is a string": ("w", "foreign"),
+    "the epochs are a string": ("epochs", "foreign"),
+    "what was swept is a string": ("swept", "foreign"),
+    "the version is a list": ("version", ["foreign"]),
+    "the version is no number": ("version", "foreign"),
+    "the lock is a list": ("sweeping", ["foreign"]),
+    "an epoch is no number": ("epochs", {"w3/0": "many", "w4/0": "nan", "w5/0": "inf", "w6/0": "", b"\xff/0": "\xff"}),
+    "an epoch has no rank": ("epochs", {"w3": "3", "": "4", "/": "5", "w1/x": "6"}),
+    "what was swept is no number": ("swept", {"w2/0": "many", b"\xff": "2"}),
+    "a lease never ends": ("workers zset", {"w2/0": float("inf"), "w3/0": float("-inf")}),
+    "what a member says makes no sense": ("w", {"load": "\xff", "media": b"\xff,,", "started": "long ago"}),
+}
+
+
+def damage(backend: Backend, where: str, value: Any) -> None:
+    """Write something that does not belong there."""
+    admin, keys = backend.admin, backend.keys
+    name = where.partition(" ")[0]
+    key = keys.member("w2/0") if name == "w" else getattr(keys, name)
+    if where.endswith("zset"):
+        admin.zadd(key, value)
+        return
+    if not isinstance(value, dict):
+        admin.delete(key)
+    if isinstance(value, dict):
+        admin.hset(key, mapping=value)  # pyright: ignore[reportUnknownArgumentType]
+    elif isinstance(value, list):
+        admin.rpush(key, *value)  # pyright: ignore[reportUnknownArgumentType]
+    else:
+        admin.set(key, value)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_another_hand_does_not_stop_look_ups(any_server: Backend, what: str) -> None:
+    """Look-ups and publishes go on; the rest works, or says what is wrong with an error of ours."""
+    reader, worker = any_server.open("r"), any_server.open("w2", worker_lease_s=LONG_S)
+    worker.cache_prefix(prompt(8))
+    assert held(reader, prompt(8)) == {"w2/0@gpu": 8}
+    damage(any_server, *DAMAGE[what])
+    link = reader._state.link
+    learn(reader, worker)
+    worker._state.link.heartbeat()
+    assert held(reader, prompt(8)) == {"w2/0@gpu": 8}
+    worker.cache_prefix(prompt(9))
+    assert reader.find_longest_cache_hit(prompt(9), blocks_of="w2/0@gpu").matched_chunks == 9
+    doings: list[Callable[[], object]] = [
+        reader.workers,
+        reader.sweep,
+        lambda: describe_workers(link.admin, link.keys, time.monotonic() + 5),
+        lambda: reader.drop_worker("w3"),
+        lambda: any_server.open("w4"),
+        reader.flush,
+    ]
+    for action in doings:
+        with contextlib.suppress(DistPrefixError):
+            action()
+
+
+def test_an_epoch_that_is_no_number_is_named(any_server: Backend) -> None:
+    """A worker cannot know which epoch it never had, and is told so; nothing was written."""
+    any_server.open("w1")
+    any_server.admin.hset(any_server.keys.epochs, "w2/0", "many")
+    with pytest.raises(DamagedNodeError, match="the epoch of w2/0 is no number: many"):
+        any_server.open("w2", worker_lease_s=LONG_S)
+    assert any_server.admin.hget(any_server.keys.epochs, "w2/0") == b"many"
+
+
+@pytest.mark.parametrize("value", [b"", b"x:y", b"1", b"1:0", b"9:99999"])
+def test_a_sweep_passes_over_damaged_nodes(any_server: Backend, value: bytes) -> None:
+    """What another hand wrote into a node keeps nothing else from being swept, and the counts are exact."""
+    live, dead = any_server.open("w1"), any_server.open("w2")
+    for token in range(5):
+        dead.cache_prefix([token] * 20)
+    broken = any_server.keys.node(next(key for key in any_server.dump() if ":n:" in key).rpartition(":")[2])
+    any_server.admin.hset(broken, "h:w3/0@gpu", value)
+    any_server.admin.hincrby(any_server.keys.meta, "bytes", 70)
+    live.drop_worker("w2")
+    live.sweep()
+    assert any_server.admin.hget(any_server.keys.meta, "chunks") == b"5"
+    any_server.admin.hdel(broken, "h:w3/0@gpu")
+    any_server.admin.hincrby(any_server.keys.meta, "bytes", -70)
+    sound(live, 5, 1)
+
+
+def test_leased_holders_run_out_of_trust_without_redis(own_server: Server) -> None:
+    """When Redis is gone L1 goes on to name who holds no lease, and who holds one until that ends."""
+    backend = Backend("valkey-9.1", own_server.client(), "down", url=own_server.url)
+    options: dict[str, Any] = {"strict": False, "lookup_timeout_s": 0.05, "publish_timeout_s": 0.1}
+    leased, plain = backend.open("w1", worker_lease_s=LONG_S), backend.open("w2")
+    reader = backend.open("r", **options)
+    leased.cache_prefix(prompt(8))
+    plain.cache_prefix(prompt(5))
+    let_lease_end(backend, "w1/0", 0.5)
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8, "w2/0@gpu": 5}
+    own_server.kill()
+    learn(reader)
+    assert held(reader, prompt(8)) == {"w1/0@gpu": 8, "w2/0@gpu": 5}
+    time.sleep(0.55)
+    assert held(reader, prompt(8)) == {"w2/0@gpu": 5}
+    for cache in (leased, plain, reader):
+        cache._state.unusable = "its server is gone"
+        cache._state.link.close()
+
+
+# Anything
+
+
+PUBLISHES = st.lists(
+    st.tuples(
+        st.sampled_from(["w1", "w2", "w3"]),
+        st.sampled_from(["publish", "publish", "publish", "remove"]),
+        st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=15)
+@given(
+    steps=PUBLISHES, dead=st.sets(st.sampled_from(["w1", "w2", "w3"]), min_size=1), max_run=st.sampled_from([2, 3, 64])
+)
+def test_what_a_sweep_leaves_is_what_the_living_have(
+    any_server: Backend, steps: list[tuple[str, str, tuple[int, ...]]], dead: set[str], max_run: int
+) -> None:
+    """Whatever was published and by whomever: the tree is the union of what the living hold, just that, and sound."""
+    model = Model()
+    options: dict[str, Any] = {"chunk_size": 2, "max_run": max_run, "l1_ttl_s": 0}
+    backend = Backend("", any_server.admin, f"{any_server.namespace}-{max_run}", any_server.url, any_server.client)
+    caches = {name: backend.open(name, **options) for name in ("w1", "w2", "w3", "s")}
+    caches["s"].clear()
+    try:
+        for worker, action, chunks in steps:
+            if action == "publish":
+                caches[worker].cache_prefix(tokens(chunks), model.ids(worker, chunks))
+                model.publish(worker, chunks)
+            else:
+                caches[worker].remove_skipped_blocks([model.block(worker, chunks)])
+                model.remove(worker, chunks)
+        for worker in dead:
+            caches["s"].drop_worker(worker)
+            model.has[worker] = set()
+        caches["s"].sweep()
+        everything = set[tuple[int, ...]]().union(*model.has.values())
+        sound(caches["s"], len(everything))
+        learn(caches["s"])
+        for _, _, chunks in steps:
+            wanted = {f"{worker}/0@gpu": size for worker in model.has if (size := model.held(worker, chunks))}
+            assert held(caches["s"], tokens(chunks)) == wanted
+        before = backend.dump()
+        operation = operations.sweep({f"{worker}/0": 1 << 40 for worker in dead})
+        assert caches["s"]._state.link.administer(operation) == Swept(0, 0, 0)
+        assert backend.dump() == before
+    finally:
+        backend.close()
