@@ -36,7 +36,7 @@ class Block:
         self.key = key
         self.parent = parent
         self.chunks = chunks
-        self.depth = len(chunks) // 16 + (parent.depth if parent is not None else 0)
+        self.depth = len(chunks) // 16
         """In chunks, behind this block."""
         self.rest = rest
         """Tokens behind the last full chunk; None when they are not known any more."""
@@ -45,6 +45,7 @@ class Block:
         self.anchor: Block | None = None
         """The nearest block above that has chunks, or the root."""
         if parent is not None:
+            self.depth += parent.depth
             self.anchor = parent if parent.chunks or parent.parent is None else parent.anchor
         self.held = 0
         """A byte for each medium, in it a bit for each attention group that has the block."""

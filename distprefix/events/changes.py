@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -104,7 +106,7 @@ def _publication(tip: Block, medium: str, mask: int) -> Change:
             path = path[: i + 1]  # the rest goes on from a head that the reply tells
             break
     chain = b"".join([block.chunks for block in path])
-    return Change(medium, True, _start(path[0]), chain, b"".join(map(_label, path)), path)
+    return Change(medium, True, _start(path[0]), chain, _labels(path), path)
 
 
 def _path(block: Block, mask: int) -> list[Block]:
@@ -123,13 +125,23 @@ def _start(block: Block) -> int:
     return block.depth - len(block.chunks) // HASH_BYTES
 
 
-def _label(block: Block) -> bytes:
+def _labels(path: Sequence[Block]) -> bytes:
     """For each chunk of a block: nothing but for the last, or the keys of all blocks that lie in the chunk."""
-    keys, above = [block.key.to_bytes(KEY_BYTES, "little")], block.parent
-    while above is not None and above is not block.anchor:
-        keys.append(above.key.to_bytes(KEY_BYTES, "little"))
-        above = above.parent
-    return _NO_KEY * (len(block.chunks) // HASH_BYTES - 1) + b"".join(reversed(keys))
+    keys = array("Q")
+    for block in path:
+        above, anchor, size = block.parent, block.anchor, len(block.chunks)
+        if size > HASH_BYTES:
+            keys.extend([0] * (size // HASH_BYTES - 1))
+        if above is not anchor:
+            inner: list[int] = []
+            while above is not None and above is not anchor:
+                inner.append(above.key)
+                above = above.parent
+            keys.extend(reversed(inner))
+        keys.append(block.key)
+    if sys.byteorder == "big":
+        keys.byteswap()
+    return keys.tobytes()
 
 
 def confirm(holdings: Holdings, change: Change, heads: Iterable[int] = ()) -> None:
@@ -144,11 +156,12 @@ def confirm(holdings: Holdings, change: Change, heads: Iterable[int] = ()) -> No
         return
     starts, at = set(heads), 0
     for block in change.path:
-        block.told |= mask
+        if not block.told & mask:
+            block.told |= mask
+            if block.covered & mask:
+                changed.pop(block, None)
         block.is_head = at in starts
         at += len(block.chunks) // HASH_BYTES
-        if block.covered & mask:
-            changed.pop(block, None)
 
 
 def reject(holdings: Holdings, change: Change) -> None:

@@ -34,6 +34,7 @@ _EVENTS = 1 << 18  # in a message: engines send hundreds, a hostile one must not
 _MASK = (1 << 64) - 1
 _KEY_BYTES, _NAME_BYTES = 8, 16
 _INT, _BYTES = {int}, {bytes}
+_ZERO, _ONE = (number.to_bytes(4, "little") for number in (0, 1))
 _WORD = 64  # characters in a medium or kind
 _BASE = "block_hashes parent_block_hash token_ids block_size lora_id medium"
 _FIELDS = {
@@ -206,7 +207,8 @@ def _event(item: Any, engine: str) -> Event | None:
         fields: dict[Any, Any] = item
         if "type" not in fields or "block_hashes" not in fields:
             fields = {_text(key) if type(key) is bytes else key: value for key, value in fields.items()}
-        kind, tagged = _text(fields["type"]), True
+        kind, tagged = fields["type"], True
+        kind = kind if type(kind) is str else _text(kind)
     elif type(item) is list and item:
         kind, tagged = _text(item[0]), False
         fields, engine = _named(kind, item, engine)
@@ -240,7 +242,7 @@ def _stored(fields: dict[Any, Any], engine: str, *, tagged: bool) -> Stored:
     keys, names = _keys(fields["block_hashes"])
     parent = fields["parent_block_hash"]
     if parent is not None:
-        parent = _keys([parent])[0][0]
+        parent = parent & _MASK if type(parent) is int else _keys([parent])[0][0]
     tokens, block_size = _tokens(fields["token_ids"]), _number(fields["block_size"])
     if tokens and not block_size:
         raise _MalformedError
@@ -249,9 +251,13 @@ def _stored(fields: dict[Any, Any], engine: str, *, tagged: bool) -> Stored:
         _text(fields.get("cache_salt")),
         _number(fields.get("lora_id")),
     )
-    extras = [b""] * len(keys)
-    if (rows := fields.get("extra_keys")) is not None:
-        salt = _read_rows(rows, extras, lora, salt, root=parent is None)
+    rows = fields.get("extra_keys")
+    if parent is not None and (rows is None or (type(rows) is list and not any(rows))):
+        extras = []  # most events
+    else:
+        extras = [b""] * len(keys)
+        if rows is not None:
+            salt = _read_rows(rows, extras, lora, salt, root=parent is None)
     if parent is None and keys:
         whole = pack_extra("lora", lora or str(lora_id)) if lora or lora_id else b""
         whole += pack_extra("salt", salt) if salt else b""
@@ -291,6 +297,8 @@ def _keys(hashes: Any) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     """Low 64 bits of each hash, and the hashes whole if they are long enough to stand for themselves."""
     if type(hashes) is not list:
         raise _MalformedError
+    if len(hashes) == 1 and type(hashes[0]) is int:  # most of them
+        return (hashes[0] & _MASK,), ()
     kinds = set(map(type, hashes))
     if kinds <= _INT:
         return tuple([value & _MASK for value in hashes]), ()
@@ -302,15 +310,18 @@ def _keys(hashes: Any) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
 
 
 def _tokens(ids: Any) -> bytes:
-    if type(ids) is not list or set(map(type, cast("list[Any]", ids))) - _INT:
+    if type(ids) is not list:
         raise _MalformedError
     try:
-        packed = array("I", ids)
-    except OverflowError:
+        packed = array("I", cast("list[int]", ids))
+    except (OverflowError, TypeError):
         raise _MalformedError from None
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tobytes()
+    tokens = packed.tobytes()
+    if (_ZERO in tokens or _ONE in tokens) and bool in set(map(type, cast("list[Any]", ids))):
+        raise _MalformedError  # True is no 1; the array takes nothing else that is no number
+    return tokens
 
 
 def _read_rows(rows: Any, extras: list[bytes], lora: str, salt: str, *, root: bool) -> str:
@@ -367,6 +378,8 @@ def _text(value: Any) -> str:
 
 
 def _medium(value: Any) -> str:
+    if type(value) is str and value:
+        return _word(value[:_WORD])
     return _word((_text(value) or "gpu")[:_WORD])
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import xxhash
 
-from distprefix.errors import EventFormatError, ReplayError, StaleEpochError
+from distprefix.errors import EventFormatError, FencedError, ReplayError, StaleEpochError
 from distprefix.events.changes import blocks_of, changes, confirm, reject
 from distprefix.events.decode import decode
 from distprefix.events.frames import Cleared, Frame, Removed, Stored
@@ -26,6 +26,8 @@ _log = logging.getLogger("distprefix")
 _WRITTEN = (Fate.DONE, Fate.REFUSED)
 _REMEMBERED = 20_000
 """Messages whose digests are kept: more than an engine replays."""
+_TOGETHER = 16_384
+"""Changed blocks that are written together, in several calls: prompts that grow in between are told once."""
 
 
 class Replays(Protocol):
@@ -57,6 +59,8 @@ class Follower:
         self.epoch = 0
         self.lag_s = 0.0
         """How long after the engine made it the last message was applied."""
+        self.answered = False
+        """Whether the engine replayed all that it had when it was asked last."""
         self._name = name
         self._journal = journal
         self._engine = engine
@@ -128,17 +132,21 @@ class Follower:
 
     def write(self) -> None:
         """Tell Redis what changed since it was told last, and with it up to which message that is."""
+        again = False
         while True:
             batch, complete = changes(self.holdings)
+            if again:  # what is told anew would be taken away with what it replaces
+                batch, complete = [change for change in batch if not change.publish] or batch, False
             position = self._last if complete and self._last != self._written else None
             if not batch and position is None:
                 return
             outcomes = self._journal.commit(self.epoch, batch, position, self.holdings.state)
+            again = any(outcome.fate is Fate.AGAIN for outcome in outcomes)
             for change, outcome in zip(batch, outcomes, strict=False):
                 self.counts["changes_refused"] += outcome.fate is Fate.REFUSED
                 if outcome.fate is Fate.MOVED:
                     reject(self.holdings, change)
-                elif outcome.fate is not Fate.AGAIN:
+                elif outcome.fate is not Fate.AGAIN and not (again and change.publish):
                     confirm(self.holdings, change, outcome.heads)
             if position is not None and all(outcome.fate in _WRITTEN for outcome in outcomes):
                 self._written = position
@@ -148,7 +156,9 @@ class Follower:
         if last is None or frame.seq == last.seq + 1:
             self._apply(frame, digest)
         elif frame.seq <= last.seq:
-            if self._digests.get(frame.seq) == digest:
+            known = self._digests.get(frame.seq)
+            if known == digest or (known is None and self._is_same()):  # who took over knows no older digests
+                self._digests.setdefault(frame.seq, digest)
                 self.counts["duplicates"] += 1
             else:
                 self._start_over("restarted", frame)
@@ -173,11 +183,19 @@ class Follower:
         _log.warning("%s: %d messages are lost, and the engine cannot replay them", self._name, missing)
         self._start_over("lost messages", frame)
 
+    def _is_same(self) -> bool:
+        """Whether the engine still has the last message: then what comes late comes from it."""
+        try:
+            return self._continue()
+        except ReplayError:
+            return False
+
     def _continue(self, until: int | None = None) -> bool:
         """Apply what the engine has behind the last message, if it still has that one, and it is the same."""
         last = self._last
         if last is None:
             return False
+        self.answered = False
         frames = self._engine.replay(last.seq, self._replay_timeout_s)
         first = next(frames, None)
         if first is None or first.seq != last.seq or _digest(first) != last.digest:
@@ -189,6 +207,7 @@ class Follower:
             self.counts["replayed"] += 1
             if self._is_much():
                 self.write()
+        self.answered = True
         self.write()
         return True
 
@@ -200,6 +219,17 @@ class Follower:
         self._void()
         self._last = None
         self._digests.clear()
+        self._replay_all()
+        if frame is not None and self.answered and self._last is not None:
+            if self._digests.get(frame.seq) != _digest(frame):  # all that the engine had sent is in its answer
+                self.counts["messages_of_others"] += 1
+        elif frame is not None:
+            self._take_after_start(frame)
+        self.write()
+
+    def _replay_all(self) -> None:
+        """Apply what the engine still has, if it answers."""
+        self.answered = False
         try:
             for each in self._engine.replay(0, self._replay_timeout_s):
                 last = self._last
@@ -212,13 +242,11 @@ class Follower:
                 self.counts["replayed"] += 1
                 if self._is_much():
                     self.write()
+            self.answered = True
         except ReplayError as error:
             _log.info("%s: %s", self._name, error)
             if self._last is not None:  # it ended in the middle: what came is whole as far as it goes
                 self.counts["replays_failed"] += 1
-        if frame is not None:
-            self._take_after_start(frame)
-        self.write()
 
     def _take_after_start(self, frame: Frame) -> None:
         """The message that showed that all is different, unless the engine replayed it."""
@@ -231,7 +259,10 @@ class Follower:
         self._apply(frame, _digest(frame))
 
     def _void(self) -> None:
+        if self._journal.lead() is None:  # it was taken over: what counts now is another's
+            raise FencedError
         self.holdings.clear()
+        self._written = None
         self.epoch = self._journal.renew()
 
     def _apply(self, frame: Frame, digest: str) -> None:
@@ -270,7 +301,7 @@ class Follower:
             self._digests.popitem(last=False)
 
     def _is_much(self) -> bool:
-        return sum(map(len, self.holdings.changed.values())) > 4096
+        return sum(map(len, self.holdings.changed.values())) > _TOGETHER
 
 
 def _digest(frame: Frame) -> str:

@@ -6,7 +6,7 @@ remembered, and counts again when the hole is filled: engines do not tell of it 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -22,7 +22,6 @@ __all__ = ["Holdings"]
 _INDEXED = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
 """Groups all of whose blocks a prefix needs. A sliding window needs, and tells of, its last ones only."""
 _GROUPS = 8
-_EVERY_GROUP = (1 << _GROUPS) - 1
 
 
 class Holdings:
@@ -65,7 +64,7 @@ class Holdings:
         self.root = Block(0, None, b"")
         self.root.covered = self.root.told = EVERY_MEDIUM
         self._blocks: dict[int, Block] = {}
-        self._leaves: dict[Block, None] = {}
+        self._leaves: OrderedDict[Block, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -114,6 +113,7 @@ class Holdings:
         if not bit:
             self.counts["other_groups"] += len(event.keys)
             return
+        mask = self.mask(event.medium)
         for key in event.keys:
             block = self._blocks.get(key)
             if block is None:
@@ -121,9 +121,10 @@ class Holdings:
                     self.counts["unknown_removals"] += 1
                 continue
             block.held &= ~bit
-            if block.covered & self.mask(event.medium):
+            if block.covered & mask:
                 self._uncover(block, event.medium)
-            self._forget(block)
+            if not block.held:
+                self._forget(block)
 
     def _store_known(self, event: Stored, bit: int) -> None:
         """An offload tier names blocks without their tokens."""
@@ -142,6 +143,11 @@ class Holdings:
         return whole and len(event.tokens) == 4 * size * len(event.keys)
 
     def _store_all(self, event: Stored) -> None:
+        parent = self.root if event.parent is None else self._blocks.get(event.parent)
+        if parent is not None and not self._parking.blocks:  # nearly always
+            self._append(event, parent)
+            self._shrink()
+            return
         waiting: deque[Stored | Removed] = deque((event,))
         while waiting:
             event_now = waiting.popleft()
@@ -161,28 +167,56 @@ class Holdings:
         blocks, bit, size = self._blocks, self._group(event.medium, event.group), 4 * event.block_size
         for i, key in enumerate(event.keys):
             block = blocks.get(key)
-            if block is None and parent.rest is None:  # ends inside a chunk, and was told of before a restart
-                self.counts["unknown_blocks"] += len(event.keys) - i
-                return
             if block is None:
-                extra = event.extras[i] if event.extras else b""
-                if self._engine_chains:
-                    block = Block(key, parent, event.names[i][:HASH_BYTES])
-                else:
-                    block = self._make(key, parent, event.tokens[i * size : (i + 1) * size], extra)
-                blocks[key] = block
-                self._leaves.pop(parent, None)
-                self._leaves[block] = None
-                parent.add_child(block)
-            elif block.parent is not parent:  # the engine's hash names two contents: neither can be relied on
+                self._append_new(event, i, parent, bit, size)
+                return
+            if block.parent is not parent:  # the engine's hash names two contents: neither can be relied on
                 self.counts["conflicts"] += len(event.keys) - i
                 return
             self._credit(block, bit, event.medium)
             parent = block
 
-    def _make(self, key: int, parent: Block, tokens: bytes, extra: bytes) -> Block:
+    def _append_new(self, event: Stored, start: int, parent: Block, bit: int, size: int) -> None:
+        """Make the blocks from `start` on, each a leaf behind the one before: most of what an ingest does."""
+        if parent.rest is None:  # ends inside a chunk, and was told of before a restart
+            self.counts["unknown_blocks"] += len(event.keys) - start
+            return
+        blocks, index, tokens, extras = self._blocks, self._media[event.medium], event.tokens, event.extras
+        changed, mask, chunks = self.changed[event.medium], 1 << index, 0
+        counts = parent.covered & mask and bit == self._need[index]  # then all of them do
+        self._leaves.pop(parent, None)
+        last, extra, digest = parent.last or self._origin, b"", self._digest
+        is_chunk = size == self._stride and not parent.rest and not self._engine_chains
+        for i in range(start, len(event.keys)):
+            key = event.keys[i]
+            if key in blocks:  # see above
+                self.counts["conflicts"] += len(event.keys) - i
+                break
+            if extras:
+                extra = extras[i]
+            if is_chunk:
+                last = digest(last + tokens[i * size : (i + 1) * size] + extra)
+                block = Block(key, parent, last)
+            elif self._engine_chains:
+                block = Block(key, parent, event.names[i][:HASH_BYTES])
+            else:
+                block = self._make(key, parent, last, tokens[i * size : (i + 1) * size], extra)
+                last = block.chunks[-HASH_BYTES:] or last
+            blocks[key] = block
+            parent.add_child(block)
+            block.held = bit
+            if counts:
+                block.covered = mask
+                changed[block] = None
+                chunks += len(block.chunks)
+            parent = block
+        self._leaves[parent] = None
+        if counts:
+            self.chunks[event.medium] += chunks // HASH_BYTES
+
+    def _make(self, key: int, parent: Block, last: bytes, tokens: bytes, extra: bytes) -> Block:
         """A block with the hashes of the chunks that end in it; what else it depends on goes into the first of them."""
-        last, stride, hashes = parent.last or self._origin, self._stride, list[bytes]()
+        stride, hashes = self._stride, list[bytes]()
         if parent.rest:
             tokens, extra = parent.rest + tokens, parent.extras + extra
         at = 0
@@ -200,12 +234,14 @@ class Holdings:
         bit = self._groups.get((medium, group))
         if bit is not None:
             return bit
+        if medium not in self._media and len(self._media) == EVERY_MEDIUM.bit_length():
+            return 0
         index = self._media.setdefault(medium, len(self._media))
         if index == len(self._need):
             self._need.append(0)
             self.changed[medium] = {}
         number = sum(known == medium for known, _ in self._groups)
-        if number >= _GROUPS or index >= EVERY_MEDIUM.bit_length():
+        if number >= _GROUPS:
             return 0
         bit = self._groups[medium, group] = 1 << (_GROUPS * index + number)
         self._need[index] |= bit
@@ -242,7 +278,8 @@ class Holdings:
             block.covered &= ~mask
             changed[block] = None
             chunks += len(block.chunks)
-            stack += [child for child in block.children if child.covered & mask]
+            if not block.is_leaf:
+                stack += [child for child in block.children if child.covered & mask]
         self.chunks[medium] -= chunks // HASH_BYTES
 
     def _forget(self, block: Block) -> None:
@@ -254,6 +291,7 @@ class Holdings:
             parent.drop_child(block)
             if parent.is_leaf and parent.parent is not None:
                 self._leaves[parent] = None
+                self._leaves.move_to_end(parent, last=False)  # what is left of a prompt goes on to go first
             block = parent
 
     def _shrink(self) -> None:
@@ -279,8 +317,9 @@ class Holdings:
 
     def restore(self, medium: str, blocks: Iterable[tuple[int, int | None, bytes]]) -> None:
         """Redis was told that the medium holds these blocks: key, key of the one before, chunks; parents come first."""
-        self._group(medium, 0)
-        mask, groups = self.mask(medium), _EVERY_GROUP << (_GROUPS * self._media[medium])
+        if medium not in self._media:  # the state was unreadable
+            self._group(medium, 0)
+        mask, groups = self.mask(medium), self._need[self._media[medium]]
         for key, before, chunks in blocks:
             parent = self.root if before is None else self._blocks.get(before)
             if parent is None or not parent.covered & mask:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import redis
 
 from distprefix.chunking import chain_root
-from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
+from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig, check_name
 from distprefix.errors import ConfigError, DistPrefixError, FencedError, NotAttachedError
 from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
@@ -35,7 +35,10 @@ _SWEEP_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """An engine, or one data-parallel rank of it, and what it is called in the namespace."""
+    """An engine, or one data-parallel rank of it, and what it is called in the namespace.
+
+    Raises ConfigError for a name or a kind that cannot be.
+    """
 
     worker: str
     endpoint: str
@@ -49,6 +52,11 @@ class Engine:
     model: str = ""
     address: str = ""
     """Where it takes requests, for routers."""
+
+    def __post_init__(self) -> None:
+        check_name("worker", self.worker)
+        if self.kind not in ("auto", "vllm", "sglang"):
+            raise ConfigError(f"kind is {self.kind!r}: it must be auto, vllm or sglang")
 
     @property
     def member(self) -> str:
@@ -226,9 +234,10 @@ class Stream:
         if not self._leads:
             self._begin(frames)
             return
-        self._keep()
+        self._keep(known=not connected)
         if connected and self._leads:
             self.follower.resume()
+            frames = self._not_replayed(frames)
         if self._leads:
             self.follower.take(frames)
             self.state = "following" if self._socket.connected else "waiting for the engine"
@@ -240,14 +249,21 @@ class Stream:
             self._leads = self.follower.begin()
             self.state = "following" if self._leads else "standby"
             if self._leads:
-                self.follower.take(frames)
+                self.follower.take(self._not_replayed(frames))
 
-    def _keep(self) -> None:
-        """Say that this ingester lives, and the engine if it does."""
+    def _not_replayed(self, frames: list[Frame]) -> list[Frame]:
+        """What came before the engine was asked is in its answer, or came from an engine that is no more."""
+        return [] if self.follower.answered else frames
+
+    def _keep(self, *, known: bool) -> None:
+        """Say that this ingester lives, and the engine if it does and is `known` to be the one that it was."""
         if self._is_due("beat", self._beat_s):
-            if self._journal.lead() is None:
-                raise FencedError
-            if self._socket.connected:
+            lead, follower = self._journal.lead(), self.follower
+            if lead is None or (lead.epoch == follower.epoch and lead.position != follower.position):
+                raise FencedError  # another has the right, or had it and wrote
+            if not known:
+                self._due.pop("beat")
+            elif self._socket.connected:
                 self.follower.heartbeat()
         if self._is_due("sweep", _SWEEP_S):
             self._quietly(self._journal.sweep)

@@ -26,9 +26,9 @@ class Parking:
         """Keep blocks whose parent is unknown."""
         if event.parent is None:
             return
-        self._add(event.parent, event)
         for key in event.keys:
             self._place.setdefault(key, event.parent)
+        self._add(event.parent, event)  # last: it may be dropped at once, and its places with it
 
     def remove(self, key: int, event: Removed) -> bool:
         """Whether the block waits: then its removal waits behind it."""

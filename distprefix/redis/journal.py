@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
+from distprefix.errors import FencedError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
 from distprefix.operations import SCHEMA, Call, Swept
@@ -18,7 +19,7 @@ from distprefix.sweep import sweep
 
 __all__ = ["RedisJournal", "census"]
 
-_LEAVES_A_CALL = 50
+_NODES_A_CALL = 100
 _READ_TIMEOUT_S = 60.0
 _RIGHT_S = 10.0
 """How long the right to write lasts for a worker that holds no lease."""
@@ -46,15 +47,22 @@ class RedisJournal:
         self._epoch = 0
 
     def lead(self) -> Lead | None:
-        """Take the right to write, or keep it; None while another ingester has it. Two calls."""
+        """Take the right to write, or keep it; None while another ingester has it. Two calls.
+
+        Raises FencedError, once, when another one had it since it was asked for last.
+        """
         reply = self._stream(self._ttl_ms)
         held, _, number, _, seq, digest, at, epoch, state = reply
+        before, self._number = self._number, 0
         if held.decode() != self._owner:
             return None
+        if before and int(number) != before:
+            raise FencedError("another ingester wrote this stream meanwhile: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
         reading = read_roster(self._client, self._keys, "", self._deadline())
         current = (reading.epochs or {}).get(self._member, 0)
+        self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
         return Lead(position, int(epoch), current, state)
 
     def leader(self) -> tuple[str, float]:
@@ -78,7 +86,7 @@ class RedisJournal:
         heartbeat(self._client, self._keys, self._member, epoch, self.lease_s, info, self._deadline())
 
     def covered(self, epoch: int) -> list[Covered]:
-        """What the tree says that the engine holds under this epoch. One call for about 50 leaves."""
+        """What the tree says that the engine holds under this epoch. One call for 100 nodes."""
         operation = census(self._member)
         found: list[Covered] = []
         for parent, depth, holders in run(operation, self._client, self._keys.meta, time.monotonic() + _READ_TIMEOUT_S):
@@ -114,26 +122,39 @@ def _outcome(word: str) -> Outcome:
     return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
 
 
-Node = tuple[bytes, int, dict[str, tuple[int, bytes, bytes]]]
+class Node(NamedTuple):
+    """A radix node, by who covers it."""
+
+    parent: bytes
+    """Hash of the chunk before it; empty for a root."""
+    depth: int
+    holders: dict[str, tuple[int, bytes, bytes]]
+    """Holder to epoch, chunks and an engine's keys."""
 
 
 def census(member: str = "") -> Generator[Call, Any, list[Node]]:
-    """Every node: hash of the chunk before it, depth, and who covers it: holder to epoch, chunks and keys.
+    """Every node, or every one that a member covers: who covers a node covers all above it. 1 call for 100 nodes.
 
     Without a member, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
-    One call for about 50 leaves.
+    Goes from the top down: what is split meanwhile is not missed.
     """
-    cursor: Any = b"0"
-    nodes: dict[bytes, Node] = {}
-    while True:
-        cursor, *told = yield Call("census", (SCHEMA, cursor, _LEAVES_A_CALL, member))
-        for head, parent, depth, *rest in told:
-            holders: dict[str, tuple[int, bytes, bytes]] = {}
-            for holder, held, chunks, keys in zip(*(rest[i::4] for i in range(4)), strict=True):
-                epoch, _, covered = held.partition(b":")
-                if epoch.isdigit() and covered.isdigit():
-                    wanted = chunks if member else bytes(int(covered) * HASH_BYTES)
-                    holders[holder.decode()] = (int(epoch), wanted, keys)
-            nodes[head] = (bytes.fromhex(parent.decode()), int(depth), holders)
-        if cursor == b"0":
-            return list(nodes.values())
+    found: list[Node] = []
+    waiting: list[Any] = ["root"]
+    while waiting:
+        batch, waiting = waiting[:_NODES_A_CALL], waiting[_NODES_A_CALL:]
+        for parent, depth, children, *rest in (yield Call("census", (SCHEMA, member, *batch))):
+            node = _node_of(parent, depth, rest, with_chunks=bool(member))
+            if node.holders or not member or batch[0] == "root":
+                waiting += children
+            found.append(node)
+    return found
+
+
+def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool) -> Node:
+    holders: dict[str, tuple[int, bytes, bytes]] = {}
+    for holder, held, chunks, keys in zip(*(rest[i::4] for i in range(4)), strict=True):
+        epoch, _, covered = held.partition(b":")
+        if epoch.isdigit() and covered.isdigit():
+            told = chunks if with_chunks else bytes(int(covered) * HASH_BYTES)
+            holders[holder.decode(errors="replace")] = (int(epoch), told, keys)
+    return Node(bytes.fromhex(parent.decode()), int(depth), holders)

@@ -18,7 +18,7 @@ __all__ = ["describe_workers", "retire_worker"]
 
 
 def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[str, Any]]:
-    """Every rank that counts, or did: one dictionary each. One call for about 50 leaves, and two for each rank.
+    """Every rank that counts, or did: one dictionary each. One call for 100 nodes, and two for each rank.
 
     Ranks that hold neither a lease nor anything in the tree are left out.
     """
