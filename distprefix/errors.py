@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "DamagedNodeError",
+    "DamagedPayloadError",
     "DistPrefixError",
     "EmbeddedServerError",
     "EventFormatError",
@@ -48,6 +49,10 @@ class EventFormatError(DistPrefixError, ValueError):
 
 class NamespaceError(DistPrefixError):
     """The namespace was made with other settings; the message names them."""
+
+
+class DamagedPayloadError(DistPrefixError):
+    """Stored KV bytes that are not what was stored for their chunk, or cannot be decrypted. They count as missing."""
 
 
 class EmbeddedServerError(DistPrefixError):

@@ -1,0 +1,295 @@
+"""The data path: KV payloads of 64 KiB to 512 MiB on connections of their own: look-ups never queue behind them.
+
+Values are read straight into the caller's buffers and written straight from them. Nothing is sent twice: a call that
+fails has done part of its work, or all of it, and `WriteError.written` says what is known to be written.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from redis.connection import parse_url
+
+from distprefix import errors
+from distprefix.config import without_password
+from distprefix.redis.resp import LONGEST_VALUE, RefusedError, Wire, WireError, bulk
+
+__all__ = ["Buffer", "DataPool", "Sink", "WriteError"]
+
+Buffer = bytes | bytearray | memoryview
+_Value = tuple[str, Sequence[Buffer]]
+_ONE_KEY = ("ERR", "WRONGTYPE")
+"""Errors that say something of a key; all others say something of the server, or of what we may do there."""
+_REASONS = {"OOM": "out of memory", "NOAUTH": "auth", "WRONGPASS": "auth", "NOPERM": "permission", "LOADING": "loading"}
+_AHEAD_BYTES = 4 * 1024 * 1024
+"""Bytes of values asked for before they are read, as far as one can know, and sent before replies are read."""
+_FEWEST, _MOST = 2, 32
+"""At least and at most so many commands: replies to writes fit into any socket's buffer, so that neither side can get
+stuck writing to the other."""
+_UNLINK_KEYS = 512
+
+
+class Sink(Protocol):
+    """Tells where a value goes: gives writable views whose lengths add up to `length`, or None to skip the bytes."""
+
+    def __call__(self, index: int, length: int, /) -> Sequence[memoryview] | None: ...  # noqa: D102 - the class tells
+
+
+class WriteError(errors.UnavailableError):
+    """Not everything was written. Where `written` is False nobody knows, but for an OOM: then it is not there."""
+
+    def __init__(self, message: str, written: list[bool]) -> None:
+        super().__init__(message)
+        self.written = written
+
+
+class DataPool:
+    """Reads and writes values; opens connections when they are needed and keeps up to `size`. Thread-safe.
+
+    Every call ends with its `deadline` (time.monotonic), but for the resolution of a host name; `timeout_s` is the
+    longest that connecting may take. A call that fails closes its connection and raises UnavailableError.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, size: int = 4) -> None:
+        self.failures: Counter[str] = Counter()
+        """Failed calls, and values that could not be read, by reason."""
+        self.calls = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._timeout_s = timeout_s
+        self._size = size
+        self._lock = threading.Lock()
+        self._idle: list[Wire] = []
+        self._process = os.getpid()
+        try:
+            self._address, self._tls, self._greeting = _read_url(url)
+        except (ValueError, OSError) as error:  # of ssl too
+            raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
+
+    def get(self, keys: Sequence[str], sink: Sink, deadline: float) -> list[int]:
+        """Read values into what `sink` gives for each; returns their lengths, -1 where there is none to be had.
+
+        When it raises, the views may hold anything.
+        """
+        lengths: list[int] = []
+        if not keys:
+            return lengths
+        with self._wire(deadline) as wire:
+            asked, most, longest = 0, len(keys), _AHEAD_BYTES // _FEWEST  # until the first reply tells
+            failed: RefusedError | None = None
+            while len(lengths) < most:
+                index = len(lengths)
+                ahead = min(max(_AHEAD_BYTES // longest, _FEWEST), _MOST)
+                if asked < most and asked - index <= ahead // 2:
+                    until = min(most, index + ahead)
+                    wire.send([memoryview(b"".join(b"*2\r\n$3\r\nGET\r\n" + bulk(key) for key in keys[asked:until]))])
+                    asked = until
+                try:
+                    length = wire.length()
+                except RefusedError as error:
+                    lengths.append(-1)
+                    if error.code in _ONE_KEY:
+                        self._count(error.code.lower())
+                    else:
+                        failed, most = failed or error, asked
+                    continue
+                views = None if failed or length < 0 else sink(index, length)
+                if views is not None:
+                    wire.fill(_checked(views, length), length)
+                elif length >= 0:
+                    wire.skip(length)
+                longest = max(longest if index else 1, length)
+                lengths.append(length)
+            if failed:
+                raise failed
+        return lengths
+
+    def set(
+        self, values: Sequence[_Value], deadline: float, *, ttl_ms: int | None = None, only_new: bool = False
+    ) -> list[bool]:
+        """Write values, each the concatenation of its buffers; returns which were written: with `only_new` not all are.
+
+        After the first refusal no more is sent, what is under way is awaited, and WriteError raised.
+        """
+        if ttl_ms is not None and ttl_ms <= 0:
+            raise errors.InvalidInputError(f"ttl_ms is {ttl_ms}: it must be above 0")
+        options = b"$2\r\nNX\r\n" * only_new + (b"" if ttl_ms is None else b"$2\r\nPX\r\n" + bulk(ttl_ms))
+        end, words = memoryview(b"\r\n" + options), 3 + only_new + 2 * (ttl_ms is not None)
+        prepared = [_prepared(key, buffers, words) for key, buffers in values]
+        written = [False] * len(values)
+        if not values:
+            return written
+        failed: RefusedError | None = None
+        sent = answered = 0
+        try:
+            with self._wire(deadline) as wire:
+                while answered < sent or (sent < len(values) and not failed):
+                    before, size = sent, 0
+                    parts: list[memoryview] = []
+                    most = before if failed else min(len(values), before + _MOST // 2)
+                    while sent < most and size < _AHEAD_BYTES // 4:
+                        length, views = prepared[sent]
+                        parts += (*views, end)
+                        size += length
+                        sent += 1
+                    wire.send(parts)
+                    for index in range(answered, before):
+                        try:
+                            written[index] = wire.is_ok()
+                        except RefusedError as error:
+                            failed = failed or error
+                    answered = before
+                if failed:
+                    raise failed
+        except errors.UnavailableError as error:
+            raise WriteError(str(error), written) from error
+        return written
+
+    def delete(self, keys: Sequence[str], deadline: float) -> int:
+        """Remove keys; returns how many there were."""
+        removed = 0
+        for start in range(0, len(keys), _UNLINK_KEYS):
+            with self._wire(deadline) as wire:
+                wire.request(b"UNLINK", *(key.encode() for key in keys[start : start + _UNLINK_KEYS]))
+                removed += wire.number()
+        return removed
+
+    def close(self) -> None:
+        """Close the connections that rest; those in use close when their call ends."""
+        with self._lock:
+            idle, self._idle, self._size = self._idle, [], 0
+        for wire in idle:
+            wire.close()
+
+    @contextmanager
+    def _wire(self, deadline: float) -> Generator[Wire]:
+        """A connection for one call; it goes back when all that was asked for has been read."""
+        if os.getpid() != self._process:
+            raise errors.ForkedProcessError
+        wire: Wire | None = None
+        in_order = False
+        try:
+            wire = self._take(deadline)
+            bytes_in, bytes_out = wire.bytes_in, wire.bytes_out
+            try:
+                yield wire
+                in_order = True
+            finally:
+                with self._lock:
+                    self.calls += 1
+                    self.bytes_in += wire.bytes_in - bytes_in
+                    self.bytes_out += wire.bytes_out - bytes_out
+        except WireError as error:
+            self._count(error.reason)
+            raise errors.UnavailableError(str(error)) from error
+        except RefusedError as error:
+            in_order = True
+            self._count(_REASONS.get(error.code, "refused"))
+            raise errors.UnavailableError(f"the server refused the call: {error}") from error
+        finally:
+            if wire is not None:
+                self._put_back(wire, in_order=in_order)
+
+    def _take(self, deadline: float) -> Wire:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    break
+                wire = self._idle.pop()
+            if wire.is_quiet:
+                wire.begin(deadline)
+                return wire
+            wire.close()
+        wire = Wire(self._address, self._tls, min(deadline, time.monotonic() + self._timeout_s))
+        try:
+            for command in self._greeting:
+                wire.request(*command)
+                wire.line()
+        except BaseException:
+            wire.close()
+            raise
+        wire.begin(deadline)
+        return wire
+
+    def _put_back(self, wire: Wire, *, in_order: bool) -> None:
+        with self._lock:
+            if in_order and len(self._idle) < self._size:
+                self._idle.append(wire)
+                return
+        wire.close()
+
+    def _count(self, reason: str) -> None:
+        with self._lock:
+            self.failures[reason] += 1
+
+
+def _flat(buffers: Sequence[Buffer]) -> tuple[int, list[memoryview]]:
+    """How many bytes there are, and where, without what is empty."""
+    try:
+        views = [view.cast("B") for view in map(memoryview, buffers) if view.nbytes]
+    except TypeError as error:
+        raise errors.InvalidInputError(f"a buffer is not contiguous bytes: {error}") from error
+    return sum(map(len, views)), views
+
+
+def _prepared(key: str, buffers: Sequence[Buffer], words: int) -> tuple[int, list[memoryview]]:
+    length, views = _flat(buffers)
+    if length > LONGEST_VALUE:
+        raise errors.InvalidInputError(f"the value of {key!r} has {length} bytes: {LONGEST_VALUE} are allowed")
+    return length, [memoryview(b"*%d\r\n$3\r\nSET\r\n%s$%d\r\n" % (words, bulk(key), length)), *views]
+
+
+def _checked(views: Sequence[memoryview], length: int) -> list[memoryview]:
+    total, flat = _flat(views)
+    if total != length or any(view.readonly for view in flat):
+        raise errors.InvalidInputError(f"the sink gave {total} bytes, for a value of {length}: they must be writable")
+    return flat
+
+
+def _read_url(url: str) -> tuple[tuple[str, int] | str, ssl.SSLContext | None, list[tuple[bytes, ...]]]:
+    """Where to connect, how to encrypt, and what to say first."""
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("it must begin with redis://, rediss:// or unix://")
+    options: dict[str, Any] = parse_url(url)
+    path = urlsplit(url).path.strip("/")
+    greeting: list[tuple[bytes, ...]] = []
+    if "password" in options:
+        user = [options["username"].encode()] if "username" in options else []
+        greeting.append((b"AUTH", *user, options["password"].encode()))
+    if options.get("db"):
+        greeting.append((b"SELECT", b"%d" % options["db"]))
+    if url.startswith("unix"):
+        if not path:
+            raise ValueError("it names no socket")
+        return options["path"], None, greeting
+    if path and not path.isdigit():
+        raise ValueError(f"the database is {path!r}: it must be a number")
+    address = (options.get("host", "localhost"), options.get("port", 6379))
+    return address, _tls_context(options) if url.startswith("rediss") else None, greeting
+
+
+def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
+    given = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
+    required = given.pop("cert_reqs", "required")
+    if required not in ("required", "optional", "none"):
+        raise ValueError(f"ssl_cert_reqs is {required!r}: it must be required, optional or none")
+    context = ssl.create_default_context()
+    context.check_hostname = given.pop("check_hostname", True) and required != "none"
+    context.verify_mode = ssl.VerifyMode[f"CERT_{required.upper()}"]
+    certificate, key = given.pop("certfile", None), given.pop("keyfile", None)
+    if certificate or key:
+        context.load_cert_chain(certificate or key, key)
+    authorities = given.pop("ca_certs", None)
+    if authorities:
+        context.load_verify_locations(authorities)
+    if given:
+        raise ValueError(f"the data path does not know ssl_{min(given)}")
+    return context

@@ -1,0 +1,292 @@
+"""One connection that carries large values: bytes go from the socket to the caller's buffers and back, untouched.
+
+Plain sockets block in the kernel with its own time-outs, so that one call moves a whole value;
+TLS moves a record a call.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import time
+
+__all__ = ["LONGEST_VALUE", "RefusedError", "Wire", "WireError", "bulk"]
+
+LONGEST_VALUE = 512 * 1024 * 1024
+_BUFFER = 4096
+"""For replies that are not values. What it catches of a value is copied, so it is small."""
+_SCRATCH = 256 * 1024
+_AT_ONCE = 256 * 1024
+"""Above this the kernel is to wait for all of a value; below, one call may bring it and the next reply's head."""
+_DOLLAR, _NONE = 36, (b"$-1", b"_", b"*-1")
+_PARTS = 512
+"""Buffers that one system call takes; the kernel's limit is 1024."""
+_EXACT_S = 0.001
+"""How far a time-out in the kernel may be off before it is set anew, which is a system call."""
+
+_LONGEST_WAIT_S = 1e6
+
+
+class WireError(Exception):
+    """The connection cannot be used any more; `reason` is what failures are counted by."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RefusedError(Exception):
+    """The server answered a command with an error; the connection is in order. `code` is its first word."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = message.partition(" ")[0]
+
+
+class Wire:
+    """A socket that speaks RESP2. Everything ends with the deadline (time.monotonic) of the last `begin`."""
+
+    def __init__(self, address: tuple[str, int] | str, tls: ssl.SSLContext | None, deadline: float) -> None:
+        self.begin(deadline)
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        try:
+            self._socket: socket.socket = self._connect(address)
+            try:
+                if tls is not None:
+                    self._socket.settimeout(self._left())
+                    self._socket = tls.wrap_socket(self._socket, server_hostname=address[0])
+                else:
+                    self._socket.settimeout(None)
+            except BaseException:
+                self._socket.close()
+                raise
+        except (OSError, UnicodeError) as error:
+            raise _failure("connect", error) from error
+        self._tls = tls is not None
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+
+    def begin(self, deadline: float) -> None:
+        """Set the deadline of what follows."""
+        self._deadline = deadline
+        self._armed = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+
+    def close(self) -> None:
+        """Close it. Calling again does nothing."""
+        self._socket.close()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is open with nothing left to read: only then may another call use it."""
+        pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()
+        return self._start == self._end and not pending and not self._poll.poll(0)
+
+    def request(self, *args: bytes) -> None:
+        """Send one short command."""
+        parts = (b"$%d\r\n%s\r\n" % (len(arg), arg) for arg in args)
+        self.send([memoryview(b"*%d\r\n%s" % (len(args), b"".join(parts)))])
+
+    def send(self, parts: list[memoryview]) -> None:
+        """Write all of the parts, none of them empty, gathering them in the kernel. Empties the list."""
+        try:
+            if self._tls:
+                for part in parts:
+                    self._send_tls(part)
+                parts.clear()
+            while parts:
+                self._arm(socket.SO_SNDTIMEO)
+                sent = self._socket.sendmsg(parts[:_PARTS])
+                self.bytes_out += sent
+                _advance(parts, sent)
+        except OSError as error:
+            raise _failure("connection", error) from error
+
+    def line(self) -> bytes:
+        """One line of a reply without its end; raises RefusedError where it is an error."""
+        found = self._buffer.find(b"\r\n", self._start, self._end)
+        while found < 0:
+            self._read_more()
+            found = self._buffer.find(b"\r\n", self._start, self._end)
+        line = bytes(self._view[self._start : found])
+        self._start = found + 2
+        if line.startswith(b"-"):
+            raise RefusedError(line[1:].decode(errors="replace"))
+        return line
+
+    def number(self) -> int:
+        """A reply that is a whole number."""
+        return _to_int(self.line(), b":")
+
+    def is_ok(self) -> bool:
+        """Whether a reply to SET says that it was done, and not that there was a value already."""
+        line = self.line()
+        if line not in (b"+OK", *_NONE):
+            raise WireError("protocol", f"the server answered {line[:40]!r}")
+        return line not in _NONE
+
+    def length(self) -> int:
+        """How many bytes of a value follow, to be read by `fill` or `skip`; -1 for none."""
+        found = self._buffer.find(b"\r\n", self._start, self._end)
+        if found > 0 and self._buffer[self._start] == _DOLLAR:  # the common case, in few steps
+            digits = self._buffer[self._start + 1 : found]
+            if digits.isdigit() and len(digits) < 9:
+                self._start = found + 2
+                return int(digits)
+        line = self.line()
+        if line in _NONE:
+            return -1
+        length = _to_int(line, b"$")
+        if length > LONGEST_VALUE:
+            raise WireError("protocol", f"the server announces a value of {length} bytes")
+        return length
+
+    def fill(self, views: list[memoryview], length: int) -> None:
+        """Read a value into `views`, none of them empty, whose lengths add up to `length`. Empties the list."""
+        while views and self._start < self._end:
+            part = views[0][: self._end - self._start]
+            taken = len(part)
+            part[:] = self._view[self._start : self._start + taken]
+            self._start += taken
+            length -= taken
+            _advance(views, taken)
+        while length:  # by what is left, as adding up the views takes longer
+            if self._tls or length > _AT_ONCE:
+                got = self._read(views, socket.MSG_WAITALL)
+            else:
+                got = self._read([*views, self._view], 0)
+                if got > length:
+                    self._start, self._end, got = 0, got - length, length
+            length -= got
+            if length:
+                _advance(views, got)
+        self._read_end()
+
+    def skip(self, length: int) -> None:
+        """Read a value and forget it."""
+        buffered = min(length, self._end - self._start)
+        self._start += buffered
+        length -= buffered
+        scratch = memoryview(bytearray(min(length, _SCRATCH)))
+        while length:
+            length -= self._read([scratch[:length]], 0)
+        self._read_end()
+
+    def _read_end(self) -> None:
+        while self._end - self._start < 2:
+            self._read_more()
+        if not self._buffer.startswith(b"\r\n", self._start):
+            raise WireError("protocol", "a value is not as long as the server announced")
+        self._start += 2
+
+    def _read_more(self) -> None:
+        """At least one more byte into the buffer."""
+        if self._start:
+            kept = self._end - self._start
+            self._buffer[:kept] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, kept
+        if self._end == _BUFFER:
+            raise WireError("protocol", "the server's reply has no end")
+        self._end += self._read([self._view[self._end :]], 0)
+
+    def _read(self, views: list[memoryview], flags: int) -> int:
+        try:
+            self._arm(socket.SO_RCVTIMEO)
+            if self._tls:
+                got = self._socket.recv_into(views[0])
+            else:
+                got = self._socket.recvmsg_into(views[:_PARTS], 0, flags)[0]
+        except OSError as error:
+            raise _failure("connection", error) from error
+        if not got:
+            raise WireError("connection", "the server closed the connection")
+        self.bytes_in += got
+        return got
+
+    def _send_tls(self, part: memoryview) -> None:
+        while part:
+            self._arm(socket.SO_SNDTIMEO)
+            sent = self._socket.send(part)
+            self.bytes_out += sent
+            part = part[sent:]
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline passed")
+        return left
+
+    def _arm(self, option: int) -> None:
+        """Let the next call wait until the deadline. The kernel counts all waits of a call together."""
+        now = time.monotonic()
+        if now < self._armed[option]:
+            return
+        left = min(self._left(), _LONGEST_WAIT_S)
+        if self._tls:
+            self._socket.settimeout(left)
+            return
+        seconds = int(left)
+        wait = struct.pack("ll", seconds, max(1, int((left - seconds) * 1e6)))
+        self._socket.setsockopt(socket.SOL_SOCKET, option, wait)
+        self._armed[option] = now + min(left, _EXACT_S)
+
+    def _connect(self, address: tuple[str, int] | str) -> socket.socket:
+        if isinstance(address, str):
+            return self._reach(socket.AF_UNIX, address)
+        failed: OSError | None = None
+        for family, *_, found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            try:
+                connected = self._reach(family, found)
+            except OSError as error:
+                failed = error
+                continue
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return connected
+        raise failed or OSError(f"{address[0]} has no address")
+
+    def _reach(self, family: int, address: object) -> socket.socket:
+        reached = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            reached.settimeout(self._left())
+            reached.connect(address)  # pyright: ignore[reportArgumentType]
+        except BaseException:
+            reached.close()
+            raise
+        return reached
+
+
+def bulk(word: str | int) -> bytes:
+    """A word of a command."""
+    data = str(word).encode()
+    return b"$%d\r\n%s\r\n" % (len(data), data)
+
+
+def _to_int(line: bytes, kind: bytes) -> int:
+    if not line.startswith(kind) or not line[1:].isdigit() or len(line) > 20:
+        raise WireError("protocol", f"the server answered {line[:40]!r}")
+    return int(line[1:])
+
+
+def _failure(reason: str, error: Exception) -> WireError:
+    if isinstance(error, TimeoutError | BlockingIOError):  # the latter where the kernel's time-out ended a call
+        return WireError("timeout", "no answer in time")
+    return WireError(reason, f"the connection failed: {error}")
+
+
+def _advance(parts: list[memoryview], by: int) -> None:
+    """Drop the first `by` bytes of what is still to be done."""
+    done = 0
+    for part in parts:
+        if by < len(part):
+            break
+        by -= len(part)
+        done += 1
+    del parts[:done]
+    if by:
+        parts[0] = parts[0][by:]

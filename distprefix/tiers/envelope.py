@@ -1,0 +1,163 @@
+"""The header before every stored payload, and what it proves. Pure: no Redis, no clock.
+
+32 bytes, little endian: magic ``DPKV`` · version u8 · codec u8 · zero u16 · key id u32 (0: not encrypted) · unpacked
+length u32 · stored length u32 · check u32, of the chunk's hash and all before · checksum u64, of the chunk's hash, all
+before and the stored bytes. Both are xxh3_64, the first cut to its low half. So a payload that was flipped, cut, given
+another codec or put under another chunk's key is found; the check finds what is wrong with the header alone, before its
+lengths are used. It takes encryption to find what somebody changed on purpose.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import xxhash
+
+from distprefix.chunking import HASH_BYTES
+from distprefix.errors import DamagedPayloadError, InvalidInputError
+from distprefix.tiers.codecs import RAW, Codec, codec_numbered
+from distprefix.tiers.encryption import OVERHEAD, KeyRing
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["HEADER_BYTES", "MAX_PAYLOAD", "Header", "open_into", "read_header", "seal"]
+
+MAX_PAYLOAD = 512 << 20
+_MAGIC, _VERSION = b"DPKV", 1
+_FIELDS = struct.Struct("<4sBBHIII")
+_CHECK, _CHECKSUM = struct.Struct("<I"), struct.Struct("<Q")
+_PROVEN = _FIELDS.size + _CHECK.size
+HEADER_BYTES = _PROVEN + _CHECKSUM.size
+
+
+class Header(NamedTuple):
+    """What a header says."""
+
+    codec: Codec
+    key_id: int
+    """0: not encrypted."""
+    length: int
+    """Bytes of the payload."""
+    stored: int
+    """Bytes behind the header."""
+    checksum: int
+
+
+def seal(chunk: bytes, payload: Buffer, codec: Codec, keys: KeyRing | None = None) -> tuple[bytes, Buffer]:
+    """Header and body to store for a chunk. The body is the caller's own memory if nothing is packed or encrypted.
+
+    What a codec cannot make smaller is stored raw. With `keys`, the active one encrypts.
+    """
+    _check_chunk(chunk)
+    data = _bytes_of(payload, "a payload")
+    if not 0 < len(data) <= MAX_PAYLOAD:
+        raise InvalidInputError(f"a payload has 1 byte to {MAX_PAYLOAD >> 20} MiB, not {len(data)} bytes")
+    body = memoryview(codec.encode(data))
+    if codec is not RAW and len(body) >= len(data):
+        codec, body = RAW, data
+    stored, key_id = len(body) + (OVERHEAD if keys else 0), keys.active if keys else 0
+    fields = _FIELDS.pack(_MAGIC, _VERSION, codec.number, 0, key_id, len(data), stored)
+    proven = fields + _CHECK.pack(_check(chunk, fields))
+    if keys:
+        body = memoryview(keys.encrypt(body, chunk + proven))
+    return proven + _CHECKSUM.pack(_checksum(chunk, proven, body)), body
+
+
+def read_header(chunk: bytes, data: Buffer) -> Header:
+    """What the header at the start of `data` says; DamagedPayloadError if it is none, or not that of this chunk.
+
+    Its lengths are within bounds and go together with its codec.
+    """
+    _check_chunk(chunk)
+    start = bytes(memoryview(data)[:HEADER_BYTES])
+    if len(start) < HEADER_BYTES:
+        raise DamagedPayloadError(f"the payload was cut: {len(start)} bytes are less than its header")
+    magic, version, number, zero, key_id, length, stored = _FIELDS.unpack_from(start)
+    if magic != _MAGIC:
+        raise DamagedPayloadError("the payload does not begin with a header")
+    if version != _VERSION:
+        raise DamagedPayloadError(f"the payload has a header of version {version}: {_VERSION} can be read")
+    if _CHECK.unpack_from(start, _FIELDS.size)[0] != _check(chunk, start[: _FIELDS.size]):
+        raise DamagedPayloadError("the payload's header is damaged or that of another chunk")
+    codec = codec_numbered(number)
+    if codec is None:
+        raise DamagedPayloadError(f"the payload is packed with codec number {number}, which is not known")
+    packed = stored - OVERHEAD if key_id else stored
+    if zero or not 0 < length <= MAX_PAYLOAD or not 0 < packed <= length or not codec.fits(length, packed):
+        raise DamagedPayloadError(f"the payload's header is impossible: {length} bytes as {stored} by {codec.name!r}")
+    return Header(codec, key_id, length, stored, *_CHECKSUM.unpack_from(start, _PROVEN))
+
+
+def open_into(chunk: bytes, header: Buffer, body: Buffer, target: memoryview, keys: KeyRing | None = None) -> int:
+    """Verify a stored payload and put it at the start of `target`; returns its length.
+
+    `body` may already be the memory at the start of `target`: a raw payload is then only verified. Any other overlap
+    of the two is refused with InvalidInputError, as is a target that is too small. Raises DamagedPayloadError for what
+    is not the payload that was stored for this chunk, and with `keys` for one that is not encrypted; what `target`
+    holds is undefined then. ConfigError says that the library of its codec is not installed.
+    """
+    told = read_header(chunk, header)
+    stored, filled = _bytes_of(body, "a body"), _bytes_of(target, "a target")
+    if len(stored) != told.stored:
+        raise DamagedPayloadError(f"the payload has {len(stored)} bytes behind its header instead of {told.stored}")
+    if filled.readonly or len(filled) < told.length:
+        kind = "read-only" if filled.readonly else "too small"
+        raise InvalidInputError(f"the target is {kind}: it has {len(filled)} bytes for a payload of {told.length}")
+    filled = filled[: told.length]
+    proven = bytes(memoryview(header)[:_PROVEN])
+    if _checksum(chunk, proven, stored) != told.checksum:
+        raise DamagedPayloadError("the payload's checksum does not hold: it is damaged or that of another chunk")
+    if bool(told.key_id) != bool(keys):
+        kind = f"encrypted with key {told.key_id}, and no keys are" if told.key_id else "not encrypted, but keys are"
+        raise DamagedPayloadError(f"the payload is {kind} configured")
+    apart = _distance(stored, filled)
+    if apart == 0 and told.codec is RAW and not told.key_id:
+        return told.length
+    if apart is not None and -len(stored) < apart < len(filled):
+        raise InvalidInputError("the body overlaps the target: only a raw payload may lie there, and at its start")
+    if keys and told.codec is RAW:
+        keys.decrypt(told.key_id, stored, chunk + proven, filled)
+        return told.length
+    if keys:
+        packed = memoryview(bytearray(told.stored - OVERHEAD))
+        keys.decrypt(told.key_id, stored, chunk + proven, packed)
+        stored = packed
+    told.codec.decode(stored, filled)
+    return told.length
+
+
+def _check_chunk(chunk: bytes) -> None:
+    if len(chunk) != HASH_BYTES:
+        raise InvalidInputError(f"a chunk hash has {HASH_BYTES} bytes, not {len(chunk)}")
+
+
+def _bytes_of(buffer: Buffer, what: str) -> memoryview:
+    """Its memory as bytes, not copied."""
+    try:
+        return memoryview(buffer).cast("B")
+    except (TypeError, ValueError):
+        raise InvalidInputError(
+            f"{what} cannot be {type(buffer).__name__}: pass a contiguous buffer (of an array whose dtype is not "
+            "NumPy's own, pass its .view(numpy.uint8))"
+        ) from None
+
+
+def _distance(one: memoryview, other: memoryview) -> int | None:
+    """How many bytes `one` begins behind `other`; None if `one` is read-only, which a target never is."""
+    if one.readonly:
+        return None
+    first, second = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (one, other))
+    return first - second
+
+
+def _check(chunk: bytes, fields: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(chunk + fields) & 0xFFFFFFFF
+
+
+def _checksum(chunk: bytes, proven: bytes, body: memoryview) -> int:
+    state = xxhash.xxh3_64(chunk + proven)
+    state.update(body)
+    return state.intdigest()
