@@ -143,8 +143,14 @@ def hash_seconds() -> float:
     return (time.perf_counter() - begun) / 100
 
 
-def report(path: Path, figures: dict[str, Any], grown: int, find: Callable[[list[int]], int]) -> None:
-    """Look some up, and print the figures."""
+def report(
+    path: Path,
+    figures: dict[str, Any],
+    grown: int,
+    find: Callable[[list[int]], int],
+    forget: Callable[[], float] | None = None,
+) -> None:
+    """Look some up, remove the worker, and print the figures."""
     counts: Counter[str] = Counter()
     for event in itertools.chain.from_iterable(msgpack.unpackb(frame)[1] for frame in read_frames(path)):
         counts[event["type"]] += len(event.get("block_hashes", ()))
@@ -166,6 +172,7 @@ def report(path: Path, figures: dict[str, Any], grown: int, find: Callable[[list
                 "rss_bytes_per_block": round(grown / (stored - removed), 1),
                 "blocks_per_second": round(stored / figures["seconds"]),
                 "blocks_per_second_with_conversion": round(stored / whole),
+                "remove_worker_ms": round(forget(), 3) if forget else None,
                 "hash_512_blocks_us": round(hash_seconds() * 1e6, 1),
                 "removed": removed,
                 "events": counts["events"],
@@ -195,7 +202,14 @@ def tree(path: Path, *, separate: bool) -> None:
         calls += len(events)
     grown = resident(os.getpid()) - before
     figures = {"seconds": applying, "convert_seconds": converting, "processor_seconds": used, "calls": calls}
-    report(path, figures, grown, lambda query: index.find_matches(query).scores[_WORKER, 0])
+
+    def forget() -> float:
+        """Milliseconds that it takes until the worker is gone."""
+        begun = time.perf_counter()
+        index.remove_worker(_WORKER)
+        return (time.perf_counter() - begun) * 1000
+
+    report(path, figures, grown, lambda query: index.find_matches(query).scores[_WORKER, 0], forget)
 
 
 def server(path: Path, threads: int = 4) -> None:

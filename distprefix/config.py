@@ -13,6 +13,7 @@ from typing import Any, cast, get_type_hints
 
 from distprefix.errors import ConfigError
 from distprefix.redis.scripts import policy_names
+from distprefix.tiers.codecs import CODECS
 
 __all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "check_name", "without_password"]
 
@@ -42,7 +43,7 @@ class PrefixCacheConfig:
     """Hits that make a node hot: L1 evicts it last, and the shared tree after all that was used within
     `cold_timeout_s` before it."""
     cold_timeout_s: float = 300.0
-    """How much longer than others a hot node of the shared tree stays."""
+    """How long payloads are idle before they become cold. Also how much longer than others a hot node stays."""
     eviction_batch_size: int = 100
     """Leaves that one eviction call takes at most."""
     l2_max_chunks: int | None = None
@@ -99,6 +100,23 @@ class PrefixCacheConfig:
     """The longest that this may take."""
     prewarm_max_bytes: int = 64 * 1024 * 1024
     """The most of L1 that it may fill."""
+    payload_codec: str = "raw"
+    """How warm payloads are stored: raw, or a codec of `distprefix.tiers.codecs`."""
+    cold_codec: str = "zstd"
+    """How cold ones are."""
+    cold_url: str | None = field(default=None, repr=False)
+    """Where cold payloads lie, any server that speaks Redis; None: in the same one. All who share the namespace
+    give the same."""
+    cold_max_bytes: int | None = None
+    """Bytes that cold payloads may take; None for any number."""
+    demote_interval_s: float = 0.0
+    """How often the background makes cold what was idle for `cold_timeout_s`; 0: only `demote()` does."""
+    payload_timeout_s: float = 10.0
+    """The longest that storing or loading the payloads of one call may take."""
+    encryption_keys: str = field(default="", repr=False)
+    """Payloads are encrypted with the first of these, and opened with any: ``id:hex,id:hex``. Empty: not encrypted."""
+    l1_payload_bytes: int = 0
+    """Payloads that this process keeps in memory. 0: none."""
     touch_interval_s: float = 1.0
     """How often hits that L1 answered are told to Redis, in the background. 0: only by `flush()`."""
     breaker_failures: int = 3
@@ -120,11 +138,19 @@ class PrefixCacheConfig:
             raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be 'xxh3_128' or 'sha256'")
         if self.policy not in policy_names():
             raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, policy_names()))}")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        codecs = [codec.name for codec in CODECS]
+        for name in ("payload_codec", "cold_codec"):
+            if getattr(self, name) not in codecs:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(codecs)}")
         for name in ("namespace", "worker_id", "medium"):
             if getattr(self, name) or name != "worker_id":
                 check_name(name, getattr(self, name))
-        if self.url is not None and not self.url.startswith(_SCHEMES):
-            raise ConfigError(f"url is {without_password(self.url)!r}: it must begin with {', '.join(_SCHEMES)}")
+        for name, url, schemes in (("url", self.url, _SCHEMES), ("cold_url", self.cold_url, _SCHEMES[:3])):
+            if url is not None and not url.startswith(schemes):
+                raise ConfigError(f"{name} is {without_password(url)!r}: it must begin with {', '.join(schemes)}")
 
     def with_worker_id(self) -> PrefixCacheConfig:
         """These settings with a worker id: the one given, else host name and id of the process that asks."""
@@ -258,6 +284,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_own_chunks", 1, 2**31),
     ("l1_ttl_s", 0, 1e9),
     ("touch_interval_s", 0, 3600),
+    ("payload_timeout_s", 0.001, 3600),
+    ("cold_max_bytes", 1, 2**53),
+    ("demote_interval_s", 0, 3600),
+    ("l1_payload_bytes", 0, 2**50),
     ("breaker_failures", 1, 10_000),
     ("breaker_reset_s", 0.001, 3600),
 )

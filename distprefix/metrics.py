@@ -11,6 +11,13 @@ from distprefix.state import State
 __all__ = ["metrics_of"]
 
 
+_PAYLOADS = (
+    *("payloads_stored", "payload_bytes_stored", "payloads_loaded", "payload_bytes_loaded", "payloads_missing"),
+    *("payloads_damaged", "payloads_unreadable", "payloads_unavailable", "stores_failed", "loads_failed"),
+    *("demoted_chunks", "promoted_chunks", "promotions_failed"),
+)
+
+
 def metrics_of(state: State) -> dict[str, Any]:
     """Every counter and gauge; `PrefixCacheOptimizer.get_metrics` has it. No Redis call."""
     counts, link, outbox, l1 = state.counts, state.link, state.outbox, state.l1
@@ -59,6 +66,7 @@ def metrics_of(state: State) -> dict[str, Any]:
         "swept_chunks": counts["swept_chunks"],
         "prewarmed_chunks": counts["prewarmed_chunks"],
         "speculated_chunks": counts["speculated_chunks"],
+        **{name: counts[name] for name in _PAYLOADS},
         "feed_entries": state.feed.entries,
         "feed_gaps": state.feed.gaps,
         "feed_failures": state.feed.failures,

@@ -125,6 +125,11 @@ class CacheHitResult:
         return self._entry
 
     @property
+    def prompt(self) -> Any:
+        """What was asked for, as it was given."""
+        return self._prompt.tokens if self._prompt is not None else ()
+
+    @property
     def remaining_tokens(self) -> Any:
         """What is left to compute: a slice of the prompt as it was given, made when asked for.
 

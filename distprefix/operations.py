@@ -6,6 +6,7 @@ A driver runs it over a client (`redis.client.run` does over a blocking one), so
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ __all__ = [
     "Evicted",
     "FeedPage",
     "HotNode",
+    "Idle",
+    "Places",
     "Published",
     "Swept",
     "Usage",
@@ -33,14 +36,18 @@ __all__ = [
     "feed",
     "guess",
     "hot",
+    "idle",
     "lease",
+    "move",
     "parse_nodes",
     "prewarm",
     "publish",
+    "store",
     "sweep",
     "touch",
     "trim",
     "walk",
+    "where",
 ]
 
 SCHEMA = b"2"
@@ -52,7 +59,7 @@ TRIMS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
 DROPS_A_CALL = 500
-SWEEPS_A_CALL = 20
+SWEEPS_A_CALL = 25
 
 
 class Call(NamedTuple):
@@ -80,12 +87,15 @@ class Bounds(NamedTuple):
 
     chunks: int | None
     bytes: int | None
+    """Of the tree and its warm payloads."""
     leaves: int | None
+    cold: int | None = None
+    """Bytes of its cold payloads."""
 
     def exceeded_by(self, usage: Usage) -> bool:
-        """Whether the shard holds more than it may."""
+        """Whether the shard holds more than it may, cold payloads aside."""
         held = (usage.chunks, usage.bytes, usage.leaves)
-        return any(bound is not None and has > bound for has, bound in zip(held, self, strict=True))
+        return any(bound is not None and has > bound for has, bound in zip(held, self[:3], strict=True))
 
 
 class Published(NamedTuple):
@@ -265,6 +275,70 @@ def publish(
         pos, limit = views.pop().start - start, limit + WINDOW
 
 
+def store(chain: bytes, start: int, *, now_ms: int, max_run: int) -> Generator[Call, Any, tuple[int, Usage]]:
+    """Say that the chain's payloads, written before, are there. `start` as in `walk`. One call for 4,096 chunks.
+
+    Returns how many leading chunks of the chain have payloads now, and what the shard holds.
+    """
+    total, pos = len(chain) // HASH_BYTES, 0
+    while True:
+        window = chain[pos * HASH_BYTES : (pos + WINDOW) * HASH_BYTES]
+        reply = yield Call("store", (SCHEMA, now_ms, max_run, start + pos, window))
+        stored, usage = reply[0], Usage(*reply[1:5])
+        if stored < len(window) // HASH_BYTES or pos + stored == total:
+            return pos + stored, usage
+        views = yield from walk(chain[pos * HASH_BYTES : (pos + stored) * HASH_BYTES], start + pos)
+        if not views:
+            return pos, usage
+        pos = views[-1].start - start  # the next call has to begin at a node's head
+
+
+class Places(NamedTuple):
+    """In which tier the payloads of a chain's leading chunks lie."""
+
+    warm: array[int]
+    """Stored sizes by chunk; 0 for those that are cold."""
+    cold: array[int]
+    starts: tuple[int, ...]
+    """Chunks that nodes begin with."""
+
+    @property
+    def chunks(self) -> int:
+        """How many leading chunks have a payload."""
+        return len(self.warm)
+
+
+def where(chain: bytes) -> Generator[Call, Any, Places]:
+    """Where the payloads of a chain lie, given from the root, up to the first chunk that has none. One call."""
+    warm, cold, *starts = yield Call("where", (SCHEMA, chain))
+    return Places(array("I", warm), array("I", cold), tuple(starts))
+
+
+class Idle(NamedTuple):
+    """A node whose warm payloads nobody has used for long."""
+
+    head: str
+    run: bytes
+    """Its chunks that are warm."""
+    sizes: bytes
+    """Of their payloads, 4 bytes each."""
+
+
+def idle(before_ms: int, rank: int, leaves: int) -> Generator[Call, Any, tuple[int, list[Idle]]]:
+    """Nodes that nobody has used since, below so many leaves from a rank on. One call.
+
+    Returns the rank to go on with, -1 when there are no more, and the nodes.
+    """
+    reply = yield Call("idle", (SCHEMA, before_ms, rank, leaves))
+    found = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+    return reply[0], [Idle(head.decode(), run, sizes) for head, run, sizes in found]
+
+
+def move(head: str, tier: str, seen: bytes, copies: bytes) -> Generator[Call, Any, bool]:
+    """A node's payloads are in the other tier than `tier` now, if it still is what was seen. One call."""
+    return bool((yield Call("move", (SCHEMA, head, tier, seen, copies))))
+
+
 def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
     """`holder` no longer has the last chunk of a chain, given from the root. Returns the coverage taken away.
 
@@ -317,15 +391,18 @@ def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
 
 
 def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
-    """Take away all coverage of these members under older epochs than these. One call for about 20 leaves."""
-    args = [part for member, epoch in newest.items() for part in (member, epoch)]
-    cursor: Any = b"0"
-    total = Swept(0, 0, 0)
-    while True:
-        cursor, *swept = yield Call("sweep", (SCHEMA, cursor, SWEEPS_A_CALL, *args))
-        total = Swept(*(a + b for a, b in zip(total, swept, strict=True)))
-        if cursor == b"0":
-            return total
+    """Take away all coverage of these members under older epochs than these. One call for 25 nodes.
+
+    Goes from the top down: what is split meanwhile is not missed.
+    """
+    members = [part for member, epoch in newest.items() for part in (member, epoch)]
+    waiting, total = [b"root"], Swept(0, 0, 0)
+    while waiting:
+        heads, waiting = waiting[:SWEEPS_A_CALL], waiting[SWEEPS_A_CALL:]
+        coverage, nodes, chunks, *children = yield Call("sweep", (SCHEMA, b" ".join(heads), *members))
+        waiting += children
+        total = Swept(total.coverage + coverage, total.nodes + nodes, total.chunks + chunks)
+    return total
 
 
 def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:

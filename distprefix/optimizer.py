@@ -8,7 +8,7 @@ import os
 import time
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from distprefix.model import CacheHitResult, PrefixEntry
 from distprefix.operations import Evicted, Swept
 from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
 from distprefix.publisher import Publisher
+from distprefix.redis.data import Buffer
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
 from distprefix.redis.roster import Member, WorkerInfo, read_members
@@ -34,6 +35,8 @@ from distprefix.results import pack_metadata
 from distprefix.staleness import check_samples
 from distprefix.state import State
 from distprefix.sweep import sweep
+from distprefix.tiers.payloads import Loaded
+from distprefix.tiers.tiers import Tiers
 
 __all__ = ["PrefixCacheOptimizer"]
 
@@ -60,6 +63,7 @@ class PrefixCacheOptimizer:
         self.config = config = config.with_worker_id()
         self._state = State(config, client)
         self._publisher = Publisher(self._state)
+        self._tiers = Tiers(self._state)
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
         self._due: dict[str, float] = {}
@@ -183,6 +187,50 @@ class PrefixCacheOptimizer:
             state.own.clear()
             self._publisher.clear()
 
+    # Payloads
+
+    def store(self, token_ids: Any, payloads: Sequence[Buffer | None]) -> int:
+        """Keep the KV bytes of a prompt's leading chunks in Redis, for everybody. Returns how many it has there now.
+
+        `payloads`: one buffer a chunk, 1 byte to 512 MiB, in the engine's own layout; None for what is there already. A
+        chunk behind one that is not there is not stored. The bytes go first, over connections of their own; then
+        one script says that they are there. What was never told of goes by itself.
+        Redis calls: a walk, a SET for every 8 MiB of what is not there yet, and 1 for every 4,096 chunks. When Redis
+        fails, what was stored until then stays, and it is counted. Raises InvalidInputError for what does not fit.
+        """
+        return self._tiers.payloads.store(self._state.read(token_ids), payloads)
+
+    def load(self, token_ids: Any, into: Sequence[Buffer] | None = None, *, most: int | None = None) -> Loaded:
+        """The KV bytes of a prompt's leading chunks, as far as they are stored and good; of a look-up's result as well.
+
+        `into`: writable buffers, one a chunk, that are filled without a copy where the payload is stored raw. Every
+        payload is verified. The first that is missing, short or damaged ends the hit; the tree is told, and it is
+        counted. What the buffers behind it hold then is undefined.
+        Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
+        Raises InvalidInputError when a buffer has another size than its payload.
+        """
+        prompt = self._state.read(token_ids.prompt if isinstance(token_ids, CacheHitResult) else token_ids)
+        most = prompt.chunks if most is None else min(most, prompt.chunks)
+        targets = None if into is None else [_writable(buffer) for buffer in into]
+        return self._tiers.payloads.load(prompt, targets, most if targets is None else min(most, len(targets)))
+
+    def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
+        """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
+
+        Every payload is read, compressed and written; then one script a node says where it is now, unless the node
+        has changed meanwhile. Keeps `cold_max_bytes`. Raises UnavailableError.
+        """
+        self._state.check_usable()
+        return self._tiers.demote(idle_s, timeout_s)
+
+    def promote(self, token_ids: Any, timeout_s: float = 60.0) -> int:
+        """Make warm what of a prompt is cold; the background does so after a load. Returns the chunks moved.
+
+        Raises UnavailableError.
+        """
+        prompt = self._state.read(token_ids)
+        return self._tiers.promote(prompt, timeout_s)
+
     # Keep it well
 
     def catch_up(self) -> bool:
@@ -286,7 +334,7 @@ class PrefixCacheOptimizer:
     def sweep(self) -> Swept:
         """Take away what dead workers left behind, which counts for nothing already. Raises UnavailableError.
 
-        Redis calls: 2 when there is nothing to do, else three more and one for about 20 leaves of the tree.
+        Redis calls: 2 when there is nothing to do, else three more and one for 25 nodes of the tree.
         """
         self._state.check_usable()
         link = self._state.link
@@ -296,7 +344,8 @@ class PrefixCacheOptimizer:
 
     def get_metrics(self) -> dict[str, Any]:
         """What happened so far in this process, and how large L1 is; docs/metrics.md has every name. No Redis call."""
-        return metrics_of(self._state)
+        cache = self._tiers.payloads.cache
+        return {**metrics_of(self._state), "l1_payload_bytes_used": cache.bytes, "l1_payload_hits": cache.hits}
 
     def check_integrity(self) -> Report:
         """Read the whole shared tree and hold it to its invariants; changes nothing. One call for every key."""
@@ -328,6 +377,7 @@ class PrefixCacheOptimizer:
         if self._state.link.lease_s:
             self._state.link.end_lease()
         self._state.unusable = "this cache is closed: open another one"
+        self._tiers.close()
         self._state.link.close()
 
     def _work(self) -> None:
@@ -343,6 +393,7 @@ class PrefixCacheOptimizer:
             return
         check_samples(self._state)
         speculate(self._state)
+        self._tiers.promote_waiting()
         link = self._state.link
         if self._is_due("heartbeat", link.lease_s / 3):
             link.heartbeat()
@@ -355,6 +406,9 @@ class PrefixCacheOptimizer:
         if self._is_due("touch", self.config.touch_interval_s):
             self.flush()
             self._tell_metrics()
+        if self._is_due("demote", self.config.demote_interval_s):
+            with contextlib.suppress(DistPrefixError):
+                self.demote()
         if self._is_due("maintain", self.config.maintain_interval_s):
             try:
                 self.maintain()
@@ -394,6 +448,13 @@ class PrefixCacheOptimizer:
             return False
         self._due[task] = now + interval_s
         return True
+
+
+def _writable(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    if view.readonly or not view.c_contiguous:
+        raise InvalidInputError("a buffer to load into must be writable and in one piece")
+    return view.cast("B")
 
 
 def _refuse_after_fork() -> None:

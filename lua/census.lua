@@ -5,7 +5,7 @@
 -- ARGV[1]    schema version the caller speaks
 -- ARGV[2]    member whose chunks and keys are wanted as well, or "": then chunks and keys are ""
 -- ARGV[3..]  heads of nodes, in hex; "root" for what lies above all
--- returns    {parent, depth, {head of a child, ...}, holder, "epoch:k", chunks, keys, holder, ...} for each that is there
+-- returns    {parent, depth, {head of a child, ...}, holder, "epoch:k", chunks, keys, holder, ...} for each there is
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HGETALL and an HKEYS a node

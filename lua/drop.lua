@@ -13,6 +13,7 @@
 -- @include keys
 -- @include policies
 -- @include score
+-- @include payload
 -- @include account
 -- @include tell
 -- @include fields

@@ -8,6 +8,7 @@
 -- ARGV[3]    chunks that may stay, "" for any number
 -- ARGV[4]    bytes that may stay, likewise
 -- ARGV[5]    leaves that may stay, likewise
+-- ARGV[6]    bytes of cold payloads that may stay, likewise
 -- returns    {nodes removed, chunks removed, leased leaves passed over, 1 when there is more to do, else 0}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
@@ -17,29 +18,35 @@
 -- @include clock
 -- @include policies
 -- @include score
+-- @include payload
 -- @include account
 -- @include tell
 -- @include fields
 -- @include discard
 -- @include unlink
 -- @include leases
+-- @include surplus
 local most, most_chunks = tonumber(ARGV[2]), tonumber(ARGV[3]) or math.huge
 local most_bytes, most_leaves, leaves = tonumber(ARGV[4]) or math.huge, tonumber(ARGV[5]) or math.huge, base .. 'leaves'
+local most_cold = tonumber(ARGV[6]) or math.huge
 redis.call('XLEN', base .. 'log')
 redis.call('ZCARD', base .. 'hot')
-local held = redis.call('HMGET', KEYS[1], 'chunks', 'bytes')
+local held = redis.call('HMGET', KEYS[1], 'chunks', 'bytes', 'cold')
 
--- How many chunks must go, at least; 0 when every bound holds.
+-- How many chunks and bytes must go; none when every bound holds.
 local function excess()
-  if most_leaves < math.huge and redis.call('ZCARD', leaves) > most_leaves then
-    return math.huge
+  if (held[3] or 0) + added.cold > most_cold then
+    return math.huge, math.huge -- what has been idle longest goes first, and that is what lies cold
+  elseif most_leaves < math.huge and redis.call('ZCARD', leaves) > most_leaves then
+    return math.huge, math.huge
   end
   local chunks, bytes = (held[1] or 0) + added.chunks - most_chunks, (held[2] or 0) + added.bytes - most_bytes
-  return math.max(chunks, math.ceil(bytes / 16), 0)
+  return math.max(chunks, 0), math.max(bytes, 0)
 end
 
-local nodes, chunks, moved, skipped, over, most_skipped = 0, 0, 0, 0, excess(), 200
-while over > 0 and nodes + moved < most and skipped < most_skipped do
+local nodes, chunks, moved, skipped, most_skipped = 0, 0, 0, 0, 200
+local over, over_bytes = excess()
+while over + over_bytes > 0 and nodes + moved < most and skipped < most_skipped do
   local head = redis.call('ZRANGE', leaves, skipped, skipped)[1]
   if not head then
     break
@@ -56,12 +63,15 @@ while over > 0 and nodes + moved < most and skipped < most_skipped do
     end
   elseif size == 0 then
     redis.call('ZREM', leaves, head) -- lost in a failover
-  elseif size > over then
-    chunks = chunks + shorten(head, size - over, flat, node)
   else
-    nodes, chunks = nodes + 1, chunks + unlink(head, flat, node)
+    local cut = surplus(size, node['b:@warm'] or '', over, over_bytes)
+    if cut < size then
+      chunks = chunks + shorten(head, size - cut, flat, node)
+    else
+      nodes, chunks = nodes + 1, chunks + unlink(head, flat, node)
+    end
   end
-  over = excess()
+  over, over_bytes = excess()
 end
 settle()
-return { nodes, chunks, moved + skipped, (over > 0 and nodes + moved >= most) and 1 or 0 }
+return { nodes, chunks, moved + skipped, (over + over_bytes > 0 and nodes + moved >= most) and 1 or 0 }

@@ -18,9 +18,6 @@ local current, most, leases = redis.call('HGET', KEYS[1], member) or '0', 16, ro
 if current ~= epoch then
   return redis.error_reply('DPSTALE ' .. member .. ' has epoch ' .. current .. ', not ' .. epoch)
 end
-if not redis.call('ZSCORE', leases, member) then
-  changed() -- readers who know of no lease would never read its end
-end
 hold(member, ttl, 5)
 local dead = redis.call('ZRANGE', leases, '-inf', ('%.0f'):format(now - grace), 'BYSCORE', 'LIMIT', 0, most)
 for _, each in ipairs(dead) do

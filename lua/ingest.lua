@@ -25,6 +25,7 @@
 -- @include path
 -- @include policies
 -- @include score
+-- @include payload
 -- @include account
 -- @include tell
 -- @include fields

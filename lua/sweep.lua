@@ -1,32 +1,31 @@
 #!lua flags=allow-oom
--- sweep: take away coverage that counts for nothing, below some of the leaves; nodes that nobody covers go, leaf first.
+-- sweep: take away coverage of nodes that counts for nothing, and tell what lies behind them; what nobody covers goes.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    schema version the caller speaks
--- ARGV[2]    where to go on: "0" to begin
--- ARGV[3]    about how many leaves to look at in this call, with all that lies above them
--- ARGV[4..]  member, epoch, ...: coverage of the member under an older epoch goes
--- returns    {where to go on, "0" when all was seen, chunks of coverage taken away, nodes removed, chunks removed}
+-- ARGV[2]    heads of nodes, in hex, with spaces between them; "root" for what lies above all
+-- ARGV[3..]  member, epoch, ...: coverage of the member under an older epoch goes
+-- returns    {chunks of coverage taken away, nodes removed, chunks removed, head of a child, ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
--- cost       ZSCAN; two HGETALL a node, and its change
+-- cost       an HGETALL and an HKEYS a node, and its change
 -- @include guard
 -- @include keys
 -- @include policies
 -- @include score
+-- @include payload
 -- @include account
 -- @include tell
 -- @include fields
 -- @include discard
 -- @include unlink
 -- @include uncover
-local newest, seen, taken, nodes, chunks = {}, {}, 0, 0, 0
-for i = 4, #ARGV, 2 do
+local newest, reply, taken, nodes, chunks = {}, { 0, 0, 0 }, 0, 0, 0
+for i = 3, #ARGV, 2 do
   newest[ARGV[i]] = tonumber(ARGV[i + 1])
 end
 redis.call('XLEN', base .. 'log')
 redis.call('ZCARD', base .. 'hot')
-local page = redis.call('ZSCAN', base .. 'leaves', ARGV[2], 'COUNT', ARGV[3])
 
 -- Whether a node's fields make sense. One that another hand wrote is passed over: look-ups refuse it as well.
 local function is_sound(flat, node)
@@ -64,13 +63,17 @@ local function clean(head)
   end
 end
 
-for i = 1, #page[2], 2 do
-  local head, again = page[2][i], true
-  while head and (again or not seen[head]) do
-    local owner, before = redis.call('HGET', junction_key(redis.call('HGET', node_key(head), 'p') or ''), 'o'), nodes
+for head in ARGV[2]:gmatch('%w+') do
+  local run = head ~= 'root' and redis.call('HGET', node_key(head), 'r')
+  for _, child in ipairs((run or head == 'root') and redis.call('HKEYS', junction_key(run and hex(run) or '')) or {}) do
+    reply[#reply + 1] = child ~= 'o' and child or nil
+  end
+  while run and head do
+    local above, before = redis.call('HGET', junction_key(redis.call('HGET', node_key(head), 'p') or ''), 'o'), nodes
     clean(head)
-    seen[head], again, head = true, nodes > before, owner -- what lost its last child is looked at again
+    head = nodes > before and above -- what lost its last child is looked at again
   end
 end
 settle()
-return { page[1], taken, nodes, chunks }
+reply[1], reply[2], reply[3] = taken, nodes, chunks
+return reply

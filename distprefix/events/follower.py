@@ -130,6 +130,13 @@ class Follower:
         except StaleEpochError:
             self._start_over("voided")
 
+    def suspend(self) -> None:
+        """The engine does not answer: nothing of it counts until the next heartbeat."""
+        try:
+            self._journal.suspend(self.epoch)
+        except StaleEpochError:
+            return  # it does not count anyway
+
     def write(self) -> None:
         """Tell Redis what changed since it was told last, and with it up to which message that is."""
         again = False

@@ -231,12 +231,15 @@ class Stream:
                 connected = True
             else:
                 _log.warning("%s: the engine at %s is gone", self.engine.member, self.engine.endpoint)
+                if self._leads:
+                    self.follower.suspend()
         if not self._leads:
             self._begin(frames)
             return
         self._keep(known=not connected)
         if connected and self._leads:
             self.follower.resume()
+            self._due.pop("beat", None)  # it counts again
             frames = self._not_replayed(frames)
         if self._leads:
             self.follower.take(frames)
@@ -250,6 +253,7 @@ class Stream:
             self.state = "following" if self._leads else "standby"
             if self._leads:
                 self.follower.take(self._not_replayed(frames))
+                self._due.pop("beat", None)
 
     def _not_replayed(self, frames: list[Frame]) -> list[Frame]:
         """What came before the engine was asked is in its answer, or came from an engine that is no more."""

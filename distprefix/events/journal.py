@@ -72,6 +72,10 @@ class Journal(Protocol):
         """The engine lives. Raises StaleEpochError when the epoch counts no more."""
         ...
 
+    def suspend(self, epoch: int) -> None:
+        """The engine does not answer: nothing of it counts until the next heartbeat. Raises as `heartbeat` does."""
+        ...
+
     def covered(self, epoch: int) -> list[Covered]:
         """What the tree says that the engine holds under this epoch."""
         ...

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import redis
 
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 
-__all__ = ["Report", "check_integrity"]
+__all__ = ["Report", "check_integrity", "check_payloads"]
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Report:
     chunks: int = 0
     bytes: int = 0
     """By the scripts' own estimate."""
+    warm: int = 0
+    """Of these, payloads."""
     problems: list[str] = field(default_factory=list[str])
     orphans: list[str] = field(default_factory=list[str])
     """Heads of nodes that have lost their parent."""
@@ -35,6 +38,33 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+
+def check_payloads(client: redis.Redis, keys: Keys) -> list[str]:
+    """Every payload that the tree names is there with its size, and no other stays. Costs a SCAN and a call a key."""
+    wanted: dict[str, int] = {}
+    there: dict[str, int] = {}
+    staying: set[str] = set()
+    for name in _scan(client, keys.base):
+        kind, _, rest = name.removeprefix(keys.base).partition(":")
+        if kind == "n":
+            fields = _read(client, name) or {}
+            run = fields.get(b"r", b"")
+            for i, size in enumerate(array("I", fields.get(b"b:@warm", b""))):
+                wanted[run[16 * i : 16 * i + 16].hex()] = size
+        elif kind == "kv":
+            chunk = rest.partition(":")[0]
+            there[chunk] = there.get(chunk, 0) + int(cast("Any", client.execute_command("STRLEN", name)))
+            if client.execute_command("PTTL", name) == -1:
+                staying.add(chunk)
+    return [
+        *(
+            f"payload of {chunk} has {there.get(chunk, 0)} bytes, not {size}"
+            for chunk, size in wanted.items()
+            if there.get(chunk, 0) != size
+        ),
+        *(f"payload of {chunk} stays and belongs to nothing" for chunk in sorted(staying - set(wanted))),
+    ]
 
 
 def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Report:
@@ -68,6 +98,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         owners[run[-16:].hex()] = head
         children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
         report.bytes += _weigh(node)
+        report.warm += _payloads(node)
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
     newest = _read(client, keys.epochs) or {}
@@ -76,7 +107,12 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         problems += _check_closed(head, node, above, newest) if above else []
     _check_leaves(client, keys, nodes, junctions, children, owners, report)
     meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
-    for name, count in (("nodes", report.nodes), ("chunks", report.chunks), ("bytes", report.bytes)):
+    for name, count in (
+        ("nodes", report.nodes),
+        ("chunks", report.chunks),
+        ("bytes", report.bytes),
+        ("warm", report.warm),
+    ):
         if int(meta.get(name.encode(), b"0")) != count:
             problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
     return report
@@ -117,7 +153,12 @@ def _weigh(node: dict[bytes, bytes]) -> int:
     """What `lua/shared/account.lua` estimates for a node."""
     holders = sum(name.startswith(b"h:") for name in node)
     extra = sum(len(value) for name, value in node.items() if name == b"m" or name[:2] in (b"b:", b"e:"))
-    return 700 + len(node[b"r"]) + 70 * holders + extra
+    return 700 + len(node[b"r"]) + 70 * holders + extra + _payloads(node)
+
+
+def _payloads(node: dict[bytes, bytes]) -> int:
+    """Bytes of a node's payloads, as the script that found them there counted them."""
+    return sum(array("I", node.get(b"b:@warm", b"")))
 
 
 def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]:
@@ -146,7 +187,10 @@ def _check_closed(
     for name, value in node.items():
         epoch, end = value.partition(b":")[0], len(above[b"r"]) // 16
         counts = name.startswith(b"h:") and newest.get(name[2:].partition(b"@")[0], epoch) == epoch
-        if counts and above.get(name) != b"%s:%d" % (epoch, end):
+        whole = b"%s:%d" % (epoch, end)
+        if name == b"h:@cold" and whole in (above.get(b"h:@warm"), above.get(name)):
+            continue  # what is cold has warm or cold ones above it
+        if counts and above.get(name) != whole:
             problems.append(f"node {head}: {name.decode()} does not cover the parent")
     return problems
 

@@ -21,6 +21,7 @@ __all__ = ["RedisJournal", "census"]
 
 _NODES_A_CALL = 100
 _READ_TIMEOUT_S = 60.0
+_AT_ONCE_S = 0.001
 _RIGHT_S = 10.0
 """How long the right to write lasts for a worker that holds no lease."""
 _FATES = {"done": Fate.DONE, "again": Fate.AGAIN, "absent": Fate.MOVED, "noparent": Fate.MOVED, "refused": Fate.REFUSED}
@@ -56,7 +57,7 @@ class RedisJournal:
         before, self._number = self._number, 0
         if held.decode() != self._owner:
             return None
-        if before and int(number) != before:
+        if before and int(number) > before:  # a lower one: everything was flushed
             raise FencedError("another ingester wrote this stream meanwhile: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
@@ -84,6 +85,10 @@ class RedisJournal:
         """The engine lives. Raises StaleEpochError when the epoch counts no more."""
         info = WorkerInfo(self._info.address, self._info.model, self._info.media, load)
         heartbeat(self._client, self._keys, self._member, epoch, self.lease_s, info, self._deadline())
+
+    def suspend(self, epoch: int) -> None:
+        """The engine does not answer: nothing of it counts until the next heartbeat."""
+        heartbeat(self._client, self._keys, self._member, epoch, _AT_ONCE_S, self._info, self._deadline())
 
     def covered(self, epoch: int) -> list[Covered]:
         """What the tree says that the engine holds under this epoch. One call for 100 nodes."""

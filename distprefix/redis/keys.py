@@ -37,6 +37,10 @@ class Keys:
         self.log = f"{self.base}log"
         self.hot = f"{self.base}hot"
         """Candidates for pre-warming by hits."""
+        self.trash = f"{self.base}trash"
+        """Chunks whose cold payloads on another server have to be deleted."""
+        self.unsettled = f"{self.base}unsettled"
+        """Heads of nodes that became cold, to the chunks that the other server has to be told to keep."""
 
     def stream(self, member: str) -> str:
         """How far the KV events of this rank are written, and who writes them."""
@@ -45,6 +49,10 @@ class Keys:
     def node(self, head: str) -> str:
         """The radix node whose first chunk has the hash `head` (hex)."""
         return f"{self.base}n:{head}"
+
+    def payload(self, chunk: str, part: int = 0, *, cold: bool = False) -> str:
+        """The bytes of a chunk (hex), or the part of them behind so many parts."""
+        return f"{self.base}{'cold' if cold else 'kv'}:{chunk}" + (f":{part}" if part else "")
 
     def junction(self, last: str) -> str:
         """Where the children of the node hang whose last chunk is `last` (hex); "" for the roots."""

@@ -65,7 +65,7 @@ class Link:
             raise
 
     def _attach(self, client: Client, deadline: float) -> None:
-        attach(client, self.keys, self._config, deadline)
+        self.cold_is_elsewhere = attach(client, self.keys, self._config, deadline)
         member, asked = self._config.member, time.monotonic()
         self.epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)

@@ -37,8 +37,10 @@ def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
     }
 
 
-def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> dict[str, str]:
-    """Make the namespace, or compare with what it was made with. Two script calls. Returns the descriptor.
+def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> bool:
+    """Make the namespace, or compare with what it was made with. Two script calls.
+
+    Returns whether its cold payloads lie on another server.
 
     Raises NamespaceError and names every difference.
     """
@@ -60,7 +62,23 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
             "Use the same settings, or another namespace"
         )
     meta = (
-        *("schema", SCHEMA.decode(), "nodes", "0", "chunks", "0", "bytes", "0", "log", "0", "policy", config.policy),
+        *(
+            "schema",
+            SCHEMA.decode(),
+            "nodes",
+            "0",
+            "chunks",
+            "0",
+            "bytes",
+            "0",
+            "warm",
+            "0",
+            "log",
+            "0",
+            "policy",
+            config.policy,
+        ),
+        *("elsewhere", "1" if config.cold_url else "0", "cold", "0"),
         *("hot_hits", config.hot_threshold, "hot_ms", int(config.cold_timeout_s * 1000)),
     )
     try:
@@ -69,7 +87,11 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
         raise NamespaceError(f"{keys.meta} cannot be read: {error}") from error
     if shard.get("schema") != SCHEMA.decode():
         raise NamespaceError(f"{keys.meta} has schema {shard.get('schema')!r}, this version speaks {SCHEMA.decode()!r}")
-    return found
+    if config.cold_url and shard.get("elsewhere") != "1":
+        if shard.get("cold", "0") != "0":
+            raise NamespaceError(f"namespace {config.namespace!r} keeps cold payloads with the tree: pass no cold_url")
+        client.command("HSET", keys.meta, "elsewhere", "1", deadline=deadline)
+    return bool(config.cold_url) or shard.get("elsewhere") == "1"
 
 
 def _texts(reply: Any) -> dict[str, str]:

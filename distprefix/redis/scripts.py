@@ -17,8 +17,9 @@ from typing import NamedTuple
 __all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
 SCRIPTS = (
-    *("attach", "census", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "ingest", "insert", "lease"),
-    *("prewarm", "register", "repair", "retire", "roster", "stream", "sweep", "touch", "trim", "walk"),
+    *("attach", "census", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "idle", "ingest", "insert"),
+    *("lease", "move", "prewarm", "register", "repair", "retire", "roster", "store", "stream", "sweep", "touch"),
+    *("trim", "walk", "where"),
 )
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)
 

@@ -1,28 +1,38 @@
 -- What the shard holds, added up while a script runs and written once by `settle`. Bytes are an estimate of what Redis
--- takes, by what was measured: a node, a chunk, a holder's coverage, and whatever block ids and metadata there are.
-local added = { nodes = 0, chunks = 0, bytes = 0 }
+-- takes, by what was measured: a node, a chunk, a holder's coverage, whatever columns and metadata there are; warm
+-- payloads count as they are, and once more in `warm`. Cold ones count in `cold` alone.
+local added = { nodes = 0, chunks = 0, bytes = 0, warm = 0, cold = 0 }
 
-local function account(nodes, chunks, holders, extra)
+local function account(nodes, chunks, holders, extra, warm, cold)
   added.nodes, added.chunks = added.nodes + nodes, added.chunks + chunks
-  added.bytes = added.bytes + 700 * nodes + 16 * chunks + 70 * holders + extra
+  added.bytes = added.bytes + 700 * nodes + 16 * chunks + 70 * holders + extra + (warm or 0)
+  added.warm, added.cold = added.warm + (warm or 0), added.cold + (cold or 0)
 end
 
--- How many holders a node's fields (name, value, ...) name, and the bytes of its columns and metadata.
+-- How many holders a node's fields (name, value, ...) name, the bytes of its columns and metadata, and those of its
+-- payloads, warm and cold.
 local function weigh(fields)
-  local holders, extra = 0, 0
+  local holders, extra, warm, cold = 0, 0, 0, 0
   for i = 1, #fields, 2 do
     local kind = fields[i]:sub(1, 2)
     if kind == 'h:' then
       holders = holders + 1
     elseif kind == 'b:' or kind == 'e:' or kind == 'm' then
       extra = extra + #fields[i + 1]
+      warm = warm + (fields[i] == 'b:@warm' and sum_of(fields[i + 1]) or 0)
+      cold = cold + (fields[i] == 'b:@cold' and sum_of(fields[i + 1]) or 0)
     end
   end
-  return holders, extra
+  return holders, extra, warm, cold
 end
 
 -- Writes the counts. Returns nodes, chunks and bytes in the shard, and its leaves.
 local function settle()
+  for _, tier in ipairs({ 'warm', 'cold' }) do
+    if added[tier] ~= 0 then
+      redis.call('HINCRBY', KEYS[1], tier, added[tier])
+    end
+  end
   return {
     redis.call('HINCRBY', KEYS[1], 'nodes', added.nodes), redis.call('HINCRBY', KEYS[1], 'chunks', added.chunks),
     redis.call('HINCRBY', KEYS[1], 'bytes', added.bytes), redis.call('ZCARD', base .. 'leaves'),

@@ -32,7 +32,8 @@ end
 local function create(chain, first, depth, owner, with, new)
   local total, parent, size, ids, width =
     #chain / 16, first > 0 and hex(chain, first - 1) or '', 0, with.ids, with.width
-  account(0, 0, #new, #ids > 0 and (total - first) * width or 0)
+  local warm = with.holder == '@warm' and sum_of(ids, first) or 0
+  account(0, 0, #new, #ids > 0 and (total - first) * width or 0, warm)
   if owner then
     redis.call('ZREM', base .. 'leaves', owner)
   end

@@ -1,9 +1,10 @@
 -- Removes a node that has lost its parent (a failover can take any key), so that it never counts again.
 local function discard(head)
-  local fields = redis.call('HGETALL', node_key(head))
+  local fields, node = fields_of(head)
   if #fields > 0 then
-    local holders, extra = weigh(fields)
-    account(-1, -math.floor(redis.call('HSTRLEN', node_key(head), 'r') / 16), -holders, -extra)
+    local holders, extra, warm, cold = weigh(fields)
+    account(-1, -math.floor(#(node.r or '') / 16), -holders, -extra, -warm, -cold)
+    release_all(node, 0)
     redis.call('DEL', node_key(head))
     redis.call('ZREM', base .. 'leaves', head)
     redis.call('ZREM', base .. 'hot', head)

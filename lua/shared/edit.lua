@@ -63,7 +63,7 @@ local function cover(node, with, k)
   if node.epoch == with.epoch then
     ids, k = ids .. node.ids:sub(#ids + 1), math.max(k, node.covered)
   end
-  account(0, 0, node.held and 0 or 1, #ids - #node.ids)
+  account(0, 0, node.held and 0 or 1, #ids - #node.ids, field == 'b:@warm' and sum_of(ids) - sum_of(node.ids) or 0)
   if node.epoch ~= with.epoch or k > node.covered then
     redis.call('HSET', node_key(node.head), 'h:' .. with.holder, with.epoch .. ':' .. k)
   end

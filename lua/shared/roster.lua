@@ -9,8 +9,13 @@ local function changed()
   redis.call('SET', roster .. 'version', ('%.0f'):format(math.max(version + 1, now)))
 end
 
--- Has the member hold a lease for `ttl` ms from now on, and says of it what stands in ARGV from `first` on.
+-- Has the member hold a lease for `ttl` ms from now on, and says of it what stands in ARGV from `first` on. Readers
+-- have to know of one that ends earlier than they think, or that had ended.
 local function hold(member, ttl, first)
+  local ends = tonumber(redis.call('ZSCORE', roster .. 'workers', member) or '')
+  if not ends or now + ttl < ends or ends < now then
+    changed()
+  end
   redis.call('ZADD', roster .. 'workers', ('%.0f'):format(now + ttl), member)
   if ARGV[first] then
     redis.call('HSET', roster .. 'w:' .. member, unpack(ARGV, first))

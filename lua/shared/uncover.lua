@@ -19,7 +19,13 @@ local function uncover(head, run, holder, keep, counted_for_nothing)
   local left, columns = math.min(tonumber(covered), keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
   if left == tonumber(covered) then
     return 0, 0, 0
-  elseif left == 0 then
+  end
+  if tiers[holder] then
+    local gone = -sum_of(columns['b:'], left)
+    account(0, 0, 0, 0, holder == '@warm' and gone or 0, holder == '@cold' and gone or 0)
+    release(holder, run, columns['b:'], left)
+  end
+  if left == 0 then
     redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder)
     account(0, 0, -1, -#columns['b:'] - #columns['e:'])
   else

@@ -6,8 +6,9 @@ local function unlink(head, flat, node)
   disown(hex(node.r))
   redis.call('ZREM', base .. 'leaves', head)
   redis.call('ZREM', base .. 'hot', head)
-  local holders, extra = weigh(flat)
-  account(-1, -size, -holders, -extra)
+  local holders, extra, warm, cold = weigh(flat)
+  account(-1, -size, -holders, -extra, -warm, -cold)
+  release_all(node, 0)
   tell('removed', head)
   local junction = junction_key(node.p or '')
   redis.call('HDEL', junction, head)
@@ -28,7 +29,8 @@ end
 -- Cuts a leaf's tail off, and everybody's coverage of it. Returns the chunks cut.
 local function shorten(head, keep, flat, node)
   local key, cut = node_key(head), math.floor(#node.r / 16) - keep
-  local holders, extra = weigh(flat)
+  local holders, extra, warm, cold = weigh(flat)
+  release_all(node, keep)
   for name, value in pairs(node) do
     local epoch, covered = value:match('^(%d+):(%d+)$')
     if name:sub(1, 2) == 'h:' and tonumber(covered) > keep then
@@ -42,8 +44,8 @@ local function shorten(head, keep, flat, node)
   redis.call('HSET', key, 'r', slice(node.r, 0, keep))
   disown(hex(node.r, keep - 1))
   redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
-  local holders_left, extra_left = weigh(redis.call('HGETALL', key))
-  account(0, -cut, holders_left - holders, extra_left - extra)
+  local holders_left, extra_left, warm_left, cold_left = weigh(redis.call('HGETALL', key))
+  account(0, -cut, holders_left - holders, extra_left - extra, warm_left - warm, cold_left - cold)
   tell('trimmed', head, 'size', keep)
   return cut
 end

@@ -28,7 +28,7 @@ EXPECTED = {
     "--scan --pattern 'dp:ns:*'": r"^dp:ns:docs$",
     '"dp:ns:$NS"': r"^chunk_size\n4$",
     "}:epochs": r"^worker-0/0\n1\nworker-1/0\n1$",
-    '"$BASE:meta"\n': r"^nodes\n3\nchunks\n16\nbytes\n\d+\nlog\n\d+\npolicy\nlru$",
+    '"$BASE:meta"\n': r"^nodes\n3\nchunks\n16\nbytes\n\d+\nwarm\n0\nlog\n\d+\npolicy\nlru\nelsewhere\n0$",
     "ZCARD": r"\A2\n\Z",
     "| wc -l": r"^\s*3$",
     'HKEYS "$BASE:j:root"\n': r"^[0-9a-f]{32}$",

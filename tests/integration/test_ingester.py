@@ -157,7 +157,7 @@ def test_events_of_two_engines_flow(cluster: Cluster) -> None:
 
 
 def test_a_dead_engine_drops_out_and_comes_back(cluster: Cluster, engine: FakeEngine) -> None:
-    """An engine that is killed is in no answer once its lease is over; a new one at its place begins with nothing."""
+    """An engine that is killed is in no answer as soon as its connection ends; a new one there begins with nothing."""
     with cluster.ingester(engine) as ingester:
         engine.prefill(PROMPTS[0])
         until(follows(ingester))
@@ -165,7 +165,7 @@ def test_a_dead_engine_drops_out_and_comes_back(cluster: Cluster, engine: FakeEn
         engine.kill()
         began = time.monotonic()
         until(lambda: cluster.told() == [0, 0, 0], LEASE_S + 3)
-        assert time.monotonic() - began >= 0.5
+        assert time.monotonic() - began < LEASE_S
         engine.restart()
         engine.wait_for_subscriber()
         engine.prefill(PROMPTS[1])

@@ -59,6 +59,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("breaker_failures", 0, "between 1 and 10000"),
     ("breaker_reset_s", 0.0, "between 0.001 and 3600"),
     ("strict", "yes", "True or False"),
+    ("payload_codec", "gzip", "one of raw, zstd"),
+    ("cold_codec", "", "one of raw, zstd"),
+    ("cold_url", "embedded://x", "redis://"),
+    ("cold_max_bytes", 0, "between 1"),
+    ("demote_interval_s", -1.0, "between 0"),
+    ("payload_timeout_s", 0.0, "between 0.001"),
+    ("encryption_keys", 7, "text"),
+    ("l1_payload_bytes", -1, "between 0"),
 ]
 
 

@@ -1,0 +1,175 @@
+"""Where payloads lie: one server's values, sealed and opened by one codec. Knows keys and parts, not the tree."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from distprefix.errors import ConfigError, DamagedPayloadError, InvalidInputError
+from distprefix.redis.data import Buffer, DataPool
+from distprefix.redis.keys import Keys
+from distprefix.tiers.codecs import RAW, codec_named
+from distprefix.tiers.encryption import KeyRing
+from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
+
+__all__ = ["PART_BYTES", "PayloadStore", "Want", "groups"]
+
+PART_BYTES = 8 * 1024 * 1024
+"""Longer payloads lie in several values: a server that copies one of 512 MiB answers nobody else."""
+_UNTOLD_MS = 600_000
+"""What the tree was never told of goes by itself after so long: nobody has to search for it."""
+_GROUP_BYTES = 64 * 1024 * 1024
+
+
+class Want(NamedTuple):
+    """One payload to be read."""
+
+    chunk: bytes
+    size: int
+    """As stored, header included."""
+    target: memoryview | None = None
+    """Where it is wanted; None for memory of its own."""
+
+
+class PayloadStore:
+    """The payloads of one tier. Opens connections with the first of them. Thread-safe."""
+
+    def __init__(self, url: str, keys: Keys, codec: str, ring: KeyRing | None, *, cold: bool, timeout_s: float) -> None:
+        self.cold = cold
+        self._url = url
+        self._keys = keys
+        self._codec = codec
+        self._ring = ring
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._pool: DataPool | None = None
+
+    @property
+    def pool(self) -> DataPool:
+        """The connections."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = DataPool(self._url, timeout_s=self._timeout_s)
+            return self._pool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any payload was asked for yet."""
+        return self._pool is not None
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> list[int]:
+        """Write payloads, by chunk; they go by themselves unless the tree is told of them. Returns their sizes.
+
+        What is there already stays. Raises UnavailableError and InvalidInputError.
+        """
+        codec, sizes = codec_named(self._codec), list[int]()
+        group: list[tuple[str, Sequence[Buffer]]] = []
+        waiting = 0
+        for chunk, payload in payloads:
+            header, body = seal(chunk, payload, codec, self._ring)
+            parts = list(self._parts(chunk.hex(), header, memoryview(body).cast("B")))
+            group += reversed(parts)  # the first one last: where it is, all are
+            sizes.append(len(header) + memoryview(body).nbytes)
+            waiting += sizes[-1]
+            if waiting >= _GROUP_BYTES:
+                self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
+                group, waiting = [], 0
+        if group:
+            self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
+        return sizes
+
+    def read(self, wants: Sequence[Want], deadline: float) -> list[memoryview | str]:
+        """For each a payload, or what is wrong with it: missing, damaged, unreadable. Raises UnavailableError.
+
+        A payload that is stored as it is is received where it is wanted.
+        """
+        headers = [memoryview(bytearray(HEADER_BYTES)) for _ in wants]
+        bodies = [_body_of(want) for want in wants]
+        places = [(i, part) for i, want in enumerate(wants) for part in range(_parts_in(want.size))]
+
+        def sink(index: int, length: int) -> Sequence[memoryview] | None:
+            i, part = places[index]
+            if length != _part_size(wants[i].size, part):
+                return None
+            at = part * PART_BYTES - HEADER_BYTES
+            return (bodies[i][at : at + length],) if part else (headers[i], bodies[i][: length - HEADER_BYTES])
+
+        keys = [self._keys.payload(wants[i].chunk.hex(), part, cold=self.cold) for i, part in places]
+        lengths = self.pool.get(keys, sink, deadline)
+        wrong: dict[int, str] = {}
+        for (i, part), length in zip(places, lengths, strict=True):
+            if length != _part_size(wants[i].size, part):
+                wrong[i] = "missing" if length < 0 else "damaged"
+        return [wrong.get(i) or self._open(want, headers[i], bodies[i]) for i, want in enumerate(wants)]
+
+    def delete(self, sizes: Sequence[tuple[bytes, int]], deadline: float) -> None:
+        """Payloads go, by chunk and size. Raises UnavailableError."""
+        keys = [
+            self._keys.payload(chunk.hex(), part, cold=self.cold)
+            for chunk, size in sizes
+            for part in range(_parts_in(size))
+        ]
+        self.pool.delete(keys, deadline)
+
+    def _parts(self, chunk: str, header: bytes, body: memoryview) -> Iterator[tuple[str, Sequence[Buffer]]]:
+        at = PART_BYTES - len(header)
+        yield self._keys.payload(chunk, cold=self.cold), (header, body[:at])
+        for number in range(1, _parts_in(len(header) + len(body))):
+            yield self._keys.payload(chunk, number, cold=self.cold), (body[at : at + PART_BYTES],)
+            at += PART_BYTES
+
+    def _open(self, want: Want, header: memoryview, body: memoryview) -> memoryview | str:
+        try:
+            told = read_header(want.chunk, header)
+            if want.target is not None and told.length != len(want.target):
+                raise InvalidInputError(
+                    f"a payload has {told.length} bytes, the buffer for it {len(want.target)}: give one that fits"
+                )
+            if told.key_id not in (self._ring.ids if self._ring else (0,)):
+                return "unreadable"  # sealed with a key that others have: not damaged
+            target = want.target
+            if target is None:
+                is_plain = told.codec is RAW and not told.key_id
+                target = body if is_plain else memoryview(bytearray(told.length))
+            open_into(want.chunk, header, body, target, self._ring)
+        except DamagedPayloadError:
+            return "damaged"
+        except ConfigError:
+            return "unreadable"
+        return target
+
+
+def groups(wants: Sequence[Want]) -> Iterator[list[Want]]:
+    """As many as are read at once: what is not received where it is wanted lies in memory meanwhile."""
+    group: list[Want] = []
+    size = 0
+    for want in wants:
+        group.append(want)
+        size += want.size
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _parts_in(size: int) -> int:
+    return max(1, -(-size // PART_BYTES))
+
+
+def _part_size(size: int, part: int) -> int:
+    return min(PART_BYTES, size - part * PART_BYTES)
+
+
+def _body_of(want: Want) -> memoryview:
+    """Where to receive what follows the header: the caller's own buffer if it may fit."""
+    size = max(0, want.size - HEADER_BYTES)
+    if want.target is not None and len(want.target) == size:
+        return want.target
+    return memoryview(bytearray(size))

@@ -1,0 +1,50 @@
+#!lua flags=no-writes
+-- idle: nodes whose warm payloads nobody has used for long, behind which none is warm: what may become cold next.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    last use, in ms, that is long ago
+-- ARGV[3]    rank among the leaves to begin with, in the order of eviction
+-- ARGV[4]    how many leaves to look at, with what lies above them
+-- returns    {rank to go on with, -1 at the end, head, run, sizes of its warm payloads, head, ...}
+-- errors     DPGONE, DPSCHEMA
+-- flags      no-writes: runs on replicas, and when the server is out of memory
+-- cost       a ZRANGE, and an HMGET and an HKEYS a node
+-- @include guard
+-- @include keys
+local before, rank, most, most_children = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
+local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
+local reply = { #leaves == most and rank + most or -1 }
+
+-- Whether any child of the node is warm; those with very many are left alone.
+local function has_warm_child(run)
+  local junction = junction_key(hex(run))
+  if redis.call('HLEN', junction) > most_children then
+    return true
+  end
+  for _, child in ipairs(redis.call('HKEYS', junction)) do
+    if child ~= 'o' and redis.call('HEXISTS', node_key(child), 'h:@warm') == 1 then
+      return true
+    end
+  end
+  return false
+end
+
+for _, leaf in ipairs(leaves) do
+  local head = leaf
+  while head and not seen[head] do
+    seen[head] = true
+    local run, held, sizes, accessed, parent = unpack(redis.call('HMGET', node_key(head),
+      'r', 'h:@warm', 'b:@warm', 'a', 'p'))
+    local n = #reply
+    if run and not held then
+      head = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
+    elseif run and tonumber(accessed) < before and not has_warm_child(run) then
+      reply[n + 1], reply[n + 2], reply[n + 3] = head, slice(run, 0, #sizes / 4), sizes
+      break
+    else
+      break
+    end
+  end
+end
+return reply

@@ -1,0 +1,40 @@
+-- Whether the tree allows payloads of a node to lie in a tier: what is warm has only warm ones above it, so that what
+-- lies cold lies at the ends.
+local function may_move(head, to)
+  if to == '@warm' then
+    local parent = redis.call('HGET', node_key(head), 'p') or ''
+    local owner = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
+    local run, held = unpack(owner and redis.call('HMGET', node_key(owner), 'r', 'h:@warm') or {})
+    return parent == '' or (run and held == '1:' .. #run / 16)
+  end
+  for _, child in ipairs(redis.call('HKEYS', junction_key(hex(redis.call('HGET', node_key(head), 'r'))))) do
+    if child ~= 'o' and redis.call('HEXISTS', node_key(child), 'h:@warm') == 1 then
+      return false
+    end
+  end
+  return true
+end
+
+-- The sizes of a node's payloads in a tier, once these copies are there as well.
+local function joined(there, copies)
+  local none, sizes = '\0\0\0\0', {}
+  for at = 0, math.max(#there, #copies) / 4 - 1 do
+    local copy = copies:sub(at * 4 + 1, at * 4 + 4)
+    sizes[at + 1] = (#copy == 4 and copy ~= none) and copy or there:sub(at * 4 + 1, at * 4 + 4)
+  end
+  return table.concat(sizes)
+end
+
+-- The node's payloads are in the tier `to` now, with these sizes, and no longer in `from`.
+local function place(head, run, from, to, sizes, copies, there, after)
+  local key, moved = node_key(head), sum_of(copies)
+  redis.call('HSET', key, 'h:' .. to, '1:' .. #after / 4, 'b:' .. to, after)
+  redis.call('HDEL', key, 'h:' .. from, 'b:' .. from)
+  release(from, run, sizes, 0)
+  local warm, cold = moved, -sum_of(sizes)
+  if from == '@warm' then
+    warm, cold = cold, warm
+  end
+  account(0, 0, there == '' and 0 or -1, #after - #there - #sizes, warm, cold)
+  tell('changed', head)
+end
