@@ -46,6 +46,35 @@ def frames(blocks: int, seed: int = 1) -> Iterator[bytes]:
             yield _pack([1_700_000_000 + step / 64, events, 0])
 
 
+def prefill_frames(blocks: int, seed: int = 1, per_event: int = 64) -> Iterator[bytes]:
+    """Payloads of an engine that only takes prompts in, `per_event` blocks an event; nothing is removed.
+
+    The hashes are random: to who takes them in they are opaque.
+    """
+    chance, left, step = random.Random(seed), blocks, 0
+    while left > 0:
+        parent = None
+        for _ in range(chance.randint(1, 8)):
+            keys = [chance.getrandbits(64) for _ in range(per_event)]
+            stored = {
+                "type": "BlockStored",
+                "block_hashes": keys,
+                "parent_block_hash": parent,
+                "token_ids": [chance.randrange(_VOCABULARY) for _ in range(per_event * BLOCK_SIZE)],
+                "block_size": BLOCK_SIZE,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+                "extra_keys": [None] * per_event,
+                "group_idx": 0,
+                "kv_cache_spec_kind": "full_attention",
+            }
+            step += 1
+            left -= per_event
+            parent = keys[-1]
+            yield _pack([1_700_000_000 + step / 64, [stored], 0])
+
+
 def read_frames(path: Path) -> Iterator[bytes]:
     """What the file holds."""
     with path.open("rb") as file:

@@ -38,6 +38,7 @@ import msgpack
 import redis
 import zmq
 from event_frames import frames as event_frames
+from event_frames import prefill_frames
 from measure import Figure, run_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -89,25 +90,32 @@ class _Took(NamedTuple):
 
 
 def rate(url: str, scale: float) -> list[Figure]:
-    """Blocks a second, from memory and over ZMQ, and Dynamo's on the same frames."""
+    """Blocks a second, from memory and over ZMQ, and Dynamo's on the same frames, for two kinds of engine."""
+    blocks = int(1_000_000 * scale)
+    return [
+        *_rates(url, "prompts of 64 blocks an event", list(prefill_frames(blocks)), blocks),
+        *_rates(url, "a busy engine, most events of 1 block", list(event_frames(blocks)), blocks),
+    ]
+
+
+def _rates(url: str, kind: str, payloads: list[bytes], blocks: int) -> list[Figure]:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
-        blocks, path = int(1_000_000 * scale), Path(folder) / "frames"
-        payloads = list(event_frames(blocks))
+        path = Path(folder) / "frames"
         path.write_bytes(b"".join(msgpack.packb(payload) or b"" for payload in payloads))
         frames = [Frame(i, payload) for i, payload in enumerate(payloads)]
         took: dict[str, list[_Took]] = {"from memory": [], "from memory, objects frozen": [], "over ZMQ": []}
         dynamo: dict[str, list[dict[str, Any]]] = {"server": [], "tree": []}
         for i in range(3):
-            took["from memory"].append(_from_memory(url, f"m{i}", frames, frozen=False))
-            took["from memory, objects frozen"].append(_from_memory(url, f"f{i}", frames, frozen=True))
-            took["over ZMQ"].append(_over_zmq(url, f"z{i}", path, len(frames)))
+            took["from memory"].append(_from_memory(url, f"m{kind[0]}{i}", frames, frozen=False))
+            took["from memory, objects frozen"].append(_from_memory(url, f"f{kind[0]}{i}", frames, frozen=True))
+            took["over ZMQ"].append(_over_zmq(url, f"z{kind[0]}{i}", path, len(frames)))
             for mode, results in dynamo.items() if _dynamo else ():
                 results.append(_ask_dynamo(path, mode))
         for how, times in took.items():
-            figures.append(_rate(f"blocks stored, {how}", blocks, times))
+            figures.append(_rate(f"{kind}, {how}", blocks, times))
         for mode, results in dynamo.items():
-            figures.append(_dynamo_rate(mode, blocks, results))
+            figures.append(_dynamo_rate(f"{kind}, Dynamo's {mode}", blocks, results))
     return figures
 
 
@@ -118,8 +126,7 @@ def _rate(what: str, blocks: int, times: list[_Took]) -> Figure:
     return Figure(what, f"{clock:.1f} s", cost, value, ">=", _GOAL, "/s")
 
 
-def _dynamo_rate(mode: str, blocks: int, results: list[dict[str, Any]]) -> Figure:
-    what = f"blocks stored, Dynamo's {mode}"
+def _dynamo_rate(what: str, blocks: int, results: list[dict[str, Any]]) -> Figure:
     if not results:
         return Figure(what, "not measured", "name its Python by --dynamo", 0, "", 0, "/s")
     clock = statistics.median(one["seconds"] + one["convert_seconds"] for one in results)

@@ -59,7 +59,8 @@ TRIMS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
 DROPS_A_CALL = 500
-SWEEPS_A_CALL = 25
+SWEEPS_A_CALL = 5
+"""Nodes: each holder of each may be a change."""
 
 
 class Call(NamedTuple):
@@ -391,7 +392,7 @@ def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
 
 
 def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
-    """Take away all coverage of these members under older epochs than these. One call for 25 nodes.
+    """Take away all coverage of these members under older epochs than these. One call for 5 nodes.
 
     Goes from the top down: what is split meanwhile is not missed.
     """

@@ -334,7 +334,7 @@ class PrefixCacheOptimizer:
     def sweep(self) -> Swept:
         """Take away what dead workers left behind, which counts for nothing already. Raises UnavailableError.
 
-        Redis calls: 2 when there is nothing to do, else three more and one for 25 nodes of the tree.
+        Redis calls: 2 when there is nothing to do, else three more and one for 5 nodes of the tree.
         """
         self._state.check_usable()
         link = self._state.link

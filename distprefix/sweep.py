@@ -20,7 +20,7 @@ _MEMBERS_A_PASS = 500
 def sweep(client: Client, keys: Keys, deadline: float) -> Swept:
     """Take away what counts for nothing, unless somebody else is at it. Who died shows in the epochs.
 
-    Two calls when there is nothing to do, else three more and one for 25 nodes. Raises what the client raises.
+    Two calls when there is nothing to do, else three more and one for 5 nodes. Raises what the client raises.
     """
     reading = read_roster(client, keys, "", deadline)
     late = reading.server_ms - 1000 * GRACE_S

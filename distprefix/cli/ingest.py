@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -71,6 +72,7 @@ def ingest(
                 model=model,
                 topic=topic,
             )
+            gc.set_threshold(100_000, 50, 100)  # blocks live long: looking through all of them often finds nothing
             stop = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())  # pyright: ignore[reportUnknownLambdaType]
