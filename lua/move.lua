@@ -6,7 +6,7 @@
 -- ARGV[1]    schema version the caller speaks
 -- ARGV[2]    the node's head, in hex
 -- ARGV[3]    the tier that the payloads were in: @warm or @cold
--- ARGV[4]    their sizes there, 4 bytes a chunk, as the mover saw them
+-- ARGV[4]    their sizes there, 4 bytes a chunk, as the mover saw them; of leading chunks alone when they become warm
 -- ARGV[5]    the sizes of the copies, likewise; 0 for chunks that are left where they are
 -- returns    1 when moved, 0 when the node is another one, a copy is not there, or what is around it does not allow it
 -- errors     DPGONE, DPSCHEMA
@@ -23,7 +23,8 @@
 local head, from, seen, copies = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local to = from == '@warm' and '@cold' or '@warm'
 local run, sizes, there = unpack(redis.call('HMGET', node_key(head), 'r', 'b:' .. from, 'b:' .. to))
-if not run or sizes ~= seen or #sizes ~= #copies or not may_move(head, to) then
+local rest = to == '@warm' and (sizes or ''):sub(#seen + 1) or ''
+if not run or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
   return 0
 end
 local after, elsewhere = joined(there or '', copies), redis.call('HGET', KEYS[1], 'elsewhere') == '1'
@@ -33,9 +34,9 @@ if to == '@cold' and elsewhere then
   for at = 0, #after / 4 - 1 do
     redis.call('SREM', base .. 'trash', hex(run, at))
   end
-elseif keep_all(to, moved) ~= after then
+elseif keep_all(to, moved, after) ~= after then
   return 0
 end
-place(head, run, from, to, sizes, copies, there or '', after)
+place(head, run, from, to, seen, rest, there or '', after)
 settle()
 return 1

@@ -3,19 +3,19 @@
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta
 -- ARGV[1]    schema version the caller speaks
--- ARGV[2..]  nodes, chunks, bytes, warm, number of the newest log entry as the caller saw them; true nodes, chunks,
---            bytes, warm
+-- ARGV[2..]  nodes, chunks, bytes, warm, cold, number of the newest log entry as the caller saw them; true nodes,
+--            chunks, bytes, warm, cold
 -- returns    1 when written, 0 when something changed meanwhile
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room
 -- cost       an HMGET and an HSET
 -- @include guard
-local seen = redis.call('HMGET', KEYS[1], 'nodes', 'chunks', 'bytes', 'warm', 'log')
-for i = 1, 5 do
+local seen = redis.call('HMGET', KEYS[1], 'nodes', 'chunks', 'bytes', 'warm', 'cold', 'log')
+for i = 1, 6 do
   if (seen[i] or '0') ~= ARGV[i + 1] then
     return 0
   end
 end
-local nodes, chunks, bytes, warm = select(#ARGV - 3, unpack(ARGV))
-redis.call('HSET', KEYS[1], 'nodes', nodes, 'chunks', chunks, 'bytes', bytes, 'warm', warm)
+local nodes, chunks, bytes, warm, cold = select(#ARGV - 4, unpack(ARGV))
+redis.call('HSET', KEYS[1], 'nodes', nodes, 'chunks', chunks, 'bytes', bytes, 'warm', warm, 'cold', cold)
 return 1

@@ -24,6 +24,8 @@ class Report:
     """By the scripts' own estimate."""
     warm: int = 0
     """Of these, payloads."""
+    cold: int = 0
+    """Bytes of cold payloads."""
     problems: list[str] = field(default_factory=list[str])
     orphans: list[str] = field(default_factory=list[str])
     """Heads of nodes that have lost their parent."""
@@ -40,31 +42,47 @@ class Report:
         return not self.problems
 
 
-def check_payloads(client: redis.Redis, keys: Keys) -> list[str]:
-    """Every payload that the tree names is there with its size, and no other stays. Costs a SCAN and a call a key."""
+def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = None) -> list[str]:
+    """Every payload that the tree names is there with its size, and no other stays. Costs a SCAN and a call a key.
+
+    `cold`: the other server, where the cold ones lie on one. What waits in the trash may still be there.
+    """
+    trash: Any = client.execute_command("SMEMBERS", keys.trash)
+    allowed = {chunk.decode() for chunk in trash}
+    problems: list[str] = []
+    for tier, kind, server in (("@warm", "kv", client), ("@cold", "cold", cold or client)):
+        wanted = _wanted(client, keys, f"b:{tier}".encode())
+        there, staying = _there(server, keys, kind)
+        short = [chunk for chunk, size in wanted.items() if there.get(chunk, 0) != size]
+        problems += [f"{kind}:{chunk} has {there.get(chunk, 0)} bytes, not {wanted[chunk]}" for chunk in short]
+        problems += [
+            f"{kind}:{chunk} stays and belongs to nothing" for chunk in sorted(staying - set(wanted) - allowed)
+        ]
+    return problems
+
+
+def _wanted(client: redis.Redis, keys: Keys, column: bytes) -> dict[str, int]:
+    """Chunks to the sizes that the tree names."""
     wanted: dict[str, int] = {}
+    for name in _scan(client, f"{keys.base}n:"):
+        fields = _read(client, name) or {}
+        run = fields.get(b"r", b"")
+        for i, size in enumerate(array("I", fields.get(column, b""))):
+            if size:
+                wanted[run[16 * i : 16 * i + 16].hex()] = size
+    return wanted
+
+
+def _there(server: redis.Redis, keys: Keys, kind: str) -> tuple[dict[str, int], set[str]]:
+    """Chunks to the bytes that lie there, and those that have no end."""
     there: dict[str, int] = {}
     staying: set[str] = set()
-    for name in _scan(client, keys.base):
-        kind, _, rest = name.removeprefix(keys.base).partition(":")
-        if kind == "n":
-            fields = _read(client, name) or {}
-            run = fields.get(b"r", b"")
-            for i, size in enumerate(array("I", fields.get(b"b:@warm", b""))):
-                wanted[run[16 * i : 16 * i + 16].hex()] = size
-        elif kind == "kv":
-            chunk = rest.partition(":")[0]
-            there[chunk] = there.get(chunk, 0) + int(cast("Any", client.execute_command("STRLEN", name)))
-            if client.execute_command("PTTL", name) == -1:
-                staying.add(chunk)
-    return [
-        *(
-            f"payload of {chunk} has {there.get(chunk, 0)} bytes, not {size}"
-            for chunk, size in wanted.items()
-            if there.get(chunk, 0) != size
-        ),
-        *(f"payload of {chunk} stays and belongs to nothing" for chunk in sorted(staying - set(wanted))),
-    ]
+    for name in _scan(server, f"{keys.base}{kind}:"):
+        chunk = name.removeprefix(f"{keys.base}{kind}:").partition(":")[0]
+        there[chunk] = there.get(chunk, 0) + int(cast("Any", server.execute_command("STRLEN", name)))
+        if server.execute_command("PTTL", name) == -1:
+            staying.add(chunk)
+    return there, staying
 
 
 def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Report:
@@ -98,7 +116,8 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         owners[run[-16:].hex()] = head
         children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
         report.bytes += _weigh(node)
-        report.warm += _payloads(node)
+        report.warm += _payloads(node, b"b:@warm")
+        report.cold += _payloads(node, b"b:@cold")
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
     newest = _read(client, keys.epochs) or {}
@@ -112,6 +131,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         ("chunks", report.chunks),
         ("bytes", report.bytes),
         ("warm", report.warm),
+        ("cold", report.cold),
     ):
         if int(meta.get(name.encode(), b"0")) != count:
             problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
@@ -153,12 +173,12 @@ def _weigh(node: dict[bytes, bytes]) -> int:
     """What `lua/shared/account.lua` estimates for a node."""
     holders = sum(name.startswith(b"h:") for name in node)
     extra = sum(len(value) for name, value in node.items() if name == b"m" or name[:2] in (b"b:", b"e:"))
-    return 700 + len(node[b"r"]) + 70 * holders + extra + _payloads(node)
+    return 700 + len(node[b"r"]) + 70 * holders + extra + _payloads(node, b"b:@warm")
 
 
-def _payloads(node: dict[bytes, bytes]) -> int:
-    """Bytes of a node's payloads, as the script that found them there counted them."""
-    return sum(array("I", node.get(b"b:@warm", b"")))
+def _payloads(node: dict[bytes, bytes], column: bytes) -> int:
+    """Bytes of a node's payloads in a tier, as the script that found them there counted them."""
+    return sum(array("I", node.get(column, b"")))
 
 
 def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]:

@@ -31,7 +31,9 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
             return first, True
         _mend(client, keys, report, deadline)
         if not (report.orphans or report.strays or report.missing or report.childless):
-            counted = [str(number).encode() for number in (report.nodes, report.chunks, report.bytes, report.warm)]
+            counted = [
+                str(number).encode() for number in (report.nodes, report.chunks, report.bytes, report.warm, report.cold)
+            ]
             client.call("repair", keys.meta, (SCHEMA, *seen, *counted), deadline)
     return first or Report(), False
 
@@ -54,5 +56,7 @@ def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
 
 
 def _counts(client: Client, keys: Keys, deadline: float) -> list[bytes]:
-    reply: Any = client.command("HMGET", keys.meta, "nodes", "chunks", "bytes", "warm", "log", deadline=deadline)
+    reply: Any = client.command(
+        "HMGET", keys.meta, "nodes", "chunks", "bytes", "warm", "cold", "log", deadline=deadline
+    )
     return [value or b"0" for value in reply]

@@ -18,7 +18,20 @@ __all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
 SCRIPTS = (
     *("attach", "census", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "idle", "ingest", "insert"),
-    *("lease", "move", "prewarm", "register", "repair", "retire", "roster", "store", "stream", "sweep", "touch"),
+    *(
+        "lease",
+        "move",
+        "prewarm",
+        "register",
+        "repair",
+        "retire",
+        "roster",
+        "settled",
+        "store",
+        "stream",
+        "sweep",
+        "touch",
+    ),
     *("trim", "walk", "where"),
 )
 _INCLUDE = re.compile(r"^-- @include (\w+)\n", re.MULTILINE)

@@ -12,6 +12,7 @@ import redis
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import UnavailableError
+from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
@@ -36,7 +37,7 @@ class Elsewhere:
         waiting = pairs(self._client.command("HGETALL", self._keys.unsettled, deadline=deadline))
         for head, run in waiting.items():
             self._each(run, "PERSIST")
-            self._client.command("HDEL", self._keys.unsettled, head, deadline=deadline)
+            self._client.call("settled", self._keys.meta, (SCHEMA, head, run), deadline)
         return len(waiting)
 
     def empty_trash(self, deadline: float) -> int:
@@ -68,5 +69,7 @@ class Elsewhere:
     def _ask(self, *command: Any) -> Any:
         try:
             return self._server.execute_command(*command)
+        except redis.ResponseError:  # another hand wrote it: it has no parts
+            return 0
         except redis.RedisError as error:
             raise UnavailableError(f"the server of the cold tier does not answer: {error}") from error

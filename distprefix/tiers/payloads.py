@@ -31,6 +31,8 @@ __all__ = ["COLD", "TIER_EPOCH", "WARM", "Loaded", "Payloads"]
 WARM, COLD = "@warm", "@cold"
 TIER_EPOCH = 1
 _ATTEMPTS = 3
+_GONE = ("missing", "damaged")
+"""Why a payload counts for nothing."""
 
 
 class Loaded(NamedTuple):
@@ -142,6 +144,11 @@ class Payloads:
                 raise
             return Loaded(0, ())
         good, ended = self._load(hashes, places, into, deadline)
+        for _ in range(_ATTEMPTS):
+            before, places = places, self._places_now(hashes, places, deadline) if ended in _GONE else places
+            if _place(before, len(good)) == _place(places, len(good)):
+                break
+            good, ended = self._load(hashes, places, into, deadline)  # it was moved, or evicted, meanwhile
         if ended:
             self._give_up(hashes[: (len(good) + 1) * HASH_BYTES], ended)
         if any(places.cold[: len(good)]):
@@ -150,6 +157,13 @@ class Payloads:
         self._count("payloads_loaded", len(good))
         self._count("payload_bytes_loaded", sum(map(len, good)))
         return Loaded(len(good), tuple(good))
+
+    def _places_now(self, hashes: bytes, before: Places, deadline: float) -> Places:
+        """Where the payloads lie now; as before when nobody can tell."""
+        try:
+            return self.places(hashes, deadline)
+        except DistPrefixError:
+            return before
 
     def _load(
         self, hashes: bytes, places: Places, into: Sequence[memoryview] | None, deadline: float
@@ -190,16 +204,17 @@ class Payloads:
         found: dict[bytes, memoryview | str] = {}
         mine: list[Want] = []
         others: list[tuple[Want, threading.Event]] = []
-        for want in wants:
-            kept = self.cache.get(want.chunk)
-            reading = None if kept is not None else self.cache.begin(want.chunk)
-            if kept is not None:
-                found[want.chunk] = _copy(kept, want.target)
-            elif reading is None:
-                mine.append(want)
-            else:
-                others.append((want, reading))
         try:
+            for want in wants:
+                kept = self.cache.get(want.chunk)
+                if kept is not None:
+                    found[want.chunk] = _copy(kept, want.target)
+                    continue
+                reading = self.cache.begin(want.chunk)
+                if reading is None:
+                    mine.append(want)
+                else:
+                    others.append((want, reading))
             found.update(zip((want.chunk for want in mine), store.read(mine, deadline), strict=True))
         finally:
             for want in mine:
@@ -214,7 +229,7 @@ class Payloads:
     def _give_up(self, chain: bytes, reason: str) -> None:
         """Count what ended a load. What is not there, or is damaged, goes from the tree with all behind it."""
         self._count(f"payloads_{reason}", 1)
-        if reason not in ("missing", "damaged"):
+        if reason not in _GONE:
             return
         try:
             for tier in (COLD, WARM):
@@ -247,15 +262,16 @@ class Payloads:
         while rank >= 0 and time.monotonic() < deadline:
             rank, found = state.link.publish(operations.idle(before, rank, 50), deadline)
             for each in found:
-                if self._is_mine(each.head, deadline):
+                key = f"{state.link.keys.base}moving:{each.head}"
+                if self._is_mine(key, deadline):
                     moved += self._move(each.run, each.sizes, self.warm, self.cold, deadline)
+                    state.link.publishes.command("DEL", key, deadline=deadline)
         self._count("demoted_chunks", moved)
         return moved
 
-    def _is_mine(self, head: str, deadline: float) -> bool:
+    def _is_mine(self, key: str, deadline: float) -> bool:
         """Whether this process moves a node: nobody else does at the same time, which would be in vain."""
         link, ttl_ms = self._state.link, int(1000 * self._state.config.payload_timeout_s)
-        key = f"{link.keys.base}moving:{head}"
         return link.publishes.command("SET", key, "1", "NX", "PX", ttl_ms, deadline=deadline) is not None
 
     def _move(self, run: bytes, sizes: bytes, source: PayloadStore, target: PayloadStore, deadline: float) -> int:
@@ -270,7 +286,9 @@ class Payloads:
             if isinstance(read, str):
                 self._count(f"payloads_{read}", 1)
                 return 0
-            (size,) = target.write([(want.chunk, read)], deadline)
+            size = target.copy(want.chunk, read, deadline)
+            if not size:
+                return 0
             copies[4 * at : 4 * at + 4] = size.to_bytes(4, "little")
         moved = self._state.link.publish(
             operations.move(run[:HASH_BYTES].hex(), from_tier, sizes, bytes(copies)), deadline
@@ -294,6 +312,11 @@ def _leading(hashes: bytes, payloads: Sequence[Buffer | None], first: int) -> li
             break
         found.append((hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES], payload))
     return found
+
+
+def _place(places: Places, at: int) -> tuple[int, int] | None:
+    """Where the payload of a chunk lies: its size in each tier."""
+    return (places.warm[at], places.cold[at]) if at < places.chunks else None
 
 
 def _copy(payload: bytes, target: memoryview | None) -> memoryview:

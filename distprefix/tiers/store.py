@@ -68,21 +68,14 @@ class PayloadStore:
 
         What is there already stays. Raises UnavailableError and InvalidInputError.
         """
-        codec, sizes = codec_named(self._codec), list[int]()
-        group: list[tuple[str, Sequence[Buffer]]] = []
-        waiting = 0
-        for chunk, payload in payloads:
-            header, body = seal(chunk, payload, codec, self._ring)
-            parts = list(self._parts(chunk.hex(), header, memoryview(body).cast("B")))
-            group += reversed(parts)  # the first one last: where it is, all are
-            sizes.append(len(header) + memoryview(body).nbytes)
-            waiting += sizes[-1]
-            if waiting >= _GROUP_BYTES:
-                self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
-                group, waiting = [], 0
-        if group:
-            self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
-        return sizes
+        return self._write(payloads, deadline)[0]
+
+    def copy(self, chunk: bytes, payload: Buffer, deadline: float) -> int:
+        """As `write`; returns its size, 0 if something else was there and stays, as a copy packed otherwise."""
+        (size,), written = self._write([(chunk, payload)], deadline)
+        if not all(written) and isinstance(self.read([Want(chunk, size)], deadline)[0], str):
+            return 0
+        return size
 
     def read(self, wants: Sequence[Want], deadline: float) -> list[memoryview | str]:
         """For each a payload, or what is wrong with it: missing, damaged, unreadable. Raises UnavailableError.
@@ -116,6 +109,25 @@ class PayloadStore:
             for part in range(_parts_in(size))
         ]
         self.pool.delete(keys, deadline)
+
+    def _write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> tuple[list[int], list[bool]]:
+        """Their sizes, and which of their parts were not there before."""
+        codec, sizes = codec_named(self._codec), list[int]()
+        written: list[bool] = []
+        group: list[tuple[str, Sequence[Buffer]]] = []
+        waiting = 0
+        for chunk, payload in payloads:
+            header, body = seal(chunk, payload, codec, self._ring)
+            parts = list(self._parts(chunk.hex(), header, memoryview(body).cast("B")))
+            group += reversed(parts)  # the first one last: where it is, all are
+            sizes.append(len(header) + memoryview(body).nbytes)
+            waiting += sizes[-1]
+            if waiting >= _GROUP_BYTES:
+                written += self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
+                group, waiting = [], 0
+        if group:
+            written += self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
+        return sizes, written
 
     def _parts(self, chunk: str, header: bytes, body: memoryview) -> Iterator[tuple[str, Sequence[Buffer]]]:
         at = PART_BYTES - len(header)

@@ -50,22 +50,25 @@ local function release_all(node, from)
 end
 
 -- Keeps what was written for a run's chunks, as far as it is there: it would have gone by itself. Returns the sizes.
-local function keep_all(tier, run)
-  local sizes = {}
+-- With the sizes that are `expected` nothing else is kept, and nothing at all if there is anything else.
+local function keep_all(tier, run, expected)
+  local sizes, keys = {}, {}
   for at = 0, #run / 16 - 1 do
     local chunk, number, size, length = hex(run, at), 0, 0, part
     while length == part do
-      length = redis.call('STRLEN', payload_key(tier, chunk, number))
+      keys[#keys + 1] = payload_key(tier, chunk, number)
+      length = redis.call('STRLEN', keys[#keys])
       size, number = size + length, number + 1
     end
     if size == 0 then
       break
     end
-    for i = 0, number - 1 do
-      redis.call('PERSIST', payload_key(tier, chunk, i))
-    end
     local low, high = size % 65536, math.floor(size / 65536)
     sizes[at + 1] = string.char(low % 256, math.floor(low / 256), high % 256, math.floor(high / 256) % 256)
   end
-  return table.concat(sizes)
+  sizes = table.concat(sizes)
+  for i = 1, (expected or sizes) == sizes and #keys or 0 do
+    redis.call('PERSIST', keys[i])
+  end
+  return sizes
 end

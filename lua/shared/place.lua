@@ -25,16 +25,21 @@ local function joined(there, copies)
   return table.concat(sizes)
 end
 
--- The node's payloads are in the tier `to` now, with these sizes, and no longer in `from`.
-local function place(head, run, from, to, sizes, copies, there, after)
-  local key, moved = node_key(head), sum_of(copies)
+-- The node's payloads are in the tier `to` now, with the sizes `after`, and no longer in `from`, but for the `rest`
+-- behind those that were moved.
+local function place(head, run, from, to, moved, rest, there, after)
+  local key, stays = node_key(head), rest ~= ''
   redis.call('HSET', key, 'h:' .. to, '1:' .. #after / 4, 'b:' .. to, after)
-  redis.call('HDEL', key, 'h:' .. from, 'b:' .. from)
-  release(from, run, sizes, 0)
-  local warm, cold = moved, -sum_of(sizes)
+  if stays then
+    redis.call('HSET', key, 'b:' .. from, ('\0'):rep(#moved) .. rest)
+  else
+    redis.call('HDEL', key, 'h:' .. from, 'b:' .. from)
+  end
+  release(from, run, moved, 0)
+  local warm, cold = sum_of(after) - sum_of(there), -sum_of(moved)
   if from == '@warm' then
     warm, cold = cold, warm
   end
-  account(0, 0, there == '' and 0 or -1, #after - #there - #sizes, warm, cold)
+  account(0, 0, (there == '' and 1 or 0) - (stays and 0 or 1), #after - #there - (stays and 0 or #moved), warm, cold)
   tell('changed', head)
 end
