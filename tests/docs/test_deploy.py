@@ -21,6 +21,7 @@ USERS = (ROOT / "deploy" / "users.acl").read_text(encoding="utf-8")
 CLIENT = {
     "evalsha",
     "evalsha_ro",
+    "expire",
     "hello",
     "hgetall",
     "hincrby",
@@ -28,6 +29,8 @@ CLIENT = {
     "ping",
     "scan",
     "script|load",
+    "smembers",
+    "srandmember",
     "zcard",
     "zrange",
 }
