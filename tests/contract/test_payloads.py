@@ -167,6 +167,19 @@ def test_sizes_around_the_border_of_a_part(real_server: Backend, second: Server,
     assert (meta(real_server, "warm"), meta(real_server, "cold")) == (0, 0)
 
 
+def test_every_server_keeps_payloads(any_server: Backend) -> None:
+    """The round trip through both tiers on each server that is claimed, as the user of a worker where there is one."""
+    if not any_server.is_real:
+        pytest.skip("fakeredis has no socket for the data path")
+    cache, tokens = any_server.open("w1"), prompt(4)
+    assert cache.store(tokens, data(tokens)) == 4
+    assert loaded(cache, tokens) == data(tokens)
+    assert cache.demote(0.0) == 4
+    assert loaded(cache, tokens) == data(tokens)
+    assert cache.promote(tokens) in (0, 4)  # the load has it promoted as well
+    assert loaded(cache, tokens) == data(tokens)
+
+
 def test_none_stands_for_what_is_there(real_server: Backend) -> None:
     """None is taken for a chunk that is stored, and ends a store where it is not; a store ends at a hole."""
     cache, payloads = real_server.open(), data(prompt(6))
