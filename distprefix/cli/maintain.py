@@ -19,25 +19,29 @@ from distprefix.redis.repair import repair as repair_shard
 __all__ = ["maintain"]
 
 _DEADLINE_S = 600.0
+_NONE = Bounds(None, None, None)
 
 
 def maintain(
     url: Url = None,
     namespace: Namespace = "default",
     max_chunks: Annotated[int | None, typer.Option(min=0, help="Chunks that may stay.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes that may stay, by the tree's estimate.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes that may stay, by the tree's estimate, warm payloads included.")
+    ] = None,
     max_leaves: Annotated[
         int | None, typer.Option(min=0, help="Prompts that may stay, those no other extends.")
     ] = None,
+    max_cold_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of cold payloads that may stay.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves between two looks at the budget.")] = 100,
     every: Annotated[float | None, typer.Option(min=0.01, help="Do so every so many seconds, until stopped.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Remove what lost its parent, correct the counts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Evict what is over a budget, in the namespace's order; several may do so at once. Or repair the counts."""
-    bounds = Bounds(max_chunks, max_bytes, max_leaves)
-    if bounds == (None, None, None) and not repair:
-        fail("there is nothing to do: give --max-chunks, --max-bytes, --max-leaves or --repair", EXIT_USAGE)
+    bounds = Bounds(max_chunks, max_bytes, max_leaves, max_cold_bytes)
+    if bounds == _NONE and not repair:
+        fail("nothing to do: give --max-chunks, --max-bytes, --max-leaves, --max-cold-bytes or --repair", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
         descriptor = read_descriptor(client, keys)
@@ -52,7 +56,7 @@ def maintain(
             show(value, as_json=as_json, render=lambda: _lines(value))
             if not right:
                 fail("others kept writing, or it cannot be mended: try again", EXIT_MISS)
-        while bounds != (None, None, None):
+        while bounds != _NONE:
             evicted = _evict(calls, keys, bounds, batch)
             show(evicted, as_json=as_json, render=lambda done=evicted: _lines(done))
             if every is None:
