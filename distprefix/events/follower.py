@@ -72,7 +72,6 @@ class Follower:
         """The last message applied."""
         self._written: Position | None = None
         self._digests: OrderedDict[int, str] = OrderedDict()
-        self._uncommitted_state = b""
 
     @property
     def position(self) -> Position | None:
@@ -278,7 +277,9 @@ class Follower:
             batch = decode(frame.payload, engine=self._kind)
         except EventFormatError as error:
             self.counts["messages_unreadable"] += 1
-            _log.debug("%s, message %d: %s", self._name, frame.seq, error)
+            _log.warning("%s, message %d: %s", self._name, frame.seq, error)
+            if len(self.holdings):
+                self._void()  # it may have told of blocks that are gone
         else:
             at = batch.at
             self.counts["events"] += len(batch.events)

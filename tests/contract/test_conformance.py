@@ -45,3 +45,19 @@ def test_the_tree_answers_what_the_case_says(path: Path, any_server: Backend) ->
         for query in case["queries"]:
             extras = {name: query[name] for name in ("lora_name", "cache_salt")}
             assert holders(reader, query["tokens"], **extras) == _expected(query), query
+
+
+def test_a_message_that_cannot_be_read_may_have_told_of_anything(real_server: Backend) -> None:
+    """What was held before it counts no more, what comes after it does, and it is counted."""
+    case = json.loads((CASES[0].parent / "maps.json").read_text())
+    frames = _frames(case["frames"])
+    follower, _ = follow(real_server, Kept(), chunk_size=case["chunk_size"])
+    assert follower.begin()
+    follower.take(frames)
+    before = follower.epoch
+    follower.take([Frame(frames[-1].seq + 1, b"nonsense")])
+    assert (follower.epoch, follower.counts["messages_unreadable"], len(follower.holdings)) == (before + 1, 1, 0)
+    reader = real_server.open("reader", chunk_size=case["chunk_size"])
+    assert all(holders(reader, query["tokens"]) == {} for query in case["queries"])
+    follower.take([Frame(frames[0].seq + len(frames) + 1, frames[0].payload)])
+    assert len(follower.holdings)
