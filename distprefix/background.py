@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Background"]
+__all__ = ["Background", "Schedule"]
+
+
+class Schedule:
+    """When something was done last, by name. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._due: dict[str, float] = {}
+
+    def is_due(self, task: str, interval_s: float) -> bool:
+        """Whether a task that is done so often is to be done now; it counts as done then. Never with 0."""
+        now = time.monotonic()
+        if not interval_s or now < self._due.get(task, 0.0):
+            return False
+        self._due[task] = now + interval_s
+        return True
+
+    def hasten(self, task: str) -> None:
+        """The task is due now."""
+        self._due.pop(task, None)
 
 
 class _Signals:

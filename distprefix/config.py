@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+from distprefix.chunking import chain_root
 from distprefix.errors import ConfigError
 from distprefix.redis.scripts import policy_names
 from distprefix.tiers.codecs import CODECS
@@ -158,6 +159,11 @@ class PrefixCacheConfig:
             return self
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:48] or "host"
         return replace(self, worker_id=f"{host}-{os.getpid()}")
+
+    @property
+    def root(self) -> bytes:
+        """The parent of first chunks, which covers the salt."""
+        return chain_root(self.hash_algorithm, self.salt.encode())
 
     @property
     def member(self) -> str:

@@ -164,9 +164,7 @@ def own_blocks(state: State, prompt: Prompt, chunks: int) -> tuple[int, ...]:
     if not len(state.own):
         return ()
     prompt = prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
-    with state.lock:
-        found = state.l1.find(prompt, time.monotonic())
-    hashes = state.hashes(prompt, found)
+    hashes = state.chain(prompt)
     with state.lock:
         return state.own.ids(hashes)
 

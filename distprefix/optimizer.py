@@ -15,9 +15,9 @@ from typing import Any, Self
 import redis
 
 from distprefix import operations
-from distprefix.background import Background
+from distprefix.background import Background, Schedule
 from distprefix.budget import maintain
-from distprefix.chunking import Chain, chain_hashes, chain_root, pack_block_ids, prompt_extras
+from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
 from distprefix.lookup import look_up, own_blocks
@@ -66,7 +66,7 @@ class PrefixCacheOptimizer:
         self._tiers = Tiers(self._state)
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
-        self._due: dict[str, float] = {}
+        self._schedule = Schedule()
         self._told = False
         self._background: Background | None = None
         self._begin_background()
@@ -128,8 +128,8 @@ class PrefixCacheOptimizer:
         if prompt.is_chain:
             raise InvalidInputError("a chain has its LoRA and salt in it already: pass tokens")
         every = prompt_extras(lora_name, cache_salt, extras)
-        root = chain_root(self.config.hash_algorithm, self.config.salt.encode())
-        return Chain.packed(chain_hashes(self.config.hash_algorithm, root, prompt.view, prompt.stride, every))
+        hashes = chain_hashes(self.config.hash_algorithm, self.config.root, prompt.view, prompt.stride, every)
+        return Chain.packed(hashes)
 
     # Publish
 
@@ -395,21 +395,21 @@ class PrefixCacheOptimizer:
         speculate(self._state)
         self._tiers.promote_waiting()
         link = self._state.link
-        if self._is_due("heartbeat", link.lease_s / 3):
+        if self._schedule.is_due("heartbeat", link.lease_s / 3):
             link.heartbeat()
-        if self._is_due("feed", self.config.feed_interval_s):
+        if self._schedule.is_due("feed", self.config.feed_interval_s):
             self._state.feed.poll()
             if link.roster.has_leases:
                 link.refresh()
-        if link.lease_s and self._is_due("sweep", _SWEEP_INTERVAL_S):
+        if link.lease_s and self._schedule.is_due("sweep", _SWEEP_INTERVAL_S):
             self._sweep_quietly()
-        if self._is_due("touch", self.config.touch_interval_s):
+        if self._schedule.is_due("touch", self.config.touch_interval_s):
             self.flush()
             self._tell_metrics()
-        if self._is_due("demote", self.config.demote_interval_s):
+        if self._schedule.is_due("demote", self.config.demote_interval_s):
             with contextlib.suppress(DistPrefixError):
                 self.demote()
-        if self._is_due("maintain", self.config.maintain_interval_s):
+        if self._schedule.is_due("maintain", self.config.maintain_interval_s):
             try:
                 self.maintain()
             except DistPrefixError:
@@ -441,13 +441,6 @@ class PrefixCacheOptimizer:
             self._state.wake = self._background.wake
         else:
             self._background.go_on_every(interval_s)
-
-    def _is_due(self, task: str, interval_s: float) -> bool:
-        now = time.monotonic()
-        if not interval_s or now < self._due.get(task, 0.0):
-            return False
-        self._due[task] = now + interval_s
-        return True
 
 
 def _writable(buffer: Buffer) -> memoryview:

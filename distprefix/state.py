@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, chain_root, read_prompt
+from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, read_prompt
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
 from distprefix.feed import Feed
@@ -53,7 +53,7 @@ class State:
         self.wake: Callable[[], object] = lambda: None
         """Has the background begin a round now."""
         self.reservations = Reservations(self)
-        self._root = chain_root(config.hash_algorithm, config.salt.encode())
+        self._root = config.root
 
     def find(self, prompt: Prompt, now: float) -> Found:
         """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.
@@ -77,6 +77,12 @@ class State:
         if not prompt.length:
             raise InvalidInputError("an empty prompt has no prefix: pass at least one token")
         return prompt
+
+    def chain(self, prompt: Prompt) -> bytes:
+        """All of a prompt's chunk hashes, as far as L1 knows them without computing."""
+        with self.lock:
+            found = self.l1.find(prompt, time.monotonic())
+        return self.hashes(prompt, found)
 
     def hashes(self, prompt: Prompt, found: Found, until: float = float("inf")) -> bytes:
         """A prompt's chunk hashes: those that L1 knows, then computed ones, as far as `until` (time.monotonic).

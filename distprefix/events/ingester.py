@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import redis
 
-from distprefix.chunking import chain_root
+from distprefix.background import Schedule
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig, check_name
 from distprefix.errors import ConfigError, DistPrefixError, FencedError, NotAttachedError
 from distprefix.events.engine import Connected, EngineSocket
@@ -24,6 +24,7 @@ from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
 from distprefix.redis.roster import WorkerInfo
+from distprefix.sweep import sweep
 
 __all__ = ["Engine", "Ingester", "follower_of", "status_of"]
 
@@ -31,6 +32,7 @@ _log = logging.getLogger("distprefix")
 _TIMEOUT_S = 5.0
 _WAIT_S = 0.2
 _SWEEP_S = 10.0
+_SWEEP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ def follower_of(
     holdings = Holdings(
         config.chunk_size,
         config.hash_algorithm,
-        chain_root(config.hash_algorithm, config.salt.encode()),
+        config.root,
         engine_chains=engine_chains,
         max_blocks=config.max_own_chunks,
     )
@@ -124,9 +126,13 @@ class Ingester:
             raise ConfigError(f"{twice[0]} is named twice: every engine needs a name" if twice else "name an engine")
         if lease_s < SHORTEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s}: at least {SHORTEST_LEASE_S:g} seconds are needed")
-        self._config = config
-        self._client = Client(client or connect(config.url or "", _TIMEOUT_S), new_breaker(1 << 30, 1.0), Counter())
-        self._attach()
+        self.config = config
+        self.client = Client(client or connect(config.url or "", _TIMEOUT_S), new_breaker(1 << 30, 1.0), Counter())
+        """The way to Redis that the streams share."""
+        self._keys = Keys(config.namespace)
+        self._sweeps = Schedule()
+        self._sweeping = threading.Lock()
+        self.attach()
         self._stop = threading.Event()
         self.streams = [Stream(engine, self, lease_s, engine_chains=engine_chains) for engine in engines]
         self._threads = [
@@ -145,7 +151,7 @@ class Ingester:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(timeout=2 * _TIMEOUT_S)
-        self._client.close()
+        self.client.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -153,22 +159,16 @@ class Ingester:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def attach_again(self) -> None:
-        """Make the namespace anew, as after a flush. Raises what `attach` raises."""
-        self._attach()
+    def attach(self) -> None:
+        """Make the namespace, or compare with it; anew after a flush. Raises what `attach` raises."""
+        attach(self.client, self._keys, self.config, time.monotonic() + _TIMEOUT_S)
 
-    @property
-    def config(self) -> PrefixCacheConfig:
-        """The namespace's settings."""
-        return self._config
-
-    @property
-    def client(self) -> Client:
-        """The way to Redis that the streams share."""
-        return self._client
-
-    def _attach(self) -> None:
-        attach(self._client, Keys(self._config.namespace), self._config, time.monotonic() + _TIMEOUT_S)
+    def sweep(self) -> None:
+        """Take away what no longer counts, of anybody, now and then: one of the streams does it for all."""
+        with self._sweeping:
+            due = self._sweeps.is_due("sweep", _SWEEP_S)
+        if due:
+            sweep(self.client, self._keys, time.monotonic() + _SWEEP_TIMEOUT_S)
 
 
 class Stream:
@@ -185,7 +185,7 @@ class Stream:
         )
         self._beat_s = lease_s / 3
         self._leads = False
-        self._due: dict[str, float] = {}
+        self._schedule = Schedule()
 
     def status(self) -> dict[str, Any]:
         """How it goes, for people and JSON."""
@@ -208,7 +208,7 @@ class Stream:
             self._leads, self.state = False, "standby"
         except NotAttachedError:
             self._leads = False
-            self._quietly(self._ingester.attach_again)
+            self._quietly(self._ingester.attach)
         except DistPrefixError as error:
             self._trouble(str(error))
             stop.wait(1.0)
@@ -237,23 +237,22 @@ class Stream:
             self._begin(frames)
             return
         self._keep(known=not connected)
-        if connected and self._leads:
+        if connected:
             self.follower.resume()
-            self._due.pop("beat", None)  # it counts again
+            self._schedule.hasten("beat")  # it counts again
             frames = self._not_replayed(frames)
-        if self._leads:
-            self.follower.take(frames)
-            self.state = "following" if self._socket.connected else "waiting for the engine"
+        self.follower.take(frames)
+        self.state = "following" if self._socket.connected else "waiting for the engine"
 
     def _begin(self, frames: list[Frame]) -> None:
         if not self._socket.connected:
             self.state = "waiting for the engine"
-        elif self._is_due("begin", 1.0):
+        elif self._schedule.is_due("begin", 1.0):
             self._leads = self.follower.begin()
             self.state = "following" if self._leads else "standby"
             if self._leads:
                 self.follower.take(self._not_replayed(frames))
-                self._due.pop("beat", None)
+                self._schedule.hasten("beat")
 
     def _not_replayed(self, frames: list[Frame]) -> list[Frame]:
         """What came before the engine was asked is in its answer, or came from an engine that is no more."""
@@ -261,26 +260,18 @@ class Stream:
 
     def _keep(self, *, known: bool) -> None:
         """Say that this ingester lives, and the engine if it does and is `known` to be the one that it was."""
-        if self._is_due("beat", self._beat_s):
+        if self._schedule.is_due("beat", self._beat_s):
             lead, follower = self._journal.lead(), self.follower
             if lead is None or (lead.epoch == follower.epoch and lead.position != follower.position):
                 raise FencedError  # another has the right, or had it and wrote
             if not known:
-                self._due.pop("beat")
+                self._schedule.hasten("beat")
             elif self._socket.connected:
                 self.follower.heartbeat()
-        if self._is_due("sweep", _SWEEP_S):
-            self._quietly(self._journal.sweep)
+        self._quietly(self._ingester.sweep)
 
     def _quietly(self, what: Any) -> None:
         try:
             what()
         except DistPrefixError as error:
             _log.debug("%s: %s", self.engine.member, error)
-
-    def _is_due(self, task: str, interval_s: float) -> bool:
-        now = time.monotonic()
-        if now < self._due.get(task, 0.0):
-            return False
-        self._due[task] = now + interval_s
-        return True

@@ -11,11 +11,10 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import FencedError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
-from distprefix.operations import SCHEMA, Call, Swept
+from distprefix.operations import SCHEMA, Call
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
-from distprefix.sweep import sweep
 
 __all__ = ["RedisJournal", "census"]
 
@@ -66,11 +65,6 @@ class RedisJournal:
         self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
         return Lead(position, int(epoch), current, state)
 
-    def leader(self) -> tuple[str, float]:
-        """Where the events of whoever has the right come from, and how many seconds it lasts yet."""
-        reply = self._client.call("stream", self._keys.meta, (SCHEMA, self._member, "", 0, ""), self._deadline())
-        return reply[3].decode(errors="replace"), max(0, int(reply[1])) / 1000
-
     def resign(self) -> None:
         """Let another ingester go on at once."""
         self._stream(0)
@@ -109,10 +103,6 @@ class RedisJournal:
             args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
         reply = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
         return [_outcome(word.decode()) for word in reply]
-
-    def sweep(self) -> Swept:
-        """Take away what no longer counts, of anybody."""
-        return sweep(self._client, self._keys, time.monotonic() + _READ_TIMEOUT_S)
 
     def _stream(self, ttl_ms: int) -> list[Any]:
         args = (SCHEMA, self._member, self._owner, ttl_ms, self._source)

@@ -42,6 +42,10 @@ class Keys:
         self.unsettled = f"{self.base}unsettled"
         """Heads of nodes that became cold, to the chunks that the other server has to be told to keep."""
 
+    def moving(self, head: str) -> str:
+        """Somebody moves the payloads of the node with this head."""
+        return f"{self.base}moving:{head}"
+
     def stream(self, member: str) -> str:
         """How far the KV events of this rank are written, and who writes them."""
         return f"{self.base}s:{member}"

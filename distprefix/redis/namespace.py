@@ -6,7 +6,6 @@ import hashlib
 import time
 from typing import Any
 
-from distprefix.chunking import chain_root
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import NamespaceError, ScriptError
 from distprefix.operations import SCHEMA
@@ -24,7 +23,6 @@ def salt_check(root: bytes) -> str:
 
 def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
     """What all who share a namespace must agree on. The salt itself is not stored, only a check of it."""
-    root = chain_root(config.hash_algorithm, config.salt.encode())
     return {
         "schema": SCHEMA.decode(),
         "chunk_size": str(config.chunk_size),
@@ -33,7 +31,7 @@ def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
         "shards": str(config.shards),
         "policy": config.policy,
         "fingerprint": config.fingerprint,
-        "salt_check": salt_check(root),
+        "salt_check": salt_check(config.root),
     }
 
 

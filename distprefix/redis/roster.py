@@ -60,6 +60,11 @@ class Member:
     started: float
     """When it took its epoch, seconds since 1970; 0 when it does not say."""
 
+    @property
+    def name(self) -> str:
+        """As epochs and leases know it: ``worker/rank``."""
+        return f"{self.worker}/{self.rank}"
+
 
 def register(
     client: Client, keys: Keys, member: str, above: int, lease_s: float, info: WorkerInfo | None, deadline: float

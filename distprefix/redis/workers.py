@@ -23,7 +23,7 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
     Ranks that hold neither a lease nor anything in the tree are left out.
     """
     members = read_members(client, keys, deadline)
-    epochs = {f"{member.worker}/{member.rank}": member.epoch for member in members}
+    epochs = {member.name: member.epoch for member in members}
     chunks: dict[str, Counter[str]] = {}
     for _, _, holders in run(census(), client, keys.meta, deadline):
         for holder, (epoch, held, _) in holders.items():
@@ -32,10 +32,9 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
                 chunks.setdefault(name, Counter())[medium] += len(held) // HASH_BYTES
     described: list[dict[str, Any]] = []
     for member in members:
-        name = f"{member.worker}/{member.rank}"
-        stream = pairs(client.command("HGETALL", keys.stream(name), deadline=deadline))
-        if member.lease_left_s is not None or name in chunks or stream:
-            described.append(_describe(member, dict(chunks.get(name, {})), stream))
+        stream = pairs(client.command("HGETALL", keys.stream(member.name), deadline=deadline))
+        if member.lease_left_s is not None or member.name in chunks or stream:
+            described.append(_describe(member, dict(chunks.get(member.name, {})), stream))
     return described
 
 

@@ -54,9 +54,3 @@ class PayloadCache:
             reading = self._reading.pop(chunk, None)
         if reading is not None:
             reading.set()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._payloads.clear()
-            self.bytes = 0

@@ -24,7 +24,7 @@ from distprefix.operations import Places
 from distprefix.redis.data import Buffer
 from distprefix.state import State
 from distprefix.tiers.cache import PayloadCache
-from distprefix.tiers.store import PayloadStore, Want, groups
+from distprefix.tiers.store import PayloadStore, Want, check_fits, groups
 
 __all__ = ["COLD", "TIER_EPOCH", "WARM", "Loaded", "Payloads"]
 
@@ -52,8 +52,8 @@ class Payloads:
         self.warm = warm
         self.cold = cold
         """None when cold payloads lie on another server, and it was not said where."""
-        self.to_promote: deque[tuple[bytes, int]] = deque(maxlen=256)
-        """Chains, and how many of their chunks, that were found cold."""
+        self.to_promote: deque[bytes] = deque(maxlen=256)
+        """Chains that were found cold."""
         self._state = state
 
     def close(self) -> None:
@@ -61,13 +61,6 @@ class Payloads:
         for store in (self.warm, self.cold):
             if store is not None:
                 store.close()
-
-    def hashes(self, prompt: Prompt, most: int) -> bytes:
-        """The chain of a prompt's leading chunks."""
-        state = self._state
-        with state.lock:
-            found = state.find(prompt, time.monotonic())
-        return state.hashes(prompt, found)[: most * HASH_BYTES]
 
     def places(self, hashes: bytes, deadline: float) -> Places:
         """Where the payloads of a chain lie. One call. Raises UnavailableError."""
@@ -85,7 +78,7 @@ class Payloads:
         state, deadline = self._state, self._deadline()
         if len(payloads) > prompt.chunks:
             raise InvalidInputError(f"{len(payloads)} payloads do not fit {prompt.chunks} full chunks: one for each")
-        hashes, stored = self.hashes(prompt, len(payloads)), 0
+        hashes, stored = state.chain(prompt)[: len(payloads) * HASH_BYTES], 0
         try:
             for _ in range(_ATTEMPTS):
                 places = self.places(hashes, deadline)
@@ -135,7 +128,7 @@ class Payloads:
     def load(self, prompt: Prompt, into: Sequence[memoryview] | None, most: int) -> Loaded:
         """See `PrefixCacheOptimizer.load`."""
         deadline = self._deadline()
-        hashes = self.hashes(prompt, most)
+        hashes = self._state.chain(prompt)[: most * HASH_BYTES]
         try:
             places = self.places(hashes, deadline)
         except DistPrefixError:
@@ -152,7 +145,7 @@ class Payloads:
         if ended:
             self._give_up(hashes[: (len(good) + 1) * HASH_BYTES], ended)
         if any(places.cold[: len(good)]):
-            self.to_promote.append((hashes[: len(good) * HASH_BYTES], len(good)))
+            self.to_promote.append(hashes[: len(good) * HASH_BYTES])
             self._state.wake()
         self._count("payloads_loaded", len(good))
         self._count("payload_bytes_loaded", sum(map(len, good)))
@@ -262,7 +255,7 @@ class Payloads:
         while rank >= 0 and time.monotonic() < deadline:
             rank, found = state.link.publish(operations.idle(before, rank, 50), deadline)
             for each in found:
-                key = f"{state.link.keys.base}moving:{each.head}"
+                key = state.link.keys.moving(each.head)
                 if self._is_mine(key, deadline):
                     moved += self._move(each.run, each.sizes, self.warm, self.cold, deadline)
                     state.link.publishes.command("DEL", key, deadline=deadline)
@@ -322,9 +315,6 @@ def _place(places: Places, at: int) -> tuple[int, int] | None:
 def _copy(payload: bytes, target: memoryview | None) -> memoryview:
     if target is None:
         return memoryview(payload)
-    if len(target) != len(payload):
-        raise InvalidInputError(
-            f"a payload has {len(payload)} bytes, the buffer for it {len(target)}: give one that fits"
-        )
+    check_fits(len(payload), target)
     target[:] = payload
     return target

@@ -13,7 +13,7 @@ from distprefix.tiers.codecs import RAW, codec_named
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
 
-__all__ = ["PART_BYTES", "PayloadStore", "Want", "groups"]
+__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits", "groups"]
 
 PART_BYTES = 8 * 1024 * 1024
 """Longer payloads lie in several values: a server that copies one of 512 MiB answers nobody else."""
@@ -52,11 +52,6 @@ class PayloadStore:
             if self._pool is None:
                 self._pool = DataPool(self._url, timeout_s=self._timeout_s)
             return self._pool
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any payload was asked for yet."""
-        return self._pool is not None
 
     def close(self) -> None:
         """Close the connections."""
@@ -101,15 +96,6 @@ class PayloadStore:
                 wrong[i] = "missing" if length < 0 else "damaged"
         return [wrong.get(i) or self._open(want, headers[i], bodies[i]) for i, want in enumerate(wants)]
 
-    def delete(self, sizes: Sequence[tuple[bytes, int]], deadline: float) -> None:
-        """Payloads go, by chunk and size. Raises UnavailableError."""
-        keys = [
-            self._keys.payload(chunk.hex(), part, cold=self.cold)
-            for chunk, size in sizes
-            for part in range(_parts_in(size))
-        ]
-        self.pool.delete(keys, deadline)
-
     def _write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> tuple[list[int], list[bool]]:
         """Their sizes, and which of their parts were not there before."""
         codec, sizes = codec_named(self._codec), list[int]()
@@ -139,10 +125,8 @@ class PayloadStore:
     def _open(self, want: Want, header: memoryview, body: memoryview) -> memoryview | str:
         try:
             told = read_header(want.chunk, header)
-            if want.target is not None and told.length != len(want.target):
-                raise InvalidInputError(
-                    f"a payload has {told.length} bytes, the buffer for it {len(want.target)}: give one that fits"
-                )
+            if want.target is not None:
+                check_fits(told.length, want.target)
             if told.key_id not in (self._ring.ids if self._ring else (0,)):
                 return "unreadable"  # sealed with a key that others have: not damaged
             target = want.target
@@ -155,6 +139,12 @@ class PayloadStore:
         except ConfigError:
             return "unreadable"
         return target
+
+
+def check_fits(length: int, target: memoryview) -> None:
+    """Raise InvalidInputError unless a payload of this length just fills the buffer."""
+    if len(target) != length:
+        raise InvalidInputError(f"a payload has {length} bytes, the buffer for it {len(target)}: give one that fits")
 
 
 def groups(wants: Sequence[Want]) -> Iterator[list[Want]]:

@@ -55,19 +55,16 @@ class Tiers:
     def promote(self, prompt: Prompt, timeout_s: float) -> int:
         """See `PrefixCacheOptimizer.promote`."""
         deadline = time.monotonic() + timeout_s
-        return self.payloads.promote(self.payloads.hashes(prompt, prompt.chunks), deadline)
+        return self.payloads.promote(self._state.chain(prompt), deadline)
 
     def promote_waiting(self) -> None:
         """Promote what loads found cold. Never raises on a server failing: the next load finds it again."""
         waiting = self.payloads.to_promote
         try:
             while waiting:
-                hashes, _ = waiting.popleft()
-                self.payloads.promote(hashes, time.monotonic() + self._state.config.payload_timeout_s)
+                self.payloads.promote(waiting.popleft(), time.monotonic() + self._state.config.payload_timeout_s)
         except DistPrefixError:
             self._state.counts["promotions_failed"] += 1
-        except IndexError:
-            return
 
     def close(self) -> None:
         """Close the connections."""

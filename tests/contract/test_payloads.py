@@ -52,7 +52,7 @@ def demote(backend: Backend, cache: PrefixCacheOptimizer) -> int:
     """Make everything cold that can be; nobody else is moving anything."""
     moved = done = 0
     while done or not moved:
-        for key in backend.admin.scan_iter(match=f"{backend.keys.base}moving:*", count=1000):
+        for key in backend.admin.scan_iter(match=backend.keys.moving("*"), count=1000):
             backend.admin.delete(key)
         done = cache.demote(ALWAYS)
         moved += done
@@ -738,10 +738,10 @@ def test_the_index_opens_no_data_connection(real_server: Backend, second: Server
     assert cache.load(prompt(4)).chunks == 0
     cache.maintain()
     cache.flush()
-    assert not cache._tiers.payloads.warm.is_open
+    assert not cache._tiers.payloads.warm._pool
     cold = cache._tiers.payloads.cold
     assert cold is not None
-    assert not cold.is_open
+    assert not cold._pool
     after: Any = second.client().info("clients")
     assert after["connected_clients"] <= before["connected_clients"] + 1
 
