@@ -10,7 +10,7 @@ from distprefix.errors import DistPrefixError, NotAttachedError
 from distprefix.operations import Bounds, Evicted, Usage
 from distprefix.state import State
 
-__all__ = ["bounds_of", "keep_within", "maintain"]
+__all__ = ["bounds_of", "keep_within", "maintain", "maintain_cold"]
 
 _CALLS = 10_000
 
@@ -31,25 +31,33 @@ def keep_within(state: State, usage: Usage) -> None:
     """
     if bounds_of(state.config, state.config.high_watermark).exceeded_by(usage):
         try:
-            _evict(state, state.link.publish_deadline())
+            _evict(state, _low(state), state.link.publish_deadline())
         except DistPrefixError:
             state.counts["evictions_failed"] += 1
 
 
 def maintain(state: State, timeout_s: float = 60.0) -> Evicted:
     """Evict down to the low watermark, whoever else does so at the same time. Raises UnavailableError."""
-    return _evict(state, time.monotonic() + timeout_s)
+    return _evict(state, _low(state), time.monotonic() + timeout_s)
 
 
-def _evict(state: State, deadline: float) -> Evicted:
-    config, total = state.config, Evicted(0, 0, 0, more=False)
-    bounds = bounds_of(config, config.low_watermark)
+def maintain_cold(state: State, deadline: float) -> Evicted:
+    """Evict until cold payloads are within `cold_max_bytes`. Raises UnavailableError."""
+    return _evict(state, Bounds(None, None, None, state.config.cold_max_bytes), deadline)
+
+
+def _low(state: State) -> Bounds:
+    return bounds_of(state.config, state.config.low_watermark)
+
+
+def _evict(state: State, bounds: Bounds, deadline: float) -> Evicted:
+    total = Evicted(0, 0, 0, more=False)
     for _ in range(_CALLS):
         try:
-            evicted = state.link.publish(operations.evict(bounds, config.eviction_batch_size), deadline)
+            evicted = state.link.publish(operations.evict(bounds, state.config.eviction_batch_size), deadline)
         except NotAttachedError:  # flushed: there is nothing to evict
             break
-        total = Evicted(*(a + b for a, b in zip(total[:3], evicted[:3], strict=True)), more=evicted.more)
+        total = total.then(evicted)
         with state.lock:
             state.counts["evicted_nodes"] += evicted.nodes
             state.counts["evicted_chunks"] += evicted.chunks

@@ -42,6 +42,7 @@ __all__ = [
     "parse_nodes",
     "prewarm",
     "publish",
+    "settled",
     "store",
     "sweep",
     "touch",
@@ -118,6 +119,12 @@ class Evicted(NamedTuple):
     more: bool
     """Whether the shard still is over its bounds, and more can go."""
 
+    def then(self, later: Evicted) -> Evicted:
+        """What both took."""
+        return Evicted(
+            self.nodes + later.nodes, self.chunks + later.chunks, self.leased + later.leased, more=later.more
+        )
+
 
 class Swept(NamedTuple):
     """What a sweep took away."""
@@ -126,6 +133,10 @@ class Swept(NamedTuple):
     """Chunks of coverage that counted for nothing."""
     nodes: int
     chunks: int
+
+    def then(self, later: Swept) -> Swept:
+        """What both took away."""
+        return Swept(self.coverage + later.coverage, self.nodes + later.nodes, self.chunks + later.chunks)
 
 
 class Claimed(NamedTuple):
@@ -383,12 +394,17 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
 def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
     """Take at most `batch` leaves while a shard is over its bounds. One call for every 25."""
     limits = tuple("" if bound is None else bound for bound in bounds)
-    nodes, chunks, leased, more = 0, 0, 0, True
-    while more and batch > 0:
-        reply = yield Call("evict", (SCHEMA, min(batch, EVICTS_A_CALL), *limits))
-        nodes, chunks, leased, more = nodes + reply[0], chunks + reply[1], leased + reply[2], bool(reply[3])
+    total = Evicted(0, 0, 0, more=True)
+    while total.more and batch > 0:
+        nodes, chunks, leased, more = yield Call("evict", (SCHEMA, min(batch, EVICTS_A_CALL), *limits))
+        total = total.then(Evicted(nodes, chunks, leased, bool(more)))
         batch -= EVICTS_A_CALL
-    return Evicted(nodes, chunks, leased, more)
+    return total
+
+
+def settled(head: bytes, chunks: bytes) -> Generator[Call, Any, bool]:
+    """The other server was told to keep these chunks of a node. One call. False when more became cold meanwhile."""
+    return bool((yield Call("settled", (SCHEMA, head, chunks))))
 
 
 def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
@@ -402,7 +418,7 @@ def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
         heads, waiting = waiting[:SWEEPS_A_CALL], waiting[SWEEPS_A_CALL:]
         coverage, nodes, chunks, *children = yield Call("sweep", (SCHEMA, b" ".join(heads), *members))
         waiting += children
-        total = Swept(total.coverage + coverage, total.nodes + nodes, total.chunks + chunks)
+        total = total.then(Swept(coverage, nodes, chunks))
     return total
 
 

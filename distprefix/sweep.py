@@ -41,7 +41,7 @@ def sweep(client: Client, keys: Keys, deadline: float) -> Swept:
             swept = run(operations.sweep(members), client, keys.meta, deadline)
             fields = [part for member, epoch in members.items() for part in (member, epoch)]
             client.command("HSET", keys.swept, *fields, deadline=deadline)
-            total = Swept(*(a + b for a, b in zip(total, swept, strict=True)))
+            total = total.then(swept)
     finally:
         client.command("DEL", keys.sweeping, deadline=max(deadline, time.monotonic() + 1))
     return total

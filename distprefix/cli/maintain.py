@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, absent, errors, fail, opened, show
-from distprefix.operations import Bounds, evict
+from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.client import Client, new_breaker, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
@@ -66,13 +66,10 @@ def maintain(
 
 
 def _evict(calls: Client, keys: Keys, bounds: Bounds, batch: int) -> dict[str, int]:
-    total = {"evicted_nodes": 0, "evicted_chunks": 0, "leased_leaves": 0}
-    while True:
-        evicted = run(evict(bounds, batch), calls, keys.meta, time.monotonic() + 5)
-        for name, count in zip(total, evicted[:3], strict=True):
-            total[name] += count
-        if not evicted.more:
-            return total
+    total = Evicted(0, 0, 0, more=True)
+    while total.more:
+        total = total.then(run(evict(bounds, batch), calls, keys.meta, time.monotonic() + 5))
+    return {"evicted_nodes": total.nodes, "evicted_chunks": total.chunks, "leased_leaves": total.leased}
 
 
 def _lines(value: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import redis
 
+from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import UnavailableError
-from distprefix.operations import SCHEMA
-from distprefix.redis.client import Client
+from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 from distprefix.tiers.store import PART_BYTES
@@ -35,9 +35,9 @@ class Elsewhere:
     def settle(self, deadline: float) -> int:
         """Have it keep what became cold. Returns the nodes settled. A call, and some for each node."""
         waiting = pairs(self._client.command("HGETALL", self._keys.unsettled, deadline=deadline))
-        for head, run in waiting.items():
-            self._each(run, "PERSIST")
-            self._client.call("settled", self._keys.meta, (SCHEMA, head, run), deadline)
+        for head, chunks in waiting.items():
+            self._each(chunks, "PERSIST")
+            run(operations.settled(head, chunks), self._client, self._keys.meta, deadline)
         return len(waiting)
 
     def empty_trash(self, deadline: float) -> int:
@@ -54,10 +54,10 @@ class Elsewhere:
         """Close the connections."""
         self._server.close()
 
-    def _each(self, run: bytes, command: str, *args: Any) -> None:
+    def _each(self, chunks: bytes, command: str, *args: Any) -> None:
         """Send a command for every part of some chunks."""
-        for at in range(0, len(run), HASH_BYTES):
-            chunk, part = run[at : at + HASH_BYTES].hex(), 0
+        for at in range(0, len(chunks), HASH_BYTES):
+            chunk, part = chunks[at : at + HASH_BYTES].hex(), 0
             while True:
                 key = self._keys.payload(chunk, part, cold=True)
                 length = cast("int", self._ask("STRLEN", key))

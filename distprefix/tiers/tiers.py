@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from distprefix import operations
+from distprefix.budget import maintain_cold
 from distprefix.errors import DistPrefixError
-from distprefix.operations import Bounds
 from distprefix.redis.client import connect
 from distprefix.tiers.elsewhere import Elsewhere
 from distprefix.tiers.encryption import KeyRing
@@ -47,9 +46,7 @@ class Tiers:
         moved = self.payloads.demote(deadline, idle_s)
         self._tidy(deadline)
         if self._state.config.cold_max_bytes is not None:
-            bounds = Bounds(None, None, None, self._state.config.cold_max_bytes)
-            while self._state.link.administer(operations.evict(bounds, 100)).more:
-                pass
+            maintain_cold(self._state, deadline)
         return moved
 
     def promote(self, prompt: Prompt, timeout_s: float) -> int:

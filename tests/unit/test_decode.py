@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from distprefix.chunking import pack_extra
 from distprefix.errors import DistPrefixError, EventFormatError, InvalidInputError
-from distprefix.events.decode import PAYLOAD_LIMIT, decode
+from distprefix.events.decode import decode
 from distprefix.events.frames import Batch, Cleared, Removed, Stored
 from distprefix.events.sglang import first_hash
+from distprefix.events.unpack import PAYLOAD_LIMIT
 from tests.conformance.make import cases, sglang_hashes
 
 _EVENTS = Path(os.environ.get("KV_EVENTS") or Path(__file__).parents[3] / "shared" / "kv_events")
