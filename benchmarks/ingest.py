@@ -8,8 +8,6 @@ Python of an environment with NVIDIA Dynamo's indexer, which is measured beside:
 rate: a busy engine's frames (event_frames.py), from memory and over ZMQ. CPU seconds are of all threads of this process
     and of the server: where others are at work they are the figure to trust.
 forget: a worker that holds a million chunks is dropped.
-restart: what a reader, who asks all the time, is told while an ingester, the engine or Redis is restarted: of prompts
-    that the engine holds, and of some that it no longer holds. Time runs from when what was away is back.
 bytes: what Redis takes for a block that a worker holds, and what keys as others keep them would take: a set of workers
     for each block, or a hash with a field for each worker.
 """
@@ -26,10 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +36,7 @@ import redis
 import zmq
 from event_frames import frames as event_frames
 from event_frames import prefill_frames
-from measure import Figure, run_parts
+from measure import Figure, run_parts, untargeted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,16 +48,15 @@ from distprefix.events.frames import Frame
 from distprefix.events.ingester import Engine, Ingester, follower_of
 from distprefix.events.journal import Fate
 from distprefix.redis.client import Client, connect, new_breaker
-from distprefix.redis.embedded import find_binary
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
-from tests.fake_engine import FakeEngine
-from tests.servers import Server
+from tests.fake_engine import until
 
 _GOAL = 100_000
 _AT_ONCE = 1000
 _BLOCK = 16
+_PATIENCE_S = 600.0
 _spawn = multiprocessing.get_context("spawn")
 _random = random.Random(1)
 
@@ -72,7 +68,7 @@ def main() -> None:
     options, sys.argv[1:] = parser.parse_known_args()
     global _dynamo  # noqa: PLW0603 - run_parts knows the parts' arguments
     _dynamo = options.dynamo or ""
-    run_parts({"rate": rate, "forget": forget, "restart": restart, "bytes": bytes_}, __doc__)
+    run_parts({"rate": rate, "forget": forget, "bytes": bytes_}, __doc__)
 
 
 _dynamo = ""
@@ -170,10 +166,10 @@ def _over_zmq(url: str, namespace: str, path: Path, count: int) -> _Took:
     publisher.start()
     with Ingester(config, [Engine(worker="w", endpoint=mine.recv())], lease_s=30) as ingester:
         stream = ingester.streams[0]
-        _until(lambda: stream.state == "following")
+        until(lambda: stream.state == "following", _PATIENCE_S)
         with _timing(url) as took:
             mine.send(True)
-            _until(lambda: (stream.follower.position or (-1,))[0] == count - 1)
+            until(lambda: (stream.follower.position or (-1,))[0] == count - 1, _PATIENCE_S)
         assert not stream.follower.counts["gaps"]
     publisher.terminate()
     publisher.join()
@@ -239,7 +235,7 @@ def forget(url: str, scale: float) -> list[Figure]:
             " ms",
         ),
         Figure("answers that name it after the next poll", f"{wrong}", f"of {len(names)}", wrong, "<=", 0, ""),
-        _untargeted(
+        untargeted(
             f"sweep {what}, all 5 of them", f"{took:.2f} s", f"{swept.nodes:,} nodes, {left} chunks left", took, " s"
         ),
         Figure(
@@ -258,154 +254,13 @@ def forget(url: str, scale: float) -> list[Figure]:
 def _dynamo_remove(blocks: int) -> Figure:
     what = "Dynamo: RadixTree.remove_worker"
     if not _dynamo:
-        return _untargeted(what, "not measured", "name its Python by --dynamo", 0, " ms")
+        return untargeted(what, "not measured", "name its Python by --dynamo", 0, " ms")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frames"
         path.write_bytes(b"".join(msgpack.packb(payload) or b"" for payload in event_frames(blocks)))
         told = _ask_dynamo(path, "tree")
     value = told["remove_worker_ms"]
-    return _untargeted(what, f"{value:.2f} ms", f"{told['blocks'] - told['removed']:,} blocks", value, " ms")
-
-
-# Restart
-
-_PROMPTS, _LENGTH, _LEASE_S = 200, 32, 3.0
-
-
-def restart(url: str, scale: float) -> list[Figure]:
-    """An ingester is killed, an engine restarted, Redis killed: what a reader is told meanwhile."""
-    del url
-    figures: list[Figure] = []
-    for what, happen in _CASES.items():
-        runs = [_restarted(happen) for _ in range(max(1, int(3 * scale)))]
-        asked, blind, stale = (sum(each) for each in zip(*(run[1:] for run in runs), strict=True))
-        seconds = statistics.median(run[0] for run in runs)
-        told = f"{asked:,} asked: {100 * blind / asked:.1f}% blind, {100 * stale / asked:.2f}% stale"
-        figures.append(_untargeted(f"right again after: {what}", told, f"lease {_LEASE_S:g} s", seconds, " s"))
-        figures.append(Figure(f"stale answers: {what}", f"{stale:,}", f"of {asked:,}", stale, "<=", 0, ""))
-    return figures
-
-
-class _World:
-    """An engine with prompts, a server, an ingester in a process of its own, and what a reader has to be told."""
-
-    def __init__(self, engine: FakeEngine, server: Server) -> None:
-        self.engine, self.server = engine, server
-        self.truth: dict[tuple[int, ...], int] = {}
-        """Chunks that the engine holds of each prompt."""
-        self._ingester: Any = None
-
-    def fill(self, seed: int, count: int) -> None:
-        """The engine takes in new prompts."""
-        rng = random.Random(seed)
-        for _ in range(count):
-            prompt = tuple(rng.randrange(128_000) for _ in range(_LENGTH * _BLOCK))
-            self.engine.prefill(prompt)
-            self.truth[prompt] = _LENGTH
-
-    def lose(self, count: int) -> None:
-        """The engine drops whole prompts, those that came first."""
-        self.engine.evict(count * _LENGTH)
-        for prompt in [prompt for prompt, held in self.truth.items() if held][:count]:
-            self.truth[prompt] = 0
-
-    def start_ingester(self) -> None:
-        """Another one, beside or after the one before."""
-        args = (self.server.url, self.engine.endpoint, self.engine.replay_endpoint)
-        self._ingester = _spawn.Process(target=_ingest, args=args, daemon=True)
-        self._ingester.start()
-
-    def kill_ingester(self) -> None:
-        """At once."""
-        if self._ingester is not None:
-            self._ingester.kill()
-            self._ingester.join()
-
-
-def _ingest(url: str, endpoint: str, replay: str) -> None:
-    config = PrefixCacheConfig(url=url, namespace="restart", worker_id="i", chunk_size=_BLOCK)
-    with Ingester(config, [Engine(worker="w", endpoint=endpoint, replay=replay)], lease_s=_LEASE_S):
-        threading.Event().wait()
-
-
-def _ingester_killed(world: _World) -> None:
-    world.kill_ingester()
-    world.fill(2, 20)
-    world.start_ingester()
-
-
-def _ingester_killed_while_blocks_go(world: _World) -> None:
-    world.kill_ingester()
-    world.fill(2, 20)
-    world.lose(20)
-    world.start_ingester()
-
-
-def _engine_restarted(world: _World) -> None:
-    world.engine.restart()
-    world.truth = dict.fromkeys(world.truth, 0)
-    world.fill(1, 20)
-
-
-def _redis_killed(world: _World) -> None:
-    world.server.restart()
-
-
-_CASES: dict[str, Callable[[_World], None]] = {
-    "the ingester is killed and another one started, 20 prompts meanwhile": _ingester_killed,
-    "the same, and 20 prompts dropped meanwhile": _ingester_killed_while_blocks_go,
-    "the engine is restarted, takes in 20 prompts": _engine_restarted,
-    "Redis is killed, comes back empty": _redis_killed,
-}
-
-
-class _Watched(NamedTuple):
-    """Seconds until every answer is right; until then answers, and those that said too little or too much."""
-
-    seconds: float
-    asked: int
-    blind: int
-    stale: int
-
-
-def _restarted(happen: Callable[[_World], None]) -> _Watched:
-    server = Server(find_binary(), tcp=True).start()
-    try:
-        with FakeEngine(block_size=_BLOCK) as engine:
-            world = _World(engine, server)
-            world.fill(1, _PROMPTS)
-            world.start_ingester()
-            try:
-                with _cache(server.url, "restart", "reader", strict=False, feed_interval_s=0.1) as reader:
-                    _until(lambda: all(_told(reader, prompt) == _LENGTH for prompt in world.truth))
-                    return _watch(world, reader, happen)
-            finally:
-                world.kill_ingester()
-    finally:
-        server.stop()
-
-
-def _watch(world: _World, reader: PrefixCacheOptimizer, happen: Callable[[_World], None]) -> _Watched:
-    happen(world)
-    began = ended = time.perf_counter()
-    asked = blind = stale = until_then = right = 0
-    prompts = list(world.truth)
-    while right < 5 * len(prompts):  # each is right five times over
-        prompt = prompts[right % len(prompts)] if right else _random.choice(prompts)
-        told, truth = _told(reader, prompt), world.truth[prompt]
-        asked, blind, stale = asked + 1, blind + (told < truth), stale + (told > truth)
-        right = right + 1 if told == truth else 0
-        if told != truth:
-            ended, until_then = time.perf_counter(), asked
-        assert time.perf_counter() - began < 60, "it does not become right"
-        time.sleep(0.0005)
-    return _Watched(ended - began, max(1, until_then), blind, stale)
-
-
-def _told(reader: PrefixCacheOptimizer, prompt: tuple[int, ...]) -> int:
-    """Chunks that the engine is said to hold."""
-    holders = reader.find_longest_cache_hit(prompt).holders
-    return max((holder.chunks for holder in holders if holder.worker == "w"), default=0)
+    return untargeted(what, f"{value:.2f} ms", f"{told['blocks'] - told['removed']:,} blocks", value, " ms")
 
 
 # Bytes
@@ -429,7 +284,7 @@ def bytes_(url: str, scale: float) -> list[Figure]:
             sets, hashes = (_peers(plain, keys, count if same else 1, how) / (each * count) for how in ("set", "hash"))
             what = f"{each:,} blocks held by {count} worker{'s' * (count > 1)}, {'the same' if same else 'each others'}"
             other = f"a set a block {sets:.1f}, a hash a block {hashes:.1f}"
-            figures.append(_untargeted(f"bytes for a block held: {what}", f"{ours:.1f}", other, ours, ""))
+            figures.append(untargeted(f"bytes for a block held: {what}", f"{ours:.1f}", other, ours, ""))
     _flush(url)
     return figures
 
@@ -549,13 +404,6 @@ def _cache(url: str, namespace: str, worker: str, **settings: Any) -> PrefixCach
     )
 
 
-def _until(condition: Callable[[], object], timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
 def _flush(url: str) -> None:
     with contextlib.closing(redis.Redis.from_url(url)) as plain:
         plain.execute_command("FLUSHALL", "SYNC")
@@ -563,11 +411,6 @@ def _flush(url: str) -> None:
 
 def _used(plain: Any) -> int:
     return plain.info("memory")["used_memory"]
-
-
-def _untargeted(what: str, ours: str, other: str, value: float, unit: str) -> Figure:
-    """A figure that nobody set a target for."""
-    return Figure(what, ours, other, value, "", 0, unit)
 
 
 def _ms(seconds: float) -> str:

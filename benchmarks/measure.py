@@ -19,7 +19,7 @@ import redis
 
 from distprefix.redis.embedded import EmbeddedServer
 
-__all__ = ["Case", "Figure", "as_json", "interleave", "print_table", "run_parts"]
+__all__ = ["Case", "Figure", "as_json", "interleave", "print_table", "run_parts", "untargeted"]
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
@@ -53,6 +53,11 @@ class Figure:
     def met(self) -> bool | None:
         """Whether the value is as good as it has to be; None without a target."""
         return _RELATIONS[self.relation](self.value, self.target) if self.relation else None
+
+
+def untargeted(what: str, ours: str, other: str, value: float, unit: str) -> Figure:
+    """A figure that nobody set a target for."""
+    return Figure(what, ours, other, value, "", 0, unit)
 
 
 def interleave(cases: dict[str, Case], rounds: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import redis
 import xxhash
-from measure import Figure, run_parts
+from measure import Figure, run_parts, untargeted
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer, operations
 from distprefix.chunking import HASH_BYTES, Chain
@@ -112,7 +112,7 @@ def staleness(url: str, scale: float) -> list[Figure]:
         when = "" if at_once else ", checked in the background"
         over, checked = told["staleness_over"], max(1, told["staleness_checked"])
         figures.append(
-            _untargeted(
+            untargeted(
                 f"L1 answers that said too much: {feed}, TTL {ttl:g} s{when}; {rates}, {told['feed_gaps']} gaps",
                 f"{over:,}",
                 f"{checked:,} answers",
@@ -130,7 +130,7 @@ def speculate(url: str, scale: float) -> list[Figure]:
     for name, requests in _traces(("mooncake_conversation_b512", "sharegpt_b16", "taubench_airline_b16")):
         (on, brought), (off, _) = (_guessing(requests[: int(2500 * scale)], speculate=on) for on in (True, False))
         what = f"L1 share of hit chunks with guesses, {name}, {brought:,} chunks guessed"
-        figures.append(_untargeted(what, f"{on:.2f} %", f"{off:.2f} % without", on - off, " points"))
+        figures.append(untargeted(what, f"{on:.2f} %", f"{off:.2f} % without", on - off, " points"))
     return figures
 
 
@@ -290,9 +290,9 @@ def _beside(cache: PrefixCacheOptimizer, chain: Chain, batch: int, scale: float)
         for name, share in (("p50", 0.5), ("p99", 0.99)):
             value, idle = _percentile(times, share), _percentile(quiet, share)
             row = f"{what}{others}, {name} of {len(times):,}, against idle"
-            figures.append(_untargeted(row, _ms(value), _ms(idle), value / idle, "x"))
+            figures.append(untargeted(row, _ms(value), _ms(idle), value / idle, "x"))
     rate = shared.done.value / shared.busy_s.value
-    return [*figures, _untargeted(f"chunks evicted meanwhile, {batch} leaves a call", _rate(rate), "-", rate, "/s")]
+    return [*figures, untargeted(f"chunks evicted meanwhile, {batch} leaves a call", _rate(rate), "-", rate, "/s")]
 
 
 def _publish_always(shared: _Shared, url: str) -> None:
@@ -389,17 +389,17 @@ def _restarted(url: str, trace: str, before: Sequence[Request], after: Sequence[
         warm, cold = (_begin(url, asked, prewarmed=prewarmed) for prewarmed in (True, False))
     where = f"first {len(asked)} look-ups after a restart, {trace}, {len(before):,} requests before"
     return [
-        _untargeted(
+        untargeted(
             f"hit chunks that L1 answered, {where}",
             f"{100 * warm.share:.1f}%",
             f"{100 * cold.share:.1f}% cold",
             100 * warm.share,
             "%",
         ),
-        _untargeted(
+        untargeted(
             f"Redis calls, {where}", f"{warm.calls:,}", f"{cold.calls:,} cold", warm.calls / max(1, cold.calls), "x"
         ),
-        _untargeted(f"pre-warming, {trace}", _ms(warm.seconds), f"{warm.chunks:,} chunks", warm.seconds * 1000, " ms"),
+        untargeted(f"pre-warming, {trace}", _ms(warm.seconds), f"{warm.chunks:,} chunks", warm.seconds * 1000, " ms"),
     ]
 
 
@@ -528,11 +528,6 @@ def _chain(chunks: int) -> Chain:
 def _last_head(chain: Chain) -> bytes:
     """The head of the last node of a chain that shares nothing with others."""
     return chain[(len(chain) - 1) // _RUN * _RUN]
-
-
-def _untargeted(what: str, ours: str, other: str, value: float, unit: str) -> Figure:
-    """A figure that nobody set a target for."""
-    return Figure(what, ours, other, value, "", 0, unit)
 
 
 def _percentile(values: list[float], share: float) -> float:
