@@ -35,7 +35,8 @@ from distprefix.results import pack_metadata
 from distprefix.staleness import check_samples
 from distprefix.state import State
 from distprefix.sweep import sweep
-from distprefix.tiers.payloads import Loaded
+from distprefix.tiers.loading import Asked, Loaded, load
+from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
 
 __all__ = ["PrefixCacheOptimizer"]
@@ -198,7 +199,12 @@ class PrefixCacheOptimizer:
         Redis calls: a walk, a SET for every 8 MiB of what is not there yet, and 1 for every 4,096 chunks. When Redis
         fails, what was stored until then stays, and it is counted. Raises InvalidInputError for what does not fit.
         """
-        return self._tiers.payloads.store(self._state.read(token_ids), payloads)
+        return self.store_batch([(token_ids, payloads)])[0]
+
+    def store_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer | None]]]) -> list[int]:
+        """As `store` for each of several prompts, with their payloads; what they share is written once."""
+        wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in prompts]
+        return store(self._tiers.payloads, wanted)
 
     def load(self, token_ids: Any, into: Sequence[Buffer] | None = None, *, most: int | None = None) -> Loaded:
         """The KV bytes of a prompt's leading chunks, as far as they are stored and good; of a look-up's result as well.
@@ -209,10 +215,11 @@ class PrefixCacheOptimizer:
         Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
         Raises InvalidInputError when a buffer has another size than its payload.
         """
-        prompt = self._state.read(token_ids.prompt if isinstance(token_ids, CacheHitResult) else token_ids)
-        most = prompt.chunks if most is None else min(most, prompt.chunks)
-        targets = None if into is None else [_writable(buffer) for buffer in into]
-        return self._tiers.payloads.load(prompt, targets, most if targets is None else min(most, len(targets)))
+        return load(self._tiers.payloads, [self._asked(token_ids, into, most)])[0]
+
+    def load_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer] | None]]) -> list[Loaded]:
+        """As `load` for each of several prompts, or look-ups' results, with what to load into; read together."""
+        return load(self._tiers.payloads, [self._asked(token_ids, into, None) for token_ids, into in prompts])
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
@@ -230,6 +237,12 @@ class PrefixCacheOptimizer:
         """
         prompt = self._state.read(token_ids)
         return self._tiers.promote(prompt, timeout_s)
+
+    def _asked(self, token_ids: Any, into: Sequence[Buffer] | None, most: int | None) -> Asked:
+        prompt = self._state.read(token_ids.prompt if isinstance(token_ids, CacheHitResult) else token_ids)
+        targets = None if into is None else [_writable(buffer) for buffer in into]
+        most = prompt.chunks if most is None else min(most, prompt.chunks)
+        return Asked(prompt, targets, most if targets is None else min(most, len(targets)))
 
     # Keep it well
 

@@ -13,7 +13,7 @@ from distprefix.tiers.codecs import RAW, codec_named
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
 
-__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits", "groups"]
+__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits"]
 
 PART_BYTES = 8 * 1024 * 1024
 """Longer payloads lie in several values: a server that copies one of 512 MiB answers nobody else."""
@@ -145,20 +145,6 @@ def check_fits(length: int, target: memoryview) -> None:
     """Raise InvalidInputError unless a payload of this length just fills the buffer."""
     if len(target) != length:
         raise InvalidInputError(f"a payload has {length} bytes, the buffer for it {len(target)}: give one that fits")
-
-
-def groups(wants: Sequence[Want]) -> Iterator[list[Want]]:
-    """As many as are read at once: what is not received where it is wanted lies in memory meanwhile."""
-    group: list[Want] = []
-    size = 0
-    for want in wants:
-        group.append(want)
-        size += want.size
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _parts_in(size: int) -> int:

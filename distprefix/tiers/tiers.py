@@ -10,6 +10,7 @@ from distprefix.errors import DistPrefixError
 from distprefix.redis.client import connect
 from distprefix.tiers.elsewhere import Elsewhere
 from distprefix.tiers.encryption import KeyRing
+from distprefix.tiers.moving import demote, promote
 from distprefix.tiers.payloads import Payloads
 from distprefix.tiers.store import PayloadStore
 
@@ -43,7 +44,7 @@ class Tiers:
     def demote(self, idle_s: float | None, timeout_s: float) -> int:
         """See `PrefixCacheOptimizer.demote`."""
         deadline = time.monotonic() + timeout_s
-        moved = self.payloads.demote(deadline, idle_s)
+        moved = demote(self.payloads, deadline, idle_s)
         self._tidy(deadline)
         if self._state.config.cold_max_bytes is not None:
             maintain_cold(self._state, deadline)
@@ -51,15 +52,14 @@ class Tiers:
 
     def promote(self, prompt: Prompt, timeout_s: float) -> int:
         """See `PrefixCacheOptimizer.promote`."""
-        deadline = time.monotonic() + timeout_s
-        return self.payloads.promote(self._state.chain(prompt), deadline)
+        return promote(self.payloads, self._state.chain(prompt), time.monotonic() + timeout_s)
 
     def promote_waiting(self) -> None:
         """Promote what loads found cold. Never raises on a server failing: the next load finds it again."""
         waiting = self.payloads.to_promote
         try:
             while waiting:
-                self.payloads.promote(waiting.popleft(), time.monotonic() + self._state.config.payload_timeout_s)
+                promote(self.payloads, waiting.popleft(), self.payloads.deadline())
         except DistPrefixError:
             self._state.counts["promotions_failed"] += 1
 

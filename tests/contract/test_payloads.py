@@ -387,6 +387,54 @@ def test_out_of_memory(own: Backend) -> None:
     sound(own, cache)
 
 
+# Batches
+
+
+def test_a_batch_writes_what_its_prompts_share_once(real_server: Backend) -> None:
+    """Prompts that are stored together are all there then, and what they share went over the wire once."""
+    cache = real_server.open()
+    one, other = prompt(6), prompt(6, tail=3)
+    assert cache.store_batch([(one, data(one, MIB)), (other, data(other, MIB)), (prompt(2), [None, None])]) == [6, 6, 2]
+    assert cache._tiers.payloads.warm.pool.bytes_out < 9.1 * MIB
+    assert metric(cache, "payloads_stored") == 9
+    assert (loaded(cache, one), loaded(cache, other)) == (data(one, MIB), data(other, MIB))
+    assert cache.store_batch([]) == []
+    sound(real_server, cache)
+    with pytest.raises(InvalidInputError, match="3 payloads do not fit 2"):
+        cache.store_batch([([7] * 8, data([7] * 8)), (prompt(2), data(prompt(3)))])  # nothing of it
+    assert cache.load([7] * 8).chunks == 0
+
+
+@pytest.mark.parametrize("l1", [0, MIB])
+def test_a_batch_fills_every_buffer(real_server: Backend, l1: int) -> None:
+    """Prompts that are loaded together each get their bytes into their own buffers, in one read, shared ones too."""
+    one, other = prompt(6), prompt(6, tail=3)
+    real_server.open("w0").store_batch([(one, data(one)), (other, data(other))])
+    cache = real_server.open("w1", l1_payload_bytes=l1)
+    into = [[bytearray(1000) for _ in range(count)] for count in (6, 6, 2)]
+    prompts: list[Any] = [cache.find_longest_cache_hit(one), other, one]
+    found = cache.load_batch(list(zip(prompts, into, strict=True)))
+    assert [each.chunks for each in found] == [6, 6, 2]
+    assert [list(map(bytes, each)) for each in into] == [data(one), data(other), data(one)[:2]]
+    for each, buffers in zip(found, into, strict=True):
+        assert [view.obj for view in each.payloads] == buffers
+    assert cache._tiers.payloads.warm.pool.calls == 1
+    assert [each.chunks for each in cache.load_batch([(one, None), ([7] * 8, None)])] == [6, 0]
+    assert cache.load_batch([]) == []
+
+
+def test_damage_ends_one_prompt_of_a_batch(real_server: Backend) -> None:
+    """A damaged payload ends the prompts that have it, and no other one."""
+    cache = real_server.open()
+    one, other, third = prompt(6), prompt(6, tail=3), [7] * 16
+    cache.store_batch([(tokens, data(tokens)) for tokens in (one, other, third)])
+    flip(real_server.admin, real_server.keys.payload(heads(one)[4]), "")
+    found = cache.load_batch([(tokens, None) for tokens in (one, other, third)])
+    assert [list(map(bytes, each.payloads)) for each in found] == [data(one)[:4], data(other), data(third)]
+    assert metric(cache, "payloads_damaged") == 1
+    sound(real_server, cache)
+
+
 # L1
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from distprefix import PrefixCacheOptimizer, operations
 from distprefix.errors import UnavailableError
+from distprefix.tiers import moving
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
 from tests.payloads import ALWAYS, TIERS, data, demote, loaded, meta, metric, names, put, sound, where
@@ -261,7 +262,7 @@ def test_a_crash_before_settling_is_made_good(
     cache = real_server.open(cold_url=second.url)
     server = second.client()
     cache.store(prompt(4), data(prompt(4)))
-    assert cache._tiers.payloads.demote(time.monotonic() + 10, ALWAYS) == 4
+    assert moving.demote(cache._tiers.payloads, time.monotonic() + 10, ALWAYS) == 4
     ends: Any = [server.pttl(real_server.keys.base + name) for name in names(server, real_server, "cold:")]
     assert len(ends) == 4
     assert all(end > 0 for end in ends)

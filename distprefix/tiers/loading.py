@@ -1,0 +1,218 @@
+"""Loading the KV bytes of chunks: into the caller's buffers, verified, up to the first that is not good."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+from distprefix import operations
+from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.errors import DistPrefixError, UnavailableError
+from distprefix.operations import Places
+from distprefix.tiers.payloads import ATTEMPTS, COLD, GONE, TIER_EPOCH, WARM, Payloads
+from distprefix.tiers.store import PayloadStore, Want, check_fits
+
+__all__ = ["Asked", "Loaded", "load"]
+
+_GROUP_BYTES = 64 * 1024 * 1024
+_NOWHERE = Places(array("I"), array("I"), ())
+
+
+class Asked(NamedTuple):
+    """A prompt whose payloads are wanted."""
+
+    prompt: Prompt
+    into: Sequence[memoryview] | None
+    """Where they are wanted, one a chunk; None for memory of their own."""
+    most: int
+    """Chunks."""
+
+
+class Loaded(NamedTuple):
+    """What came of a load."""
+
+    chunks: int
+    """Leading chunks whose payloads are good."""
+    payloads: tuple[memoryview, ...]
+    """One for each; those given in `into`, where there were any."""
+
+
+@dataclass(slots=True)
+class _Load:
+    """A prompt whose payloads are being loaded."""
+
+    hashes: bytes
+    into: Sequence[memoryview] | None
+    places: Places = _NOWHERE
+    good: list[memoryview] = field(default_factory=list[memoryview])
+    ended: str = ""
+    """What ended it; empty when nothing did."""
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Where the first payload that is not good lies: its size in each tier."""
+        at, places = len(self.good), self.places
+        return (places.warm[at], places.cold[at]) if at < places.chunks else None
+
+    def wants(self) -> Iterator[_Wanted]:
+        """All its payloads, from the first on, as nothing had been read yet."""
+        self.good, self.ended = [], ""
+        for at in range(self.places.chunks):
+            chunk = self.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
+            warm, cold = self.places.warm[at], self.places.cold[at]
+            yield _Wanted(self, not warm, Want(chunk, warm or cold, self.into[at] if self.into is not None else None))
+
+
+class _Wanted(NamedTuple):
+    """A payload to be read, for a load."""
+
+    load: _Load
+    is_cold: bool
+    want: Want
+
+
+def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
+    """See `PrefixCacheOptimizer.load_batch`."""
+    deadline, state = payloads.deadline(), payloads.state
+    loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into) for each in asked]
+    for each in loads:
+        try:
+            each.places = payloads.places(each.hashes, deadline)
+        except DistPrefixError:
+            payloads.count("loads_failed", 1)
+            if state.config.strict:
+                raise
+    _read_all(payloads, loads, deadline)
+    again = loads
+    for _ in range(ATTEMPTS):
+        again = [each for each in again if each.ended in GONE and _has_moved(payloads, each, deadline)]
+        if not again:
+            break
+        _read_all(payloads, again, deadline)
+    return [_finish(payloads, each) for each in loads]
+
+
+def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
+    """Whether what ended a load was moved, or evicted, meanwhile. Not so far as anybody knows when nobody answers."""
+    before = load.place
+    try:
+        load.places = payloads.places(load.hashes, deadline)
+    except DistPrefixError:
+        return False
+    return load.place != before
+
+
+def _finish(payloads: Payloads, load: _Load) -> Loaded:
+    """Tell the tree what is wrong, have promoted what is cold, and count."""
+    if load.ended:
+        _give_up(payloads, load.hashes[: (len(load.good) + 1) * HASH_BYTES], load.ended)
+    if any(load.places.cold[: len(load.good)]):
+        payloads.to_promote.append(load.hashes[: len(load.good) * HASH_BYTES])
+        payloads.state.wake()
+    payloads.count("payloads_loaded", len(load.good))
+    payloads.count("payload_bytes_loaded", sum(map(len, load.good)))
+    return Loaded(len(load.good), tuple(load.good))
+
+
+def _give_up(payloads: Payloads, chain: bytes, reason: str) -> None:
+    """Count what ended a load. What is not there, or is damaged, goes from the tree with all behind it."""
+    payloads.count(f"payloads_{reason}", 1)
+    if reason not in GONE:
+        return
+    try:
+        for tier in (COLD, WARM):
+            payloads.state.link.publish(operations.trim(chain, tier, TIER_EPOCH))
+    except DistPrefixError:
+        payloads.count("loads_failed", 1)
+
+
+def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> None:
+    """Read what is wanted, each load up to the first payload that is not good."""
+    every = [wanted for each in loads for wanted in each.wants()]
+    for is_cold, run in groupby(every, lambda wanted: wanted.is_cold):
+        store = payloads.cold if is_cold else payloads.warm
+        for group in _groups(run):
+            wanted = [each for each in group if not each.load.ended]
+            for each, read in zip(
+                wanted, _read(payloads, store, [each.want for each in wanted], deadline), strict=True
+            ):
+                if each.load.ended:
+                    continue
+                if isinstance(read, str):
+                    each.load.ended = read
+                else:
+                    each.load.good.append(read)
+
+
+def _groups(every: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
+    """As many as are read at once: what is not received where it is wanted lies in memory meanwhile."""
+    group: list[_Wanted] = []
+    size = 0
+    for wanted in every:
+        group.append(wanted)
+        size += wanted.want.size
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _read(
+    payloads: Payloads, store: PayloadStore | None, wants: Sequence[Want], deadline: float
+) -> Sequence[memoryview | str]:
+    """As `PayloadStore.read`; all are unavailable when the server is."""
+    if store is None:
+        return ["unavailable"] * len(wants)
+    try:
+        return _read_through(payloads, store, wants, deadline) if payloads.cache.is_on else store.read(wants, deadline)
+    except UnavailableError:
+        if payloads.state.config.strict:
+            raise
+        return ["unavailable"] * len(wants)
+
+
+def _read_through(
+    payloads: Payloads, store: PayloadStore, wants: Sequence[Want], deadline: float
+) -> list[memoryview | str]:
+    """As `PayloadStore.read`, from L1 where it has it.
+
+    What another thread is reading is waited for, after what this one reads.
+    """
+    cache, found = payloads.cache, dict[int, memoryview | str]()
+    mine: list[int] = []
+    others: list[tuple[int, threading.Event]] = []
+    try:
+        for i, want in enumerate(wants):
+            kept = cache.get(want.chunk)
+            if kept is not None:
+                found[i] = _copy(kept, want.target)
+                continue
+            reading = cache.begin(want.chunk)
+            if reading is None:
+                mine.append(i)
+            else:
+                others.append((i, reading))
+        found.update(zip(mine, store.read([wants[i] for i in mine], deadline), strict=True))
+    finally:
+        for i in mine:
+            read = found.get(i)
+            cache.end(wants[i].chunk, read if isinstance(read, memoryview) else None)
+    for i, reading in others:
+        reading.wait(max(0.0, deadline - time.monotonic()))
+        kept = cache.get(wants[i].chunk)
+        found[i] = store.read([wants[i]], deadline)[0] if kept is None else _copy(kept, wants[i].target)
+    return [found[i] for i in range(len(wants))]
+
+
+def _copy(payload: bytes, target: memoryview | None) -> memoryview:
+    if target is None:
+        return memoryview(payload)
+    check_fits(len(payload), target)
+    target[:] = payload
+    return target

@@ -1,0 +1,99 @@
+"""Storing the KV bytes of chunks: bytes first, then the tree says that they are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from distprefix import operations
+from distprefix.budget import keep_within
+from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
+from distprefix.operations import Places
+from distprefix.redis.data import Buffer
+from distprefix.tiers.moving import promote
+from distprefix.tiers.payloads import ATTEMPTS, Payloads
+
+__all__ = ["store"]
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """A prompt whose payloads are being stored."""
+
+    chunks: list[bytes]
+    stored: int = 0
+    """Leading chunks that are there."""
+    begin: int = 0
+    """First chunk of the node that the next one lies in, or follows."""
+    wanted: int = 0
+    """Leading chunks that are to be there."""
+
+    def look(self, places: Places, given: Mapping[bytes, Buffer]) -> None:
+        """See what is there, and what is to be written: up to the first chunk whose payload is not given."""
+        self.stored = self.wanted = places.chunks
+        self.begin = max((start for start in places.starts if start <= self.stored), default=0)
+        while self.wanted < len(self.chunks) and self.chunks[self.wanted] in given:
+            self.wanted += 1
+
+    @property
+    def fresh(self) -> list[bytes]:
+        """What is to be written."""
+        return self.chunks[self.stored : self.wanted]
+
+
+def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | None]]]) -> list[int]:
+    """See `PrefixCacheOptimizer.store_batch`."""
+    for prompt, buffers in wanted:
+        if len(buffers) > prompt.chunks:
+            raise InvalidInputError(f"{len(buffers)} payloads do not fit {prompt.chunks} full chunks: one for each")
+    state, deadline = payloads.state, payloads.deadline()
+    prompts: list[_Prompt] = []
+    given: dict[bytes, Buffer] = {}
+    told: set[bytes] = set()
+    for prompt, buffers in wanted:
+        hashes = state.chain(prompt)
+        chunks = [hashes[at : at + HASH_BYTES] for at in range(0, len(buffers) * HASH_BYTES, HASH_BYTES)]
+        prompts.append(_Prompt(chunks))
+        given.update((chunk, buffer) for chunk, buffer in zip(chunks, buffers, strict=True) if buffer is not None)
+    try:
+        waiting = prompts
+        for _ in range(ATTEMPTS):
+            for each in waiting:
+                hashes = b"".join(each.chunks)
+                places = payloads.places(hashes, deadline)
+                each.look(places, given)
+                if each.fresh and any(places.cold):  # what is warm has only warm ones above it
+                    promote(payloads, hashes[: each.stored * HASH_BYTES], deadline)
+            waiting = [each for each in waiting if each.fresh]
+            fresh = dict.fromkeys(chunk for each in waiting for chunk in each.fresh)
+            payloads.warm.write([(chunk, given[chunk]) for chunk in fresh], deadline)
+            for each in waiting:
+                told |= _tell(payloads, each, deadline)
+            waiting = [each for each in waiting if each.fresh]
+    except DistPrefixError as error:
+        payloads.count("stores_failed", 1)
+        if state.config.strict or isinstance(error, InvalidInputError):
+            raise
+    payloads.count("payloads_stored", len(told))
+    payloads.count("payload_bytes_stored", sum(memoryview(given[chunk]).nbytes for chunk in told))
+    return [each.stored for each in prompts]
+
+
+def _tell(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:
+    """Tell the tree what was written. Returns what it took of that."""
+    state, before = payloads.state, prompt.stored
+    while True:
+        chain, now_ms = b"".join(prompt.chunks[prompt.begin : prompt.wanted]), int(time.time() * 1000)
+        operation = operations.store(chain, prompt.begin, now_ms=now_ms, max_run=state.config.max_run)
+        try:
+            stored, state.usage = state.link.publish(operation, deadline)
+        except NoParentError:
+            if not prompt.begin:
+                raise
+            prompt.begin = 0
+            continue
+        keep_within(state, state.usage)
+        prompt.stored = prompt.begin + stored
+        return set(prompt.chunks[before : prompt.stored])
