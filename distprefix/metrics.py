@@ -12,9 +12,11 @@ __all__ = ["metrics_of"]
 
 
 _PAYLOADS = (
-    *("payloads_stored", "payload_bytes_stored", "payloads_loaded", "payload_bytes_loaded", "payloads_missing"),
+    *("payloads_stored", "payload_bytes_stored", "payload_store_us", "payloads_loaded", "payload_bytes_loaded"),
+    *("payload_bytes_loaded_cold", "payload_load_us", "payload_load_cold_us", "payloads_missing"),
     *("payloads_damaged", "payloads_unreadable", "payloads_unavailable", "stores_failed", "loads_failed"),
-    *("demoted_chunks", "promoted_chunks", "promotions_failed"),
+    *("demoted_chunks", "demoted_bytes", "demoted_bytes_packed", "demote_us", "demotions_failed"),
+    *("promoted_chunks", "promoted_bytes", "promote_us", "promotions_failed"),
 )
 
 

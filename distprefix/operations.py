@@ -32,6 +32,7 @@ __all__ = [
     "Usage",
     "claim",
     "drop",
+    "dropped",
     "evict",
     "feed",
     "guess",
@@ -405,6 +406,11 @@ def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
 def settled(head: bytes, chunks: bytes) -> Generator[Call, Any, bool]:
     """The other server was told to keep these chunks of a node. One call. False when more became cold meanwhile."""
     return bool((yield Call("settled", (SCHEMA, head, chunks))))
+
+
+def dropped(chunk: bytes) -> Generator[Call, Any, bool]:
+    """The other server was told to drop a chunk. One call. True when it is cold all the same, and has to be settled."""
+    return bool((yield Call("dropped", (SCHEMA, chunk))))
 
 
 def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:

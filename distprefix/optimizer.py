@@ -206,20 +206,23 @@ class PrefixCacheOptimizer:
         wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in prompts]
         return store(self._tiers.payloads, wanted)
 
-    def load(self, token_ids: Any, into: Sequence[Buffer] | None = None, *, most: int | None = None) -> Loaded:
+    def load(
+        self, token_ids: Any, into: Sequence[Buffer] | None = None, *, first: int = 0, most: int | None = None
+    ) -> Loaded:
         """The KV bytes of a prompt's leading chunks, as far as they are stored and good; of a look-up's result as well.
 
-        `into`: writable buffers, one a chunk, that are filled without a copy where the payload is stored raw. Every
+        `first`: leading chunks that the caller has itself, such as in its GPU; `most`: chunk to end before.
+        `into`: writable buffers, one a chunk wanted, filled without a copy where the payload is stored raw. Every
         payload is verified. The first that is missing, short or damaged ends the hit; the tree is told, and it is
         counted. What the buffers behind it hold then is undefined.
         Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
         Raises InvalidInputError when a buffer has another size than its payload.
         """
-        return load(self._tiers.payloads, [self._asked(token_ids, into, most)])[0]
+        return load(self._tiers.payloads, [self._asked(token_ids, into, first, most)])[0]
 
     def load_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer] | None]]) -> list[Loaded]:
         """As `load` for each of several prompts, or look-ups' results, with what to load into; read together."""
-        return load(self._tiers.payloads, [self._asked(token_ids, into, None) for token_ids, into in prompts])
+        return load(self._tiers.payloads, [self._asked(token_ids, into, 0, None) for token_ids, into in prompts])
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
@@ -238,11 +241,13 @@ class PrefixCacheOptimizer:
         prompt = self._state.read(token_ids)
         return self._tiers.promote(prompt, timeout_s)
 
-    def _asked(self, token_ids: Any, into: Sequence[Buffer] | None, most: int | None) -> Asked:
+    def _asked(self, token_ids: Any, into: Sequence[Buffer] | None, first: int, most: int | None) -> Asked:
         prompt = self._state.read(token_ids.prompt if isinstance(token_ids, CacheHitResult) else token_ids)
         targets = None if into is None else [_writable(buffer) for buffer in into]
         most = prompt.chunks if most is None else min(most, prompt.chunks)
-        return Asked(prompt, targets, most if targets is None else min(most, len(targets)))
+        if first < 0:
+            raise InvalidInputError(f"first is {first}: it must be 0 or more")
+        return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first)
 
     # Keep it well
 
@@ -420,8 +425,7 @@ class PrefixCacheOptimizer:
             self.flush()
             self._tell_metrics()
         if self._schedule.is_due("demote", self.config.demote_interval_s):
-            with contextlib.suppress(DistPrefixError):
-                self.demote()
+            self._tiers.demote_idle()
         if self._schedule.is_due("maintain", self.config.maintain_interval_s):
             try:
                 self.maintain()

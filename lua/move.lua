@@ -33,6 +33,7 @@ if to == '@cold' and elsewhere then
   redis.call('HSET', base .. 'unsettled', head, moved) -- until the mover has told that server to keep the copies
   for at = 0, #after / 4 - 1 do
     redis.call('SREM', base .. 'trash', hex(run, at))
+    redis.call('SADD', base .. 'kept', hex(run, at))
   end
 elseif keep_all(to, moved, after) ~= after then
   return 0

@@ -9,24 +9,17 @@
 -- returns    1 when settled, 0 when more has become cold meanwhile
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room to speak of
--- cost       an HGET and an HDEL, an HMGET a node, an SADD a chunk that is gone
+-- cost       an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
 -- @include guard
 -- @include keys
--- @include walk
--- @include payload
-local head, chunks, at = ARGV[2], ARGV[3], 0
-if redis.call('HGET', base .. 'unsettled', head) ~= chunks then
-  return 0
+local head, chunks, done = ARGV[2], ARGV[3], 0
+if redis.call('HGET', base .. 'unsettled', head) == chunks then
+  done = redis.call('HDEL', base .. 'unsettled', head)
 end
-redis.call('HDEL', base .. 'unsettled', head)
-while at < #chunks / 16 do
-  local run, sizes = unpack(redis.call('HMGET', node_key(hex(chunks, at)), 'r', 'b:@cold'))
-  local matched = run and match(run, chunks, at) or 0
-  for i = 0, math.max(matched, 1) - 1 do
-    if i >= matched or size_at(sizes or '', i) == 0 then
-      redis.call('SADD', base .. 'trash', hex(chunks, at + i))
-    end
+-- Whoever told the server to keep them may have come late: the tree dropped them, and another one emptied the trash.
+for at = 0, #chunks / 16 - 1 do
+  if redis.call('SISMEMBER', base .. 'kept', hex(chunks, at)) == 0 then
+    redis.call('SADD', base .. 'trash', hex(chunks, at))
   end
-  at = at + math.max(matched, 1)
 end
-return 1
+return done

@@ -27,7 +27,7 @@
 -- @include create
 -- @include publish
 local chain = ARGV[5]
-local sizes = keep_all('@warm', chain)
+local sizes = keep_all('@warm', chain, '') -- only looks: what the tree refuses goes by itself
 if sizes ~= '' then
   local done, problem = publish(slice(chain, 0, #sizes / 4), tonumber(ARGV[4]), '', {
     now = ARGV[2], max_run = tonumber(ARGV[3]), holder = '@warm', epoch = 1, column = 'b:', width = 4, ids = sizes,
@@ -35,5 +35,6 @@ if sizes ~= '' then
   if not done then
     return problem
   end
+  keep_all('@warm', slice(chain, 0, #sizes / 4))
 end
 return { #sizes / 4, unpack(settle()) }

@@ -105,3 +105,11 @@ def own_server() -> Iterator[Server]:
     server = Server(find_server("valkey-9.1"), tcp=True).start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def second() -> Iterator[Server]:
+    """A server for cold payloads, shared by the tests that leave it running."""
+    server = Server(find_server("valkey-9.1")).start()
+    yield server
+    server.stop()

@@ -19,16 +19,19 @@ from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, T
 from distprefix.redis.client import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces
+from distprefix.tiers.codecs import codec_named
 
 __all__ = [
     "EXIT_MISS",
     "EXIT_UNAVAILABLE",
     "EXIT_USAGE",
+    "ColdUrl",
     "Json",
     "Namespace",
     "Url",
     "absent",
     "age",
+    "cold_tier",
     "console",
     "errors",
     "fail",
@@ -46,6 +49,10 @@ Url = Annotated[
     ),
 ]
 Namespace = Annotated[str, typer.Option(envvar="DISTPREFIX_NAMESPACE", help="The namespace.")]
+ColdUrl = Annotated[
+    str | None,
+    typer.Option(envvar="DISTPREFIX_COLD_URL", help="Where cold payloads lie; default: on the same server."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
 
 console = Console(highlight=False)
@@ -89,6 +96,16 @@ def opened(url: str | None) -> Generator[tuple[redis.Redis, str]]:
         client.close()
         if server is not None:
             server.close()
+
+
+def cold_tier(cold_url: str | None) -> dict[str, Any]:
+    """Settings for cold payloads: compressed, where a library for that is installed."""
+    settings: dict[str, Any] = {"cold_url": cold_url} if cold_url else {}
+    try:
+        codec_named("zstd")
+    except ConfigError:
+        settings["cold_codec"] = "raw"
+    return settings
 
 
 def show(value: Any, *, as_json: bool, render: Callable[[], Any]) -> None:

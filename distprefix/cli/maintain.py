@@ -9,12 +9,25 @@ from typing import Annotated, Any
 
 import typer
 
-from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, absent, errors, fail, opened, show
+from distprefix.cli.common import (
+    EXIT_MISS,
+    EXIT_USAGE,
+    ColdUrl,
+    Json,
+    Namespace,
+    Url,
+    absent,
+    errors,
+    fail,
+    opened,
+    show,
+)
 from distprefix.operations import Bounds, Evicted, evict
-from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.client import Client, connect, new_breaker, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.repair import repair as repair_shard
+from distprefix.tiers.elsewhere import Elsewhere
 
 __all__ = ["maintain"]
 
@@ -35,7 +48,11 @@ def maintain(
     max_cold_bytes: Annotated[int | None, typer.Option(min=0, help="Bytes of cold payloads that may stay.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Leaves between two looks at the budget.")] = 100,
     every: Annotated[float | None, typer.Option(min=0.01, help="Do so every so many seconds, until stopped.")] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what lost its parent, correct the counts.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Remove what lost its parent, correct the counts; with --cold-url strays too."),
+    ] = False,
+    cold_url: ColdUrl = None,
     as_json: Json = False,
 ) -> None:
     """Evict what is over a budget, in the namespace's order; several may do so at once. Or repair the counts."""
@@ -53,6 +70,8 @@ def maintain(
             value: dict[str, Any] = {"nodes": report.nodes, "chunks": report.chunks, "bytes": report.bytes}
             # What was read while others wrote is no snapshot: nothing can be said then.
             value |= {"right": right, "problems": report.problems[:20] if right else None}
+            if cold_url:
+                value["reclaimed_cold_chunks"] = _reclaim(calls, keys, cold_url)
             show(value, as_json=as_json, render=lambda: _lines(value))
             if not right:
                 fail("others kept writing, or it cannot be mended: try again", EXIT_MISS)
@@ -63,6 +82,14 @@ def maintain(
                 break
             sys.stdout.flush()
             time.sleep(every)
+
+
+def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:
+    elsewhere = Elsewhere(calls, keys, connect(cold_url, 5.0))
+    try:
+        return elsewhere.reclaim(time.monotonic() + _DEADLINE_S)
+    finally:
+        elsewhere.close()
 
 
 def _evict(calls: Client, keys: Keys, bounds: Bounds, batch: int) -> dict[str, int]:

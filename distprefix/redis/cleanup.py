@@ -9,14 +9,17 @@ import redis
 
 from distprefix.errors import NotAttachedError
 from distprefix.operations import drop
-from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.client import Client, connect, new_breaker, run
 from distprefix.redis.keys import Keys
 
 __all__ = ["remove_namespaces"]
 
 
-def remove_namespaces(client: redis.Redis, name: str, nodes: int) -> None:
-    """Take out a namespace and its nodes' own ones (`name-0`, ...); those that are not there are passed over."""
+def remove_namespaces(client: redis.Redis, name: str, nodes: int, cold_url: str | None = None) -> None:
+    """Take out a namespace and its nodes' own ones (`name-0`, ...); those that are not there are passed over.
+
+    On the server of the cold tier it takes a scan of all keys there.
+    """
     calls = Client(client, new_breaker(1, 1.0), Counter())
     for each in (name, *(f"{name}-{i}" for i in range(nodes))):
         keys = Keys(each)
@@ -26,3 +29,8 @@ def remove_namespaces(client: redis.Redis, name: str, nodes: int) -> None:
             continue
         for key in (keys.meta, keys.log, *keys.own):
             client.delete(key)
+    if cold_url:
+        with connect(cold_url, 60.0) as cold:
+            for each in (name, *(f"{name}-{i}" for i in range(nodes))):
+                for key in cold.scan_iter(match=f"{Keys(each).base}*", count=1000):
+                    cold.unlink(key)

@@ -39,6 +39,8 @@ class Keys:
         """Candidates for pre-warming by hits."""
         self.trash = f"{self.base}trash"
         """Chunks whose cold payloads on another server have to be deleted."""
+        self.kept = f"{self.base}kept"
+        """Chunks whose cold payloads on another server the tree names."""
         self.unsettled = f"{self.base}unsettled"
         """Heads of nodes that became cold, to the chunks that the other server has to be told to keep."""
 

@@ -18,8 +18,9 @@ LONGEST_VALUE = 512 * 1024 * 1024
 _BUFFER = 4096
 """For replies that are not values. What it catches of a value is copied, so it is small."""
 _SCRATCH = 256 * 1024
-_AT_ONCE = 256 * 1024
-"""Above this the kernel is to wait for all of a value; below, one call may bring it and the next reply's head."""
+_AT_ONCE, _AT_ONCE_UNIX = 256 * 1024, 4 * 1024 * 1024
+"""Above this the kernel is to wait for all of a value; below, one call may bring it and the next reply's head. A Unix
+socket hands over what has been written so far faster than it waits."""
 _DOLLAR, _NONE = 36, (b"$-1", b"_", b"*-1")
 _PARTS = 512
 """Buffers that one system call takes; the kernel's limit is 1024."""
@@ -55,6 +56,7 @@ class Wire:
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
+        self._at_once = _AT_ONCE_UNIX if isinstance(address, str) else _AT_ONCE
         try:
             self._socket: socket.socket = self._connect(address)
             try:
@@ -156,7 +158,7 @@ class Wire:
             length -= taken
             _advance(views, taken)
         while length:  # by what is left, as adding up the views takes longer
-            if self._tls or length > _AT_ONCE:
+            if self._tls or length > self._at_once:
                 got = self._read(views, socket.MSG_WAITALL)
             else:
                 got = self._read([*views, self._view], 0)

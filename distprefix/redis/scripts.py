@@ -17,7 +17,21 @@ from typing import NamedTuple
 __all__ = ["SCRIPTS", "Script", "load_script", "policy_names"]
 
 SCRIPTS = (
-    *("attach", "census", "claim", "drop", "evict", "feed", "guess", "heartbeat", "hot", "idle", "ingest", "insert"),
+    *(
+        "attach",
+        "census",
+        "claim",
+        "drop",
+        "dropped",
+        "evict",
+        "feed",
+        "guess",
+        "heartbeat",
+        "hot",
+        "idle",
+        "ingest",
+        "insert",
+    ),
     *(
         "lease",
         "move",

@@ -6,6 +6,7 @@ tree says that this is still to be done, so that whoever comes by can do it. Wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import redis
@@ -46,13 +47,35 @@ class Elsewhere:
         for chunk in chunks:
             packed = bytes.fromhex(chunk.decode())
             self._each(packed, "EXPIRE", _GONE_S)
-            if not self._client.command("SREM", self._keys.trash, chunk, deadline=deadline):
-                self._each(packed, "PERSIST")  # it has become cold again meanwhile
+            run(operations.dropped(packed), self._client, self._keys.meta, deadline)
         return len(chunks)
+
+    def reclaim(self, deadline: float) -> int:
+        """Have it drop what the tree knows nothing of, as after the tree's server lost its data. Returns the chunks.
+
+        A scan of its keys, a call for each of this namespace and one for its chunk.
+        """
+        found, base = 0, f"{self._keys.base}cold:"
+        for name in self._scan(f"{base}*"):
+            chunk = name.removeprefix(base)
+            if ":" in chunk or self._ask("PTTL", name) != -1:
+                continue  # a part goes with the first; what has an end goes by itself, or is being moved
+            if not self._client.command("SISMEMBER", self._keys.kept, chunk, deadline=deadline):
+                found += cast("int", self._client.command("SADD", self._keys.trash, chunk, deadline=deadline))
+        while self.empty_trash(deadline):
+            pass
+        return found
 
     def close(self) -> None:
         """Close the connections."""
         self._server.close()
+
+    def _scan(self, pattern: str) -> Iterator[str]:
+        try:
+            for name in self._server.scan_iter(match=pattern, count=1000):
+                yield name.decode()
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
 
     def _each(self, chunks: bytes, command: str, *args: Any) -> None:
         """Send a command for every part of some chunks."""
@@ -72,4 +95,8 @@ class Elsewhere:
         except redis.ResponseError:  # another hand wrote it: it has no parts
             return 0
         except redis.RedisError as error:
-            raise UnavailableError(f"the server of the cold tier does not answer: {error}") from error
+            raise _unavailable(error) from error
+
+
+def _unavailable(error: redis.RedisError) -> UnavailableError:
+    return UnavailableError(f"the server of the cold tier does not answer: {error}")

@@ -91,15 +91,24 @@ def read_header(chunk: bytes, data: Buffer) -> Header:
     return Header(codec, key_id, length, stored, *_CHECKSUM.unpack_from(start, _PROVEN))
 
 
-def open_into(chunk: bytes, header: Buffer, body: Buffer, target: memoryview, keys: KeyRing | None = None) -> int:
+def open_into(
+    chunk: bytes,
+    header: Buffer,
+    body: Buffer,
+    target: memoryview,
+    keys: KeyRing | None = None,
+    told: Header | None = None,
+) -> int:
     """Verify a stored payload and put it at the start of `target`; returns its length.
+
+    `told` is what `read_header` says of the header, where the caller has asked already.
 
     `body` may already be the memory at the start of `target`: a raw payload is then only verified. Any other overlap
     of the two is refused with InvalidInputError, as is a target that is too small. Raises DamagedPayloadError for what
     is not the payload that was stored for this chunk, and with `keys` for one that is not encrypted; what `target`
     holds is undefined then. ConfigError says that the library of its codec is not installed.
     """
-    told = read_header(chunk, header)
+    told = told or read_header(chunk, header)
     stored, filled = _bytes_of(body, "a body"), _bytes_of(target, "a target")
     if len(stored) != told.stored:
         raise DamagedPayloadError(f"the payload has {len(stored)} bytes behind its header instead of {told.stored}")
@@ -113,7 +122,7 @@ def open_into(chunk: bytes, header: Buffer, body: Buffer, target: memoryview, ke
     if bool(told.key_id) != bool(keys):
         kind = f"encrypted with key {told.key_id}, and no keys are" if told.key_id else "not encrypted, but keys are"
         raise DamagedPayloadError(f"the payload is {kind} configured")
-    apart = _distance(stored, filled)
+    apart = 0 if body is target else _distance(stored, filled)
     if apart == 0 and told.codec is RAW and not told.key_id:
         return told.length
     if apart is not None and -len(stored) < apart < len(filled):

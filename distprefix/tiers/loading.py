@@ -31,13 +31,15 @@ class Asked(NamedTuple):
     """Where they are wanted, one a chunk; None for memory of their own."""
     most: int
     """Chunks."""
+    first: int = 0
+    """Leading chunks that are not wanted."""
 
 
 class Loaded(NamedTuple):
     """What came of a load."""
 
     chunks: int
-    """Leading chunks whose payloads are good."""
+    """Chunks whose payloads are good, from the first that was wanted on."""
     payloads: tuple[memoryview, ...]
     """One for each; those given in `into`, where there were any."""
 
@@ -48,24 +50,32 @@ class _Load:
 
     hashes: bytes
     into: Sequence[memoryview] | None
+    first: int
     places: Places = _NOWHERE
     good: list[memoryview] = field(default_factory=list[memoryview])
     ended: str = ""
     """What ended it; empty when nothing did."""
 
     @property
+    def stop(self) -> int:
+        """The first chunk of the prompt that is not good, or not wanted."""
+        return self.first + len(self.good)
+
+    @property
     def place(self) -> tuple[int, int] | None:
         """Where the first payload that is not good lies: its size in each tier."""
-        at, places = len(self.good), self.places
+        at, places = self.stop, self.places
         return (places.warm[at], places.cold[at]) if at < places.chunks else None
 
     def wants(self) -> Iterator[_Wanted]:
         """All its payloads, from the first on, as nothing had been read yet."""
         self.good, self.ended = [], ""
-        for at in range(self.places.chunks):
+        for at in range(self.first, self.places.chunks):
             chunk = self.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
             warm, cold = self.places.warm[at], self.places.cold[at]
-            yield _Wanted(self, not warm, Want(chunk, warm or cold, self.into[at] if self.into is not None else None))
+            yield _Wanted(
+                self, not warm, Want(chunk, warm or cold, self.into[at - self.first] if self.into is not None else None)
+            )
 
 
 class _Wanted(NamedTuple):
@@ -79,7 +89,7 @@ class _Wanted(NamedTuple):
 def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
     """See `PrefixCacheOptimizer.load_batch`."""
     deadline, state = payloads.deadline(), payloads.state
-    loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into) for each in asked]
+    loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into, each.first) for each in asked]
     for each in loads:
         try:
             each.places = payloads.places(each.hashes, deadline)
@@ -89,11 +99,15 @@ def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
                 raise
     _read_all(payloads, loads, deadline)
     again = loads
-    for _ in range(ATTEMPTS):
-        again = [each for each in again if each.ended in GONE and _has_moved(payloads, each, deadline)]
+    for attempt in range(ATTEMPTS + 1):
+        gone = [each for each in again if each.ended in GONE]
+        again = [each for each in gone if _has_moved(payloads, each, deadline) or not attempt]  # or went and came back
         if not again:
             break
-        _read_all(payloads, again, deadline)
+        if attempt < ATTEMPTS:
+            _read_all(payloads, again, deadline)
+    for each in again:
+        each.ended = "unavailable"  # wherever it was looked for it had just left
     return [_finish(payloads, each) for each in loads]
 
 
@@ -110,9 +124,9 @@ def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
 def _finish(payloads: Payloads, load: _Load) -> Loaded:
     """Tell the tree what is wrong, have promoted what is cold, and count."""
     if load.ended:
-        _give_up(payloads, load.hashes[: (len(load.good) + 1) * HASH_BYTES], load.ended)
-    if any(load.places.cold[: len(load.good)]):
-        payloads.to_promote.append(load.hashes[: len(load.good) * HASH_BYTES])
+        _give_up(payloads, load.hashes[: (load.stop + 1) * HASH_BYTES], load.ended)
+    if any(load.places.cold[load.first : load.stop]):
+        payloads.to_promote.append(load.hashes[: load.stop * HASH_BYTES])
         payloads.state.wake()
     payloads.count("payloads_loaded", len(load.good))
     payloads.count("payload_bytes_loaded", sum(map(len, load.good)))
@@ -137,16 +151,21 @@ def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> No
     for is_cold, run in groupby(every, lambda wanted: wanted.is_cold):
         store = payloads.cold if is_cold else payloads.warm
         for group in _groups(run):
-            wanted = [each for each in group if not each.load.ended]
-            for each, read in zip(
-                wanted, _read(payloads, store, [each.want for each in wanted], deadline), strict=True
-            ):
+            wanted, began, size = [each for each in group if not each.load.ended], time.perf_counter(), 0
+            found = _read(payloads, store, [each.want for each in wanted], deadline)
+            spent_us = int(1e6 * (time.perf_counter() - began))
+            for each, read in zip(wanted, found, strict=True):
                 if each.load.ended:
                     continue
                 if isinstance(read, str):
                     each.load.ended = read
                 else:
                     each.load.good.append(read)
+                    size += len(read)
+            payloads.count("payload_load_us", spent_us)
+            if is_cold:
+                payloads.count("payload_load_cold_us", spent_us)
+                payloads.count("payload_bytes_loaded_cold", size)
 
 
 def _groups(every: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
+from array import array
+from collections.abc import Iterable, Iterator
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES
+from distprefix.errors import NotAttachedError
 from distprefix.tiers.payloads import COLD, WARM, Payloads
 from distprefix.tiers.store import PayloadStore, Want
 
 __all__ = ["demote", "promote"]
 
+_GROUP_BYTES = 8 * 1024 * 1024
+
 
 def promote(payloads: Payloads, hashes: bytes, deadline: float) -> int:
     """Make warm what of a chain is cold, from the top down. Returns the chunks moved. Raises UnavailableError."""
     places, moved = payloads.places(hashes, deadline), 0
-    for start, stop in zip(places.starts, (*places.starts[1:], places.chunks), strict=True):
+    for start, stop in zip(places.starts, (*places.starts, places.chunks)[1:], strict=True):
         sizes = places.cold[start:stop]
         if any(sizes) and payloads.cold is not None:
             run = hashes[start * HASH_BYTES : stop * HASH_BYTES]
@@ -23,7 +28,6 @@ def promote(payloads: Payloads, hashes: bytes, deadline: float) -> int:
             moved += done
             if not done:
                 break
-    payloads.count("promoted_chunks", moved)
     return moved
 
 
@@ -34,13 +38,15 @@ def demote(payloads: Payloads, deadline: float, idle_s: float | None = None) -> 
         return 0
     before = int(1000 * (time.time() - (state.config.cold_timeout_s if idle_s is None else idle_s)))
     while rank >= 0 and time.monotonic() < deadline:
-        rank, found = state.link.publish(operations.idle(before, rank, 50), deadline)
+        try:
+            rank, found = state.link.publish(operations.idle(before, rank, 50), deadline)
+        except NotAttachedError:  # flushed: there is nothing to move
+            break
         for each in found:
             key = state.link.keys.moving(each.head)
             if _is_mine(payloads, key, deadline):
                 moved += _move(payloads, each.run, each.sizes, payloads.warm, payloads.cold, deadline)
                 state.link.publishes.command("DEL", key, deadline=deadline)
-    payloads.count("demoted_chunks", moved)
     return moved
 
 
@@ -54,21 +60,43 @@ def _move(
     payloads: Payloads, run: bytes, sizes: bytes, source: PayloadStore, target: PayloadStore, deadline: float
 ) -> int:
     """Copy the payloads of a node's chunks, and tell the tree. Returns the chunks moved, 0 if it changed."""
-    from_tier = COLD if source.cold else WARM
-    count = len(sizes) // 4
-    copies = bytearray(4 * count)
-    view = memoryview(sizes).cast("I")
+    from_tier, name = (COLD, "promote") if source.cold else (WARM, "demote")
+    began, count, total = time.perf_counter(), len(sizes) // 4, 0
+    copies, view = array("I", bytes(4 * count)), memoryview(sizes).cast("I")
     wants = [(at, Want(run[at * HASH_BYTES : (at + 1) * HASH_BYTES], view[at])) for at in range(count) if view[at]]
+    for group in _groups(wants):
+        found: list[tuple[bytes, memoryview]] = []
+        for (_, want), read in zip(group, source.read([want for _, want in group], deadline), strict=True):
+            if isinstance(read, str):
+                payloads.count(f"payloads_{read}", 1)
+                return 0
+            found.append((want.chunk, read))
+        packed = target.copy(found, deadline)
+        if packed is None:
+            return 0
+        for (at, _), size in zip(group, packed, strict=True):
+            copies[at] = size
+        total += sum(len(read) for _, read in found)
+    head = run[:HASH_BYTES].hex()
+    if not payloads.state.link.publish(operations.move(head, from_tier, sizes, copies.tobytes()), deadline):
+        return 0
+    payloads.count(f"{name}_us", int(1e6 * (time.perf_counter() - began)))
+    payloads.count(f"{name}d_chunks", len(wants))
+    payloads.count(f"{name}d_bytes", total)
+    if name == "demote":
+        payloads.count("demoted_bytes_packed", sum(copies))
+    return len(wants)
+
+
+def _groups(wants: Iterable[tuple[int, Want]]) -> Iterator[list[tuple[int, Want]]]:
+    """As many as are copied at once: they lie in memory meanwhile, packed and unpacked."""
+    group: list[tuple[int, Want]] = []
+    size = 0
     for at, want in wants:
-        (read,) = source.read([want], deadline)
-        if isinstance(read, str):
-            payloads.count(f"payloads_{read}", 1)
-            return 0
-        size = target.copy(want.chunk, read, deadline)
-        if not size:
-            return 0
-        copies[4 * at : 4 * at + 4] = size.to_bytes(4, "little")
-    moved = payloads.state.link.publish(
-        operations.move(run[:HASH_BYTES].hex(), from_tier, sizes, bytes(copies)), deadline
-    )
-    return len(wants) if moved else 0
+        group.append((at, want))
+        size += want.size
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

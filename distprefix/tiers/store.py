@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from distprefix.errors import ConfigError, DamagedPayloadError, InvalidInputError
 from distprefix.redis.data import Buffer, DataPool
 from distprefix.redis.keys import Keys
-from distprefix.tiers.codecs import RAW, codec_named
+from distprefix.tiers.codecs import RAW, Codec, codec_named
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
 
@@ -53,6 +54,11 @@ class PayloadStore:
                 self._pool = DataPool(self._url, timeout_s=self._timeout_s)
             return self._pool
 
+    @cached_property
+    def _packer(self) -> Codec:
+        """Looked for with the first payload: who stores none needs no library for it."""
+        return codec_named(self._codec)
+
     def close(self) -> None:
         """Close the connections."""
         if self._pool is not None:
@@ -65,12 +71,14 @@ class PayloadStore:
         """
         return self._write(payloads, deadline)[0]
 
-    def copy(self, chunk: bytes, payload: Buffer, deadline: float) -> int:
-        """As `write`; returns its size, 0 if something else was there and stays, as a copy packed otherwise."""
-        (size,), written = self._write([(chunk, payload)], deadline)
-        if not all(written) and isinstance(self.read([Want(chunk, size)], deadline)[0], str):
-            return 0
-        return size
+    def copy(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> list[int] | None:
+        """As `write`; None if something else was there and stays, as a copy packed otherwise."""
+        sizes, written = self._write(payloads, deadline)
+        if not all(written):
+            wants = [Want(chunk, size) for (chunk, _), size in zip(payloads, sizes, strict=True)]
+            if any(isinstance(read, str) for read in self.read(wants, deadline)):
+                return None
+        return sizes
 
     def read(self, wants: Sequence[Want], deadline: float) -> list[memoryview | str]:
         """For each a payload, or what is wrong with it: missing, damaged, unreadable. Raises UnavailableError.
@@ -98,12 +106,12 @@ class PayloadStore:
 
     def _write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> tuple[list[int], list[bool]]:
         """Their sizes, and which of their parts were not there before."""
-        codec, sizes = codec_named(self._codec), list[int]()
+        sizes: list[int] = []
         written: list[bool] = []
         group: list[tuple[str, Sequence[Buffer]]] = []
         waiting = 0
         for chunk, payload in payloads:
-            header, body = seal(chunk, payload, codec, self._ring)
+            header, body = seal(chunk, payload, self._packer, self._ring)
             parts = list(self._parts(chunk.hex(), header, memoryview(body).cast("B")))
             group += reversed(parts)  # the first one last: where it is, all are
             sizes.append(len(header) + memoryview(body).nbytes)
@@ -133,7 +141,7 @@ class PayloadStore:
             if target is None:
                 is_plain = told.codec is RAW and not told.key_id
                 target = body if is_plain else memoryview(bytearray(told.length))
-            open_into(want.chunk, header, body, target, self._ring)
+            open_into(want.chunk, header, body, target, self._ring, told)
         except DamagedPayloadError:
             return "damaged"
         except ConfigError:

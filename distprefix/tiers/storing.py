@@ -68,7 +68,9 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
                     promote(payloads, hashes[: each.stored * HASH_BYTES], deadline)
             waiting = [each for each in waiting if each.fresh]
             fresh = dict.fromkeys(chunk for each in waiting for chunk in each.fresh)
+            began = time.perf_counter()
             payloads.warm.write([(chunk, given[chunk]) for chunk in fresh], deadline)
+            payloads.count("payload_store_us", int(1e6 * (time.perf_counter() - began)))
             for each in waiting:
                 told |= _tell(payloads, each, deadline)
             waiting = [each for each in waiting if each.fresh]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Tiers"]
 
+_DEMOTE_TIMEOUT_S = 60.0
+
 
 class Tiers:
     """The tiers of one cache. Opens no connection before the first payload. Thread-safe."""
@@ -54,6 +56,13 @@ class Tiers:
         """See `PrefixCacheOptimizer.promote`."""
         return promote(self.payloads, self._state.chain(prompt), time.monotonic() + timeout_s)
 
+    def demote_idle(self) -> None:
+        """As `demote`, in the background: never raises on a server failing."""
+        try:
+            self.demote(None, _DEMOTE_TIMEOUT_S)
+        except DistPrefixError:
+            self._state.counts["demotions_failed"] += 1
+
     def promote_waiting(self) -> None:
         """Promote what loads found cold. Never raises on a server failing: the next load finds it again."""
         waiting = self.payloads.to_promote
@@ -71,6 +80,5 @@ class Tiers:
 
     def _tidy(self, deadline: float) -> None:
         if self._elsewhere is not None:
-            self._elsewhere.settle(deadline)
-            while self._elsewhere.empty_trash(deadline):
+            while self._elsewhere.settle(deadline) + self._elsewhere.empty_trash(deadline):
                 pass

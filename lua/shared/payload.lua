@@ -36,6 +36,7 @@ local function release(tier, run, sizes, from)
     local last = math.min(i + 999, #keys)
     if elsewhere then
       redis.call('SADD', base .. 'trash', unpack(keys, i, last))
+      redis.call('SREM', base .. 'kept', unpack(keys, i, last))
     else
       redis.call('UNLINK', unpack(keys, i, last))
     end

@@ -9,14 +9,6 @@ import pytest
 from tests.servers import Backend, Server, find_server
 
 
-@pytest.fixture(scope="module")
-def second() -> Iterator[Server]:
-    """A server for cold payloads, shared by the tests that leave it running."""
-    server = Server(find_server("valkey-9.1")).start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def third() -> Iterator[Server]:
     """A server for cold payloads that the test may stop."""

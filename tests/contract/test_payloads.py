@@ -387,6 +387,26 @@ def test_out_of_memory(own: Backend) -> None:
     sound(own, cache)
 
 
+def test_load_from_a_chunk_on(real_server: Backend) -> None:
+    """Who has the first chunks itself loads the others alone; the first bad one ends that, and is told."""
+    cache, payloads = real_server.open(), data(prompt(6))
+    cache.store(prompt(6), payloads)
+    into = [bytearray(1000) for _ in range(3)]
+    assert cache.load(prompt(6), into, first=2).chunks == 3
+    assert into == payloads[2:5]
+    assert list(map(bytes, cache.load(prompt(6), first=4).payloads)) == payloads[4:]
+    assert list(map(bytes, cache.load(prompt(6), first=1, most=2).payloads)) == payloads[1:2]
+    assert cache.load(prompt(6), first=6).chunks == cache.load(prompt(6), first=9).chunks == 0
+    assert metric(cache, "payloads_loaded") == 3 + 2 + 1
+    delete(real_server.admin, real_server.keys.payload(heads(prompt(6))[3]), "")
+    assert cache.load(prompt(6), first=2).chunks == 1
+    assert metric(cache, "payloads_missing") == 1
+    assert loaded(cache, prompt(6)) == payloads[:3]
+    sound(real_server, cache)
+    with pytest.raises(InvalidInputError, match="first is -1"):
+        cache.load(prompt(6), first=-1)
+
+
 # Batches
 
 

@@ -1,0 +1,20 @@
+#!lua flags=allow-oom
+-- dropped: the other server was told to drop a chunk's cold payload. If the tree has it cold all the same, because it
+-- became so again meanwhile, that server has to be told to keep it after all.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    the chunk, 16 bytes
+-- returns    1 when it is to be kept, else 0
+-- errors     DPGONE, DPSCHEMA
+-- flags      allow-oom: it takes no room to speak of
+-- cost       an SREM, an SISMEMBER, an HSET
+-- @include guard
+-- @include keys
+local chunk = ARGV[2]
+redis.call('SREM', base .. 'trash', hex(chunk))
+if redis.call('SISMEMBER', base .. 'kept', hex(chunk)) == 0 then
+  return 0
+end
+redis.call('HSET', base .. 'unsettled', 'again:' .. hex(chunk), chunk)
+return 1
