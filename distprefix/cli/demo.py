@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from distprefix.cli.common import Json, Url, console, errors, opened, show
+from distprefix.cli.common import ColdUrl, Json, Url, cold_tier, console, errors, opened, show
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.replay.fleet import Fleet, Outcome
 from distprefix.replay.sessions import Turn, coding_sessions
@@ -24,6 +24,8 @@ _CHUNK_SIZE = 16
 _SHARING, _ALONE, _SMALL = "sharing", "each node alone", "sharing, little room"
 _MODES = (_SHARING, _ALONE)
 _AFTER_RESTART = 20
+_PAYLOAD_BYTES = 1024
+"""KV bytes of a chunk, in the mode that shares: a real model has a hundred to a thousand times as many."""
 _ROWS = (
     ("requests", "requests"),
     ("tokens asked", "asked"),
@@ -31,6 +33,11 @@ _ROWS = (
     ("tokens from own cache", "own"),
     ("tokens from other nodes", "others"),
 )
+_TIERS = (
+    *("payload_bytes_stored", "payload_bytes_loaded", "payload_bytes_loaded_cold"),
+    *("demoted_bytes", "demoted_bytes_packed", "promoted_bytes"),
+)
+_MIB = 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -47,6 +54,9 @@ class Tally:
     """By the tree, when its budget was full."""
     warm: int = 0
     """Share of what node 0 hit that its own process answered, in its first requests after the restart, in percent."""
+    loaded: int = 0
+    """Chunks whose KV bytes were loaded, and were right."""
+    wrong: int = 0
 
     def add(self, outcome: Outcome, tokens: int) -> None:
         """Count a request."""
@@ -57,6 +67,8 @@ class Tally:
         self.others += (outcome.matched - outcome.own) * _CHUNK_SIZE
         self.calls += outcome.calls
         self.evicted += outcome.evicted * _CHUNK_SIZE
+        self.loaded += outcome.moved.loaded - outcome.moved.wrong
+        self.wrong += outcome.moved.wrong
 
 
 def demo(
@@ -68,18 +80,21 @@ def demo(
     join: Annotated[
         bool, typer.Option("--join", help="Share --namespace, as it is named, with other demos, and leave it there.")
     ] = False,
+    cold_url: ColdUrl = None,
     as_json: Json = False,
 ) -> None:
     """Run coding-agent sessions on several nodes that share prefixes, and compare with each node alone.
 
     Needs nothing: the prompts are made of Python's own sources, a token a byte. The sessions' turns go to the nodes in
-    rotation, as behind a load balancer that does not know about caches.
+    rotation, as behind a load balancer that does not know about caches. Nodes that share also load and store made-up KV
+    bytes; half-way all of them become cold.
     """
     with errors(), opened(url) as (client, address):
         work = list(coding_sessions(sessions, turns))
         name = namespace if join else f"{namespace}-{time.time_ns():x}"
         modes = {"sharing": name} if join else {title: f"{name}-{i}" for i, title in enumerate((*_MODES, _SMALL))}
         totals: dict[str, Tally] = {}
+        moved: list[dict[str, Any]] = []
         try:
             for title, space in modes.items():
                 settings: dict[str, Any] = {
@@ -89,18 +104,23 @@ def demo(
                 if title == _SMALL:  # a third of what the sessions need
                     room = max(1, len(work[-1].tokens) // 4 // _CHUNK_SIZE * sessions // 3)
                     settings |= {"l2_max_chunks": room, "high_watermark": 1.0, "low_watermark": 0.9, "in_step": True}
+                if title == _SHARING:
+                    settings |= {"payload_bytes": _PAYLOAD_BYTES, "payload_timeout_s": 30.0, **cold_tier(cold_url)}
                 host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:40]
                 with Fleet(nodes, settings, share=title != _ALONE, name=host if join else "node") as fleet:
                     live = console.is_terminal and not as_json
-                    totals[title] = _run(fleet, work, nodes, title, live=live, restart=title == _SMALL)
+                    totals[title] = _run(fleet, work, nodes, title, live=live)
+                    if title == _SHARING:
+                        moved = fleet.metrics()
         finally:
             for space in () if join else modes.values():
-                remove_namespaces(client, space, nodes)
-        value = {title: _as_dict(tally) for title, tally in totals.items()}
-        show(value, as_json=as_json, render=lambda: _summary(totals, nodes, sessions))
+                remove_namespaces(client, space, nodes, cold_url)
+        tiers = {name: sum(each[name] for each in moved) for name in _TIERS}
+        value = {**{title: _as_dict(tally) for title, tally in totals.items()}, "tiers": tiers}
+        show(value, as_json=as_json, render=lambda: Group(_summary(totals, nodes, sessions), _tier_line(tiers, totals)))
 
 
-def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool, restart: bool) -> Tally:
+def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) -> Tally:
     tallies, total = [Tally() for _ in range(nodes)], Tally()
     after: list[Outcome] = []
 
@@ -119,11 +139,10 @@ def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool, 
         if not live:
             screen.stop()
         for i, turn in enumerate(work):
-            if restart and i == len(work) // 2:
+            if i == len(work) // 2 and title != _ALONE:
                 while fleet.in_flight:
                     collect()
-                fleet.restart(0, prewarm=True)
-                restarted = True
+                restarted = _half_way(fleet, title)
             while fleet.in_flight >= nodes:
                 collect()
             node = (turn.session + turn.number) % nodes  # every turn of a session meets another node
@@ -134,6 +153,15 @@ def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool, 
     first = after[:_AFTER_RESTART]
     total.warm = round(100 * sum(outcome.l1 for outcome in first) / max(1, sum(outcome.matched for outcome in first)))
     return total
+
+
+def _half_way(fleet: Fleet, title: str) -> bool:
+    """What happens when half of the requests are done. Whether node 0 was restarted."""
+    if title == _SHARING:
+        fleet.demote()
+        return False
+    fleet.restart(0, prewarm=True)
+    return True
 
 
 def _board(title: str, tallies: list[Tally], total: int) -> Group:
@@ -175,6 +203,20 @@ def _summary(totals: dict[str, Tally], nodes: int, sessions: int) -> Group:
     )
 
 
+def _tier_line(tiers: dict[str, int], totals: dict[str, Tally]) -> str:
+    """What became of the KV bytes."""
+    wrong = sum(tally.wrong for tally in totals.values())
+    loaded, cold = tiers["payload_bytes_loaded"], tiers["payload_bytes_loaded_cold"]
+    smaller = tiers["demoted_bytes"] / max(1, tiers["demoted_bytes_packed"])
+    return (
+        f"Nodes that share stored {tiers['payload_bytes_stored'] / _MIB:,.0f} MiB of KV bytes, and loaded what others "
+        f"had computed, {loaded / _MIB:,.1f} MiB, {wrong or 'none'} of it wrong: "
+        f"{(loaded - cold) / _MIB:,.1f} MiB from the warm tier, {cold / _MIB:,.1f} MiB from the cold one. Half-way "
+        f"{tiers['demoted_bytes'] / _MIB:,.0f} MiB became cold, {smaller:.1f} times smaller; "
+        f"{tiers['promoted_bytes'] / _MIB:,.1f} MiB became warm again."
+    )
+
+
 def _as_dict(tally: Tally) -> dict[str, int]:
-    names = ("requests", "asked", "computed", "own", "others", "calls", "evicted", "warm")
+    names = ("requests", "asked", "computed", "own", "others", "calls", "evicted", "warm", "loaded", "wrong")
     return {name: getattr(tally, name) for name in names}

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distprefix.cli.common import EXIT_USAGE, Json, Url, errors, fail, opened, show
+from distprefix.cli.common import EXIT_USAGE, ColdUrl, Json, Url, cold_tier, errors, fail, opened, show
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.scripts import policy_names
 from distprefix.replay.fleet import Fleet
-from distprefix.replay.report import Figures, Restarting
+from distprefix.replay.report import Figures, Payloads, Restarting
 from distprefix.replay.report import replay as run_replay
 from distprefix.replay.trace import ideal_hits, read_trace
 
@@ -56,6 +56,14 @@ def replay(
         str | None, typer.Option(help="Restart node 0 before this request, or at a share of the trace, as 50%.")
     ] = None,
     prewarm: Annotated[bool, typer.Option("--prewarm", help="Pre-warm it then.")] = False,
+    payload_bytes: Annotated[
+        int,
+        typer.Option(min=0, max=512 * 1024 * 1024, help="Load and store so many KV bytes a block too; see --limit."),
+    ] = 0,
+    demote_at: Annotated[
+        str, typer.Option(help="With payloads: make all of them cold before this request, or at a share, as 50%.")
+    ] = "50%",
+    cold_url: ColdUrl = None,
     as_json: Json = False,
 ) -> None:
     """Replay a trace on several nodes and report hit rates, latencies and memory."""
@@ -66,6 +74,9 @@ def replay(
             fail(f"--policy is {policy!r}: it must be one of {', '.join(policy_names())}", EXIT_USAGE)
         requests = read_trace(trace, limit)
         most = None if capacity is None else _part_of(capacity, "--capacity", lambda: ideal_hits(requests)[1])
+        payloads = None
+        if payload_bytes:
+            payloads = Payloads(payload_bytes, block_size, _part_of(demote_at, "--demote-at", lambda: len(requests)))
         restart = None if restart_at is None else _part_of(restart_at, "--restart-at", lambda: len(requests))
         name = namespace or f"replay-{time.time_ns():x}"
         with opened(url) as (client, address):
@@ -80,6 +91,11 @@ def replay(
                 **{"max_cached_sequences": 2**31, "hot_threshold": 2**31, "policy": policy},
                 **{"l2_max_chunks": most and max(1, most // (nodes if no_share else 1))},
                 **{"high_watermark": 1.0, "low_watermark": 1.0, "in_step": most is not None},
+                **(
+                    {"payload_bytes": payload_bytes, "payload_timeout_s": 60.0, **cold_tier(cold_url)}
+                    if payloads
+                    else {}
+                ),
             }
             try:
                 with Fleet(nodes, settings, share=not no_share, as_tokens=as_tokens) as fleet, _progress() as progress:
@@ -93,10 +109,11 @@ def replay(
                         used_memory=lambda: int(client.info("memory")["used_memory"]),
                         progress=lambda: progress.advance(task),
                         restarting=None if restart is None else Restarting(restart, prewarm),
+                        payloads=payloads,
                     )
             finally:
                 if namespace is None:
-                    remove_namespaces(client, name, nodes)
+                    remove_namespaces(client, name, nodes, cold_url)
         if most is None:
             figures = replace(figures, evicted_chunks=None)
         show(figures.as_dict(), as_json=as_json, render=lambda: _table(figures, block_size))
@@ -140,6 +157,23 @@ def _table(figures: Figures, block_size: int) -> Table:
     table.add_row("Redis", f"{figures.redis_bytes_per_chunk:.1f} bytes a chunk, {figures.unique_chunks:,} chunks")
     if figures.evicted_chunks is not None:
         table.add_row("evicted", f"{figures.evicted_chunks:,} chunks")
+    if figures.payload_bytes is not None:
+        _add_payloads(table, figures)
     if figures.restart_l1_share is not None:
         table.add_row("after the restart", f"L1 answered {100 * figures.restart_l1_share:.1f} % of what node 0 hit")
     return table
+
+
+def _add_payloads(table: Table, figures: Figures) -> None:
+    def speed(gb_per_s: float | None) -> str:
+        return "nothing" if gb_per_s is None else f"{gb_per_s:.2f} GB/s"
+
+    wrong = f", {figures.wrong_payloads:,} of them wrong" if figures.wrong_payloads else ""
+    restored = f": {figures.load_tokens_per_s:,.0f} tokens a second restored" if figures.load_tokens_per_s else ""
+    table.add_row(
+        "payloads", f"{figures.payload_bytes:,} bytes a chunk, {figures.loaded_chunks:,} loaded{wrong}{restored}"
+    )
+    table.add_row("  warm tier", f"stored {speed(figures.store_gb_per_s)}, loaded {speed(figures.load_warm_gb_per_s)}")
+    smaller = "" if figures.cold_ratio is None else f", {figures.cold_ratio:.2f} times smaller"
+    moved = f"demoted {speed(figures.demote_gb_per_s)}, loaded {speed(figures.load_cold_gb_per_s)}{smaller}"
+    table.add_row("  cold tier", moved)

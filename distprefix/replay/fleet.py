@@ -18,10 +18,13 @@ from distprefix.chunking import Chain
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError
 from distprefix.optimizer import PrefixCacheOptimizer
+from distprefix.replay.kv import KvBytes, Moved
 
 __all__ = ["Fleet", "Outcome"]
 
 _LARGEST_TABLE = 20_000_000
+_DEMOTE_S = 60.0
+"""Others may promote as fast."""
 Job = tuple[tuple[int, int], ...] | bytes
 """A prompt as runs of ids, or as packed tokens."""
 
@@ -30,6 +33,14 @@ class Restart(NamedTuple):
     """Ends a node's cache and opens it anew, as a new process would."""
 
     prewarm: bool
+
+
+class Demote(NamedTuple):
+    """Makes cold all payloads that are there."""
+
+
+class Tell(NamedTuple):
+    """Asks for a node's metrics."""
 
 
 class Outcome(NamedTuple):
@@ -46,6 +57,7 @@ class Outcome(NamedTuple):
     publish_us: float
     evicted: int
     """Chunks that this request's publish evicted."""
+    moved: Moved = Moved()
 
 
 class Fleet:
@@ -110,6 +122,17 @@ class Fleet:
         self._pipes[node].send(Restart(prewarm))
         self._receive(self._pipes[node])
 
+    def demote(self) -> None:
+        """Make cold all payloads that are there, while no request is in flight."""
+        self._pipes[0].send(Demote())
+        self._receive(self._pipes[0])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every node's metrics, while no request is in flight."""
+        for pipe in self._pipes:
+            pipe.send(Tell())
+        return [self._receive(pipe) for pipe in self._pipes]
+
     def outcomes(self) -> Iterator[Outcome]:
         """Wait for at least one outcome; all that are there."""
         ready = wait([pipe for i, pipe in enumerate(self._pipes) if self._waiting[i]])
@@ -160,16 +183,25 @@ def _hash(i: int) -> bytes:
 
 def _serve(pipe: Connection, node: int, settings: dict[str, Any], as_tokens: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    in_step = bool(settings.pop("in_step", False))
+    in_step, size = bool(settings.pop("in_step", False)), int(settings.pop("payload_bytes", 0))
     config = PrefixCacheConfig.from_mapping(settings)
-    prompts = _Prompts(config.chunk_size, as_tokens=as_tokens)
+    prompts, kv = _Prompts(config.chunk_size, as_tokens=as_tokens), KvBytes(size) if size else None
     try:
         job: Any = Restart(prewarm=False)
         while isinstance(job, Restart):
             with PrefixCacheOptimizer(replace(config, prewarm_on_start=job.prewarm)) as cache:
                 pipe.send(node)
                 while (job := pipe.recv()) is not None and not isinstance(job, Restart):
-                    pipe.send(_do(cache, node, prompts.read(job), in_step=in_step))
+                    match job:
+                        case Demote():
+                            until = time.monotonic() + _DEMOTE_S
+                            while cache.demote(0.0) and time.monotonic() < until:
+                                pass
+                            pipe.send(node)
+                        case Tell():
+                            pipe.send(cache.get_metrics())
+                        case _:
+                            pipe.send(_do(cache, node, prompts.read(job), kv, in_step=in_step))
     except EOFError:
         pass  # the parent is gone
     except DistPrefixError as error:
@@ -177,7 +209,7 @@ def _serve(pipe: Connection, node: int, settings: dict[str, Any], as_tokens: boo
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _do(cache: PrefixCacheOptimizer, node: int, prompt: Any, *, in_step: bool) -> Outcome:
+def _do(cache: PrefixCacheOptimizer, node: int, prompt: Any, kv: KvBytes | None, *, in_step: bool) -> Outcome:
     if in_step:
         cache.catch_up()  # what another node's publish evicted just now is known before this look-up
     hit = cache.find_longest_cache_hit(prompt)
@@ -186,7 +218,12 @@ def _do(cache: PrefixCacheOptimizer, node: int, prompt: Any, *, in_step: bool) -
     publish_us = (time.perf_counter_ns() - began) / 1000
     chunks = len(prompt) if isinstance(prompt, Chain) else len(prompt) // (4 * cache.config.chunk_size)
     own = next((held for name, held in hit.holders if name == cache.config.holder), 0)
+    moved = Moved()
+    if kv is not None and chunks:
+        chain = prompt if isinstance(prompt, Chain) else cache.chain_of(prompt)
+        moved = kv.exchange(cache, chain, own, hit.matched_chunks)
     return Outcome(
         *(node, chunks, hit.matched_chunks, own, hit.l1_chunks, hit.redis_calls, hit.lookup_time_us, publish_us),
         evicted=cache.get_metrics()["evicted_chunks"] - evicted if in_step else 0,
+        moved=moved,
     )

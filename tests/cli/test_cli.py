@@ -192,6 +192,9 @@ def test_demo_shows_that_sharing_saves(real_server: Backend) -> None:
     small = found["sharing, little room"]
     assert small["evicted"] > 0 == found["sharing"]["evicted"]
     assert small["warm"] > 0
+    assert found["sharing"]["wrong"] == 0 < found["sharing"]["loaded"]
+    assert found["sharing"]["loaded"] == found["sharing"]["others"] // 16
+    assert found["tiers"]["demoted_bytes"] > found["tiers"]["payload_bytes_loaded_cold"] > 0
     assert found["sharing"]["others"] > 0 == found["each node alone"]["others"]
     assert list(real_server.admin.scan_iter(match="dp:*demo*")) == []
 

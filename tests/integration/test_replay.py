@@ -12,6 +12,7 @@ import pytest
 from distprefix.errors import TraceError
 from distprefix.replay.trace import ideal_hits, read_trace
 from tests.cli.test_cli import run_cli
+from tests.servers import Server
 
 _TRACES = Path(os.environ.get("PREFIX_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
 _KEYS = [
@@ -31,6 +32,12 @@ _KEYS = [
     "redis_bytes_per_chunk",
     "nodes",
     "wall_s",
+]
+
+
+_PAYLOAD_KEYS = [
+    *("payload_bytes", "loaded_chunks", "wrong_payloads", "load_tokens_per_s", "store_gb_per_s"),
+    *("load_warm_gb_per_s", "load_cold_gb_per_s", "demote_gb_per_s", "cold_ratio"),
 ]
 
 
@@ -90,6 +97,25 @@ def test_a_restart_is_warm_when_prewarmed(tmp_path: Path) -> None:
     cold, warm = _replay(*arguments), _replay(*arguments, "--prewarm")
     assert list(cold) == [*_KEYS, "restart_l1_share"]
     assert warm["restart_l1_share"] > cold["restart_l1_share"]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_payloads_go_through_both_tiers(tmp_path: Path, second: Server, elsewhere: bool) -> None:
+    """With payloads every byte comes back right, from the warm and the cold tier, and the report says how fast."""
+    arguments = [_write(tmp_path), "--block-size", "8", "--nodes", "2", "--in-order", "--route", "random"]
+    arguments += ["--payload-bytes", "20000"]
+    if elsewhere:
+        arguments += ["--cold-url", second.url]
+    figures = _replay(*arguments)
+    assert list(figures) == [*_KEYS, *_PAYLOAD_KEYS]
+    assert figures["hit_rate"] == figures["ideal_hit_rate"]
+    assert figures["wrong_payloads"] == 0 < figures["loaded_chunks"] < figures["hit_chunks"]
+    assert figures["cold_ratio"] > 1.1
+    assert all(figures[key] > 0 for key in _PAYLOAD_KEYS if key != "wrong_payloads")
+    assert list(second.client().scan_iter(match="dp:*replay*")) == []
+    assert (
+        _replay(*arguments[: -2 if elsewhere else None], "--demote-at", "1000", "--as-tokens").get("cold_ratio") is None
+    )
 
 
 @pytest.mark.parametrize(
