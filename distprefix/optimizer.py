@@ -224,6 +224,14 @@ class PrefixCacheOptimizer:
         """As `load` for each of several prompts, or look-ups' results, with what to load into; read together."""
         return load(self._tiers.payloads, [self._asked(token_ids, into, 0, None) for token_ids, into in prompts])
 
+    def find_stored(self, token_ids: Any) -> int:
+        """How many leading chunks of a prompt have payloads, in either tier. One Redis call.
+
+        0 when Redis fails, which is counted as a failed look-up. Raises what went wrong when `strict`.
+        """
+        prompt = self._state.read(token_ids)
+        return self._tiers.payloads.find_stored(self._state.chain(prompt))
+
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
 

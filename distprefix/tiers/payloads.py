@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 
 from distprefix import operations
-from distprefix.errors import NotAttachedError
+from distprefix.errors import DistPrefixError, NotAttachedError
 from distprefix.operations import Places
 from distprefix.state import State
 from distprefix.tiers.cache import PayloadCache
@@ -48,6 +48,16 @@ class Payloads:
         except NotAttachedError:
             link.attach_again(link.epoch, deadline)
             return Places(array("I"), array("I"), ())
+
+    def find_stored(self, hashes: bytes) -> int:
+        """How many leading chunks of a chain have payloads, by the deadline of a look-up. One call. 0 on failing."""
+        try:
+            return self.places(hashes, time.monotonic() + self.state.config.lookup_timeout_s).chunks
+        except DistPrefixError:
+            self.count("loads_failed", 1)
+            if self.state.config.strict:
+                raise
+            return 0
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""

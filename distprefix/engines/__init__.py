@@ -1,0 +1,1 @@
+"""Plug-ins for inference engines: their KV goes through Redis from one to the other."""

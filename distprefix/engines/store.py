@@ -1,0 +1,185 @@
+"""A cache as engines need it: nothing here blocks their threads, nothing raises, and Redis may come and go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from distprefix.chunking import HASH_BYTES, Chain
+from distprefix.config import PrefixCacheConfig
+from distprefix.engines.identity import Identity
+from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, UnavailableError
+from distprefix.optimizer import PrefixCacheOptimizer
+from distprefix.redis.data import Buffer
+
+__all__ = ["EngineStore", "config_for"]
+
+T = TypeVar("T")
+_log = logging.getLogger("distprefix")
+_REOPEN_S = 5.0
+_DEFAULTS: dict[str, Any] = {"max_prefix_length": 2**31, "publish_timeout_s": 1.0, "lookup_timeout_s": 0.25}
+"""Prompts are as long as the engine takes; nobody waits for publishes."""
+
+
+def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheConfig:
+    """The cache of an identity: settings as an engine's own configuration has them, over DISTPREFIX_* and a TOML file.
+
+    `settings`: fields of PrefixCacheConfig, and ``config``, the path of a TOML file. ``namespace`` is what the name
+    begins with, ``kv`` by default; with ``exact_namespace`` it is the name, and another identity there is refused.
+    Raises ConfigError for unknown and wrong settings.
+    """
+    given = dict(settings)
+    path, is_exact = given.pop("config", None), bool(given.pop("exact_namespace", False))
+    known = {spec.name for spec in fields(PrefixCacheConfig)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}: there are config, exact_namespace, {', '.join(sorted(known))}"
+        )
+    base = PrefixCacheConfig.from_toml(path) if path else PrefixCacheConfig.from_env()
+    own = {spec.name: getattr(base, spec.name) for spec in fields(base)}
+    default = PrefixCacheConfig()
+    for name, value in _DEFAULTS.items():
+        if own[name] == getattr(default, name):
+            own[name] = value
+    own |= given
+    prefix = "kv" if own["namespace"] == default.namespace else own["namespace"]
+    own["namespace"] = prefix if is_exact else identity.namespace(prefix)
+    own |= {"fingerprint": identity.fingerprint, "chunk_size": identity.chunk_size, "salt": ""}
+    return PrefixCacheConfig.from_mapping(own)
+
+
+class EngineStore:
+    """Looks up, loads and stores chains of an engine's block hashes on threads of its own. Thread-safe.
+
+    Redis that cannot be reached is tried again every few seconds, on these threads; until then everything is a miss.
+    There is one warning for it, and `counts` has what was not done: ``unavailable``, ``stores_dropped``.
+    """
+
+    def __init__(self, config: PrefixCacheConfig, *, threads: int = 2, max_waiting_bytes: int = 1 << 30) -> None:
+        if config.url is None:
+            raise ConfigError("url is None: engines share a Redis, give them its url")
+        self.config = config
+        self.counts: Counter[str] = Counter()
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._opened: PrefixCacheOptimizer | None = None
+        self._next_try = 0.0
+        self._warned = False
+        self._closed = False
+        self._lookups = ThreadPoolExecutor(1, "distprefix-lookup")
+        self._transfers = ThreadPoolExecutor(threads, "distprefix-transfer")
+
+    # What engines call
+
+    def look_up(self, chain: bytes) -> Future[int]:
+        """How many leading chunks of a chain, 16 bytes each, can be loaded. One Redis call."""
+        return self._submit(self._lookups, lambda cache: cache.find_stored(Chain.packed(chain)), 0)
+
+    def load(self, chain: bytes, into: Sequence[Buffer], first: int) -> Future[int]:
+        """Load chunks from `first` on into buffers. How many of them are good, from the first on."""
+
+        def work(cache: PrefixCacheOptimizer) -> int:
+            loaded = cache.load(Chain.packed(chain), into, first=first).chunks
+            self._count("chunks_loaded", loaded)
+            return loaded
+
+        return self._submit(self._transfers, work, 0)
+
+    def store(self, chain: bytes, payloads: Sequence[Buffer], first: int) -> Future[int]:
+        """Store chunks from `first` on; those before have to be there. How many leading chunks of the chain are then.
+
+        While too many bytes wait already, nothing is stored, and it is counted.
+        """
+        size = sum(memoryview(payload).nbytes for payload in payloads)
+        with self._lock:
+            if self._waiting_bytes + size > self._max_waiting_bytes:
+                self.counts["stores_dropped"] += len(payloads)
+                return _done(0)
+            self._waiting_bytes += size
+
+        def work(cache: PrefixCacheOptimizer) -> int:
+            stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads])
+            self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + len(payloads)) - stored))
+            return stored
+
+        future = self._submit(self._transfers, work, 0)
+        future.add_done_callback(lambda _: self._add_waiting(-size))
+        return future
+
+    def metrics(self) -> dict[str, Any]:
+        """What happened so far, the cache's own metrics included. No Redis call."""
+        cache = self._opened
+        return {**(cache.get_metrics() if cache else {}), **self.counts, "connected": int(cache is not None)}
+
+    def close(self) -> None:
+        """Finish what was begun, drop what was not, and close."""
+        self._closed = True
+        for pool in (self._lookups, self._transfers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        with self._opening:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+
+    # On the threads
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[PrefixCacheOptimizer], T], otherwise: T) -> Future[T]:
+        def run() -> T:
+            try:
+                cache = self._cache()
+                if cache is not None:
+                    return work(cache)
+                self._count("unavailable", 1)
+            except DistPrefixError as error:
+                self._count("unavailable", 1)
+                self._warn(error)
+            except Exception:  # noqa: BLE001 - an engine must go on, whatever we met
+                self._count("errors", 1)
+                _log.exception("a cache operation of an engine failed")
+            return otherwise
+
+        try:
+            return pool.submit(run)
+        except RuntimeError:  # closed
+            return _done(otherwise)
+
+    def _cache(self) -> PrefixCacheOptimizer | None:
+        """The cache, opened with the first use; None while Redis cannot be reached, or refuses."""
+        with self._opening:
+            if self._opened is None and not self._closed and time.monotonic() >= self._next_try:
+                try:
+                    self._opened = PrefixCacheOptimizer(self.config)
+                    _log.info("KV is shared in namespace %s", self.config.namespace)
+                except (UnavailableError, NamespaceError) as error:
+                    self._next_try = time.monotonic() + _REOPEN_S
+                    self._warn(error)
+            return self._opened
+
+    def _warn(self, error: Exception) -> None:
+        """Once: an engine that goes on without a cache needs no second line."""
+        if not self._warned:
+            self._warned = True
+            _log.warning("KV is not shared for now, the engine goes on without: %s", error)
+
+    def _count(self, name: str, count: int) -> None:
+        with self._lock:
+            self.counts[name] += count
+
+    def _add_waiting(self, size: int) -> None:
+        with self._lock:
+            self._waiting_bytes += size
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
