@@ -23,8 +23,10 @@ __all__ = ["EngineStore", "config_for"]
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
 _REOPEN_S = 5.0
-_DEFAULTS: dict[str, Any] = {"max_prefix_length": 2**31, "publish_timeout_s": 1.0, "lookup_timeout_s": 0.25}
-"""Prompts are as long as the engine takes; nobody waits for publishes."""
+_DEFAULTS: dict[str, Any] = {
+    **{"max_prefix_length": 2**31, "publish_timeout_s": 1.0, "lookup_timeout_s": 0.25, "feed_interval_s": 0.0},
+}
+"""Prompts are as long as the engine takes; nobody waits for publishes; L1 is not asked what is stored."""
 
 
 def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheConfig:
@@ -55,6 +57,10 @@ def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheCo
     return PrefixCacheConfig.from_mapping(own)
 
 
+_warned: set[str | None] = set()
+"""Servers that were warned of: an engine has a store for its scheduler and one for each worker."""
+
+
 class EngineStore:
     """Looks up, loads and stores chains of an engine's block hashes on threads of its own. Thread-safe.
 
@@ -73,7 +79,6 @@ class EngineStore:
         self._opening = threading.Lock()
         self._opened: PrefixCacheOptimizer | None = None
         self._next_try = 0.0
-        self._warned = False
         self._closed = False
         self._lookups = ThreadPoolExecutor(1, "distprefix-lookup")
         self._transfers = ThreadPoolExecutor(threads, "distprefix-transfer")
@@ -165,9 +170,9 @@ class EngineStore:
             return self._opened
 
     def _warn(self, error: Exception) -> None:
-        """Once: an engine that goes on without a cache needs no second line."""
-        if not self._warned:
-            self._warned = True
+        """Once a process and server: an engine that goes on without a cache needs no second line."""
+        if self.config.url not in _warned:
+            _warned.add(self.config.url)
             _log.warning("KV is not shared for now, the engine goes on without: %s", error)
 
     def _count(self, name: str, count: int) -> None:

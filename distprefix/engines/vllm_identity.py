@@ -47,8 +47,8 @@ def _hashing_of(vllm_config: Any) -> str:
     algorithm, seed = vllm_config.cache_config.prefix_caching_hash_algo, os.environ.get("PYTHONHASHSEED")
     if not str(algorithm).startswith("sha256") and not (seed or "").isdigit():
         raise ConfigError(
-            f"--prefix-caching-hash-algo {algorithm} has another seed in every process, so nothing could ever be shared: "
-            "use sha256_cbor, or set PYTHONHASHSEED to the same number everywhere"
+            f"--prefix-caching-hash-algo {algorithm} has another seed in every process, so nothing could ever be "
+            "shared: use sha256_cbor, or set PYTHONHASHSEED to the same number everywhere"
         )
     return f"{algorithm} seed {seed or 'default'}"
 

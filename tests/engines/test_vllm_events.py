@@ -24,12 +24,11 @@ import pytest
 
 from distprefix import Chain, PrefixCacheOptimizer
 from distprefix.events.engine import EngineSocket
+from tests.engines.process import FOLDER, PYTHON, SKIP, EngineProcess, make_model
 from tests.fake_engine import until
 from tests.followers import holders
 from tests.servers import Backend, Server, find_server
 
-PYTHON = os.environ.get("DISTPREFIX_VLLM_PYTHON", "")
-FOLDER = Path(__file__).parent
 BLOCK = 32
 BLOCKS = 64
 LEASE_S = 3.0
@@ -45,53 +44,20 @@ WRONG = {
 }
 
 pytestmark = [
-    pytest.mark.skipif(not PYTHON, reason="DISTPREFIX_VLLM_PYTHON is not set: see tests/engines/install_vllm.sh"),
+    pytest.mark.skipif(not PYTHON, reason=SKIP),
     pytest.mark.timeout(240),
 ]
 
 
-class Vllm:
-    """vllm_events.py in a process of its own, at ports that stay the same when it is killed and started again."""
+class Vllm(EngineProcess):
+    """An engine that publishes, at ports that stay the same when it is killed and started again."""
 
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
         self.endpoint, self.replay = (f"tcp://127.0.0.1:{port}" for port in _free_ports(2))
-        self.log = folder / "engine.log"
-        self._command = [PYTHON, str(FOLDER / "vllm_events.py"), str(folder / "model"), "--blocks", str(BLOCKS + 1)]
         bound = self.endpoint.replace("127.0.0.1", "*")  # vLLM connects to an endpoint that names a host
-        self._command += ["--endpoint", bound, "--replay", self.replay, *options]
-        self._environment = {**os.environ, **environment}
+        events = ("--blocks", str(BLOCKS + 1), "--endpoint", bound, "--replay", self.replay)
+        super().__init__(folder / "model", folder / "engine.log", *events, *options, **environment)
         self._socket = EngineSocket(self.endpoint, self.replay)
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> Self:
-        """Start it, and wait until it takes orders."""
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                bufsize=1,
-                env=self._environment,
-                start_new_session=True,
-            )
-        assert "ready" in self._answer()
-        return self
-
-    def order(self, do: str, **what: Any) -> dict[str, Any]:
-        """Have something done; the answer."""
-        assert self.process is not None
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-        answer = self._answer()
-        assert "error" not in answer, answer
-        return answer
-
-    def generate(self, prompt: Sequence[int], **what: Any) -> tuple[int, list[int]]:
-        """Answer a prompt: tokens reused, and the tokens that came."""
-        answer = self.order("generate", prompts=[list(prompt)], **what)
-        return answer["cached"][0], answer["outputs"][0]
 
     def messages(self) -> list[tuple[int, bytes]]:
         """All that it has sent so far."""
@@ -102,24 +68,10 @@ class Vllm:
         sent = self.messages()
         return sent[-1][0] if sent else None
 
-    def kill(self) -> None:
-        """End it without warning."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
     def close(self) -> None:
         """End it for good."""
         self.kill()
         self._socket.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the engine is gone: {self.log.read_text()[-3000:]}"
-        return json.loads(line)
 
 
 class Ingest:
@@ -251,7 +203,7 @@ def _free_ports(count: int) -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the model lies."""
     made = tmp_path_factory.mktemp("vllm")
-    subprocess.run([PYTHON, str(FOLDER / "make_model.py"), str(made / "model")], check=True, capture_output=True)
+    make_model(made / "model")
     return made
 
 

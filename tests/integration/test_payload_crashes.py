@@ -42,7 +42,7 @@ _WANTED = {
     ("demote", "here"): {"idle", "SET NX", "read", "write", "move", "DEL"},
     ("demote", "elsewhere"): {
         *("idle", "SET NX", "read", "write", "move", "DEL", "HGETALL", "STRLEN", "PERSIST", "settled", "SRANDMEMBER"),
-        *("EXPIRE", "SREM"),
+        *("EXPIRE", "dropped"),
     },
     ("promote", "here"): {"where", "read", "write", "move"},
     ("promote", "elsewhere"): {"where", "read", "write", "move"},

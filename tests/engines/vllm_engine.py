@@ -1,14 +1,15 @@
-"""A real vLLM engine on the CPU that does as it is told on stdin and publishes its KV events.
+"""A real vLLM engine on the CPU that does as it is told on stdin; it may publish its KV events, and share its KV.
 
 Run by the Python of the environment that install_vllm.sh makes, on a model that make_model.py makes:
 
-    VENV/bin/python tests/engines/vllm_events.py MODEL --endpoint tcp://*:5557 [--replay tcp://*:5558] [...]
+    VENV/bin/python tests/engines/vllm_engine.py MODEL [--endpoint tcp://*:5557] [--transfer JSON] [...]
 
 A line with {"ready": ...} tells that the engine stands. Then each line on stdin is an order and gets one line on
 stdout, both JSON; what vLLM itself prints goes to stderr. The end of stdin is as good as an order to quit.
 
-    {"do": "generate", "prompts": [[3, 4, ...], ...], "max_tokens": 4, "cache_salt": null}
-        one prompt after another -> {"cached": [tokens reused, per prompt], "ms": 12.3, "outputs": [[...], ...]}
+    {"do": "generate", "prompts": [[3, 4, ...], ...], "max_tokens": 4, "cache_salt": null, "together": false}
+        one prompt after another, or all at once -> {"cached": [tokens reused, per prompt], "external": tokens of these
+        that came from elsewhere, "ms": [12.3, ...], "outputs": [[...], ...]}
     {"do": "reset"}  forget all blocks -> {"reset": true}; the event goes out with the next prompt's
     {"do": "quit"}   -> {"quit": true}
 
@@ -41,7 +42,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A vLLM engine that publishes KV events")
     parser.add_argument("model")
-    parser.add_argument("--endpoint", required=True, help="where the events go: tcp://*:5557 binds")
+    parser.add_argument("--endpoint", help="where the events go: tcp://*:5557 binds; by default there are none")
+    parser.add_argument("--transfer", help="vLLM's kv-transfer-config, in JSON")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--replay", help="where to ask for past events")
     parser.add_argument("--topic", default="kv-events")
     parser.add_argument("--blocks", type=int, default=65, help="few, so that the engine must evict")
@@ -55,44 +58,67 @@ class Engine:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from vllm import LLM  # noqa: PLC0415 (reads the settings, and takes ten seconds)
-        from vllm.config import KVEventsConfig  # noqa: PLC0415
+        from vllm.config import KVEventsConfig, KVTransferConfig  # noqa: PLC0415
 
-        events = KVEventsConfig(
-            enable_kv_cache_events=True,
-            publisher="zmq",
-            endpoint=options.endpoint,
-            replay_endpoint=options.replay,
-            topic=options.topic,
-        )
+        more: dict[str, Any] = {}
+        if options.endpoint:
+            more["kv_events_config"] = KVEventsConfig(
+                enable_kv_cache_events=True,
+                publisher="zmq",
+                endpoint=options.endpoint,
+                replay_endpoint=options.replay,
+                topic=options.topic,
+            )
+        if options.transfer:
+            more["kv_transfer_config"] = KVTransferConfig(**json.loads(options.transfer))
         self._llm = LLM(
             model=options.model,
-            dtype="float32",
+            dtype=options.dtype,
             max_model_len=(options.blocks - 1) * options.block_size,
             block_size=options.block_size,
             num_gpu_blocks_override=options.blocks,
             enable_prefix_caching=True,
             prefix_caching_hash_algo=options.hash,
-            kv_events_config=events,
             enforce_eager=True,
-            max_num_seqs=4,
+            max_num_seqs=8,
             seed=0,
+            disable_log_stats=False,
+            **more,
         )
 
-    def generate(self, prompts: list[list[int]], max_tokens: int = 4, cache_salt: str | None = None) -> dict[str, Any]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int = 4,
+        cache_salt: str | None = None,
+        *,
+        together: bool = False,
+    ) -> dict[str, Any]:
         """Answer the prompts, each when the one before is done, so that what it reuses is not left to chance."""
         from vllm import SamplingParams  # noqa: PLC0415
 
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         salt = {} if cache_salt is None else {"cache_salt": cache_salt}
-        begun = time.perf_counter()
-        answers = [
-            self._llm.generate({"prompt_token_ids": prompt, **salt}, sampling, use_tqdm=False)[0] for prompt in prompts
-        ]
+        rounds = [prompts] if together else [[prompt] for prompt in prompts]
+        answers: list[Any] = []
+        times: list[float] = []
+        before = self._external()
+        for each in rounds:
+            begun = time.perf_counter()
+            wanted = [{"prompt_token_ids": prompt, **salt} for prompt in each]
+            answers += self._llm.generate(wanted, sampling, use_tqdm=False)
+            times.append(round((time.perf_counter() - begun) * 1000, 2))
         return {
             "cached": [answer.num_cached_tokens for answer in answers],
-            "ms": round((time.perf_counter() - begun) * 1000, 2),
+            "external": self._external() - before,
+            "ms": times,
             "outputs": [list(answer.outputs[0].token_ids) for answer in answers],
         }
+
+    def _external(self) -> int:
+        """Tokens that came from elsewhere so far."""
+        found = [each for each in self._llm.get_metrics() if each.name == "vllm:external_prefix_cache_hits"]
+        return int(sum(each.value for each in found))
 
     def reset(self) -> dict[str, Any]:
         """Forget all blocks."""

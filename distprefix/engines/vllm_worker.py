@@ -1,0 +1,84 @@
+"""The connector's half in a vLLM worker: copies blocks out of the KV tensors and into them."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from distprefix.engines.paged import PagedCaches
+from distprefix.engines.store import EngineStore, config_for
+from distprefix.engines.vllm_identity import identity_of
+from distprefix.engines.vllm_scheduler import Step, Transfer, worker_id_of
+
+__all__ = ["Worker"]
+
+
+class _Loading(NamedTuple):
+    transfer: Transfer
+    rows: Any
+    future: Future[int]
+
+
+class Worker:
+    """Belongs to the thread of the model runner."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: dict[str, Any]) -> None:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group  # noqa: PLC0415 - set up by now
+
+        self._groups = [tuple(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        ranks = get_tp_group().rank_in_group, get_pp_group().rank_in_group
+        identity = identity_of(vllm_config, kv_cache_config, self._block_size, *ranks)
+        self._store = EngineStore(config_for(identity, {"worker_id": worker_id_of("{}-{}".format(*ranks)), **settings}))
+        self._caches: PagedCaches | None = None
+        self._loading: list[_Loading] = []
+        self._failed: set[int] = set()
+
+    def register(self, tensors: dict[str, Any]) -> None:
+        """Remember where KV lies."""
+        self._caches = PagedCaches(tensors, self._groups, self._block_size)
+
+    def load(self, step: Step) -> None:
+        """Begin to load, into rows of their own: the tensors belong to the model runner's thread."""
+        if self._caches is None:
+            return
+        for transfer in step.loads:
+            rows = self._caches.rows(len(transfer.blocks[0]))
+            future = self._store.load(transfer.chain, _buffers(rows), transfer.first)
+            self._loading.append(_Loading(transfer, rows, future))
+
+    def save(self, step: Step) -> None:
+        """Copy what was computed, and store it."""
+        if self._caches is None:
+            return
+        for transfer in step.saves:
+            rows = self._caches.rows(len(transfer.blocks[0]))
+            self._caches.gather(transfer.blocks, rows)
+            self._store.store(transfer.chain, _buffers(rows), transfer.first)
+
+    def finished(self) -> set[str]:
+        """Requests whose loads have ended; what came is in their blocks then."""
+        assert self._caches is not None or not self._loading
+        ended = [each for each in self._loading if each.future.done()]
+        self._loading = [each for each in self._loading if not each.future.done()]
+        for transfer, rows, future in ended:
+            good = future.result()
+            if good and self._caches is not None:
+                self._caches.scatter(rows, transfer.blocks, 0, good)
+            self._failed.update(block for ids in transfer.blocks for block in ids[good:] if block)
+        return {each.transfer.request_id for each in ended}
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks that could not be loaded, told once."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def close(self) -> None:
+        """Finish what was begun, and close."""
+        self._store.close()
+
+
+def _buffers(rows: Any) -> list[memoryview]:
+    return [memoryview(row) for row in rows.numpy()]
