@@ -1,8 +1,11 @@
 """Make a model for the engine tests: a tiny Llama with random weights and a tokenizer of its own; downloads nothing.
 
-Run by the Python of the engine's environment: VENV/bin/python tests/engines/make_model.py FOLDER [SEED]. The same seed
-makes the same weights. The words of the tokenizer are w3, w4, ... w511, and each is the token of its number, so that a
-test knows the tokens of a text and the text of tokens.
+Run by the Python of the engine's environment:
+
+    VENV/bin/python tests/engines/make_model.py FOLDER [SEED [LAYERS WIDTH]]
+
+The same seed makes the same weights. The words of the tokenizer are w3, w4, ... w511, and each is the token of its
+number, so that a test knows the tokens of a text and the text of tokens.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -34,16 +37,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
-    """Two layers of width 64: small enough that an engine's own work is all that takes time."""
+def make_model(seed: int, layers: int = 2, width: int = 64) -> LlamaForCausalLM:
+    """By default two layers of width 64: small enough that an engine's own work is all that takes time."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
         max_position_embeddings=LONGEST,
         bos_token_id=0,
         eos_token_id=1,
@@ -53,11 +56,11 @@ def make_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.float32)
 
 
-def main(folder: Path, seed: int = 0) -> None:
+def main(folder: Path, *numbers: int) -> None:
     """Write both to the folder."""
     make_tokenizer().save_pretrained(folder)
-    make_model(seed).save_pretrained(folder)
+    make_model(*(numbers or (0,))).save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

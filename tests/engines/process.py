@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["FOLDER", "PYTHON", "SKIP", "EngineProcess", "make_model"]
+__all__ = ["FOLDER", "PYTHON", "SKIP", "EngineProcess", "clean_environment", "make_model"]
 
 PYTHON = os.environ.get("DISTPREFIX_VLLM_PYTHON", "")
 SKIP = "DISTPREFIX_VLLM_PYTHON is not set: see tests/engines/install_vllm.sh"
@@ -22,14 +22,18 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("DISTPREFIX_")}
+
+
 class EngineProcess:
     """vllm_engine.py with options; `start` may be called again after `kill`."""
 
     def __init__(self, model: Path, log: Path, *options: str, **environment: str) -> None:
         self.log = log
         self._command = [PYTHON, str(FOLDER / "vllm_engine.py"), str(model), *options]
-        ours = {name for name in os.environ if name.startswith("DISTPREFIX_")}
-        self._environment = {name: value for name, value in os.environ.items() if name not in ours} | environment
+        self._environment = clean_environment() | environment
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> Self:

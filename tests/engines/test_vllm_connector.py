@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.process import PYTHON, SKIP, EngineProcess, make_model
+from tests.engines.process import FOLDER, PYTHON, SKIP, EngineProcess, clean_environment, make_model
 from tests.fake_engine import until
 from tests.servers import Server, find_server
 
@@ -204,3 +206,12 @@ def test_hashes_that_nobody_shares_are_refused(engines: Open, server: Server) ->
     with pytest.raises(AssertionError, match="the engine is gone"):
         engine.wait()
     until(lambda: "has another seed in every process" in engine.log.read_text(), 10)
+
+
+def test_the_example_runs(server: Server, model: Path) -> None:
+    """The example's second node has all but the last block of its prompt from the first one."""
+    example = FOLDER.parents[1] / "examples" / "two_nodes_vllm.py"
+    command = [PYTHON, str(example), str(model), "--url", server.url]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=clean_environment()).stdout
+    assert re.search(r"first node: 550 tokens, 0 of them from Redis", told)
+    assert re.search(r"second node: 550 tokens, 544 of them from Redis", told)
