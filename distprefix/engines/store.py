@@ -81,7 +81,9 @@ class EngineStore:
         self._next_try = 0.0
         self._closed = False
         self._lookups = ThreadPoolExecutor(1, "distprefix-lookup")
-        self._transfers = ThreadPoolExecutor(threads, "distprefix-transfer")
+        self._loads = ThreadPoolExecutor(threads, "distprefix-load")
+        self._stores = ThreadPoolExecutor(1, "distprefix-store")
+        """One thread: what goes behind other chunks of its chain must not overtake them."""
 
     # What engines call
 
@@ -97,7 +99,7 @@ class EngineStore:
             self._count("chunks_loaded", loaded)
             return loaded
 
-        return self._submit(self._transfers, work, 0)
+        return self._submit(self._loads, work, 0)
 
     def store(self, chain: bytes, payloads: Sequence[Buffer], first: int) -> Future[int]:
         """Store chunks from `first` on; those before have to be there. How many leading chunks of the chain are then.
@@ -106,7 +108,7 @@ class EngineStore:
         """
         size = sum(memoryview(payload).nbytes for payload in payloads)
         with self._lock:
-            if self._waiting_bytes + size > self._max_waiting_bytes:
+            if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
                 self.counts["stores_dropped"] += len(payloads)
                 return _done(0)
             self._waiting_bytes += size
@@ -116,7 +118,7 @@ class EngineStore:
             self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + len(payloads)) - stored))
             return stored
 
-        future = self._submit(self._transfers, work, 0)
+        future = self._submit(self._stores, work, 0)
         future.add_done_callback(lambda _: self._add_waiting(-size))
         return future
 
@@ -128,7 +130,7 @@ class EngineStore:
     def close(self) -> None:
         """Finish what was begun, drop what was not, and close."""
         self._closed = True
-        for pool in (self._lookups, self._transfers):
+        for pool in (self._lookups, self._loads, self._stores):
             pool.shutdown(wait=True, cancel_futures=True)
         with self._opening:
             if self._opened is not None:

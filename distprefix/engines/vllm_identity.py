@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from distprefix.engines.identity import Identity, weights_of
 from distprefix.errors import ConfigError
 
-__all__ = ["identities_of", "identity_of"]
+__all__ = ["identities_of", "identity_of", "platform", "worker_id_of"]
 
 
 def identities_of(vllm_config: Any, kv_cache_config: Any, chunk_size: int) -> list[Identity]:
@@ -31,7 +32,7 @@ def identity_of(vllm_config: Any, kv_cache_config: Any, chunk_size: int, tp: int
     version = ".".join(vllm.__version__.split(".")[:2])
     of = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     return Identity(
-        engine=f"vllm {version}",
+        engine=f"vllm {version} on {platform()}",
         model=str(model.model),
         weights=weights_of(str(model.model), model.revision),
         dtype=f"{str(model.dtype).removeprefix('torch.')}/{vllm_config.cache_config.cache_dtype}",
@@ -40,6 +41,19 @@ def identity_of(vllm_config: Any, kv_cache_config: Any, chunk_size: int, tp: int
         ranks=f"tp {'all' if tp is None else tp}/{of[0]} pp {'all' if pp is None else pp}/{of[1]}",
         hashing=_hashing_of(vllm_config),
     )
+
+
+def platform() -> str:
+    """The device; of a CPU what its attention lays KV out for."""
+    import torch  # noqa: PLC0415 - vLLM has it
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if current_platform.is_cpu() else "device"
+
+
+def worker_id_of(part: str) -> str:
+    """A name for one part of an engine's process."""
+    return f"vllm-{socket.gethostname()[:24]}-{os.getpid()}-{part}"
 
 
 def _hashing_of(vllm_config: Any) -> str:

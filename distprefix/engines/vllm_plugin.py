@@ -15,3 +15,17 @@ def register() -> None:
 
     if CONNECTOR not in KVConnectorFactory._registry:  # noqa: SLF001 - registering twice raises
         KVConnectorFactory.register_connector(CONNECTOR, "distprefix.engines.vllm_connector", CONNECTOR)
+    _register_tier()
+
+
+def _register_tier() -> None:
+    """Does nothing in a vLLM that has no tiers."""
+    try:
+        from vllm.v1.kv_offload.factory import OffloadingSpecFactory  # noqa: PLC0415
+        from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory  # noqa: PLC0415
+    except ImportError:
+        return
+    if TIERING_SPEC not in OffloadingSpecFactory._registry:  # noqa: SLF001 - registering twice raises
+        OffloadingSpecFactory.register_spec(TIERING_SPEC, "distprefix.engines.vllm_cpu_spec", TIERING_SPEC)
+    if TIER not in SecondaryTierFactory._registry:  # noqa: SLF001
+        SecondaryTierFactory.register_tier(TIER, "distprefix.engines.vllm_tier", "DistPrefixTier")

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -18,9 +16,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from distprefix.chunking import HASH_BYTES
 from distprefix.engines.paged import Blocks
 from distprefix.engines.store import EngineStore, config_for
-from distprefix.engines.vllm_identity import identities_of
+from distprefix.engines.vllm_identity import identities_of, worker_id_of
 
-__all__ = ["Scheduler", "Step", "Transfer", "worker_id_of"]
+__all__ = ["Scheduler", "Step", "Transfer"]
 
 _log = logging.getLogger("distprefix")
 _LOOKUP_LIMIT_S = 1.0
@@ -159,11 +157,6 @@ class Scheduler:
         tracked.saved = stop
         blocks = tuple(tuple(ids[first:stop]) for ids in block_ids)
         return Transfer(tracked.request.request_id, _chain(tracked.request, stop), first, blocks)
-
-
-def worker_id_of(part: str) -> str:
-    """A name for one part of an engine's process."""
-    return f"vllm-{socket.gethostname()[:24]}-{os.getpid()}-{part}"
 
 
 def _chain(request: Any, count: int) -> bytes:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from distprefix.engines.paged import PagedCaches
 from distprefix.engines.store import EngineStore, config_for
-from distprefix.engines.vllm_identity import identity_of
-from distprefix.engines.vllm_scheduler import Step, Transfer, worker_id_of
+from distprefix.engines.vllm_identity import identity_of, worker_id_of
+from distprefix.engines.vllm_scheduler import Step, Transfer
 
 __all__ = ["Worker"]
 

@@ -178,4 +178,4 @@ def test_payloads_are_what_the_model_says(real_server: Backend, second: Server, 
         options = where(tier, second)
         cold_server = second.client() if tier == "elsewhere" else real_server.admin
 
-    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=25, stateful_step_count=30))
+    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=12, stateful_step_count=30))
