@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engines.orders import Process
-from tests.servers import Backend, Server, absent
+from tests.servers import Backend, Server
 
 ABSTRACT = [
     "close",
@@ -33,7 +33,7 @@ def process() -> Iterator[Process]:
     """One process for all tests: importing LMCache takes seconds."""
     python = os.environ.get("DISTPREFIX_LMCACHE_PYTHON", "")
     if not python:
-        absent("DISTPREFIX_LMCACHE_PYTHON names no Python with LMCache (benchmarks/install_lmcache.sh makes one)")
+        pytest.skip("DISTPREFIX_LMCACHE_PYTHON names no Python with LMCache (benchmarks/install_lmcache.sh makes one)")
     process = Process(python, "lmcache_adapter.py")
     yield process
     process.close()
