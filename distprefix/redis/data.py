@@ -248,6 +248,8 @@ def _prepared(key: str, buffers: Sequence[Buffer], words: int) -> tuple[int, lis
 
 
 def _checked(views: Sequence[memoryview], length: int) -> list[memoryview]:
+    if len(views) == 1 and len(views[0]) == views[0].nbytes == length and not views[0].readonly:
+        return [*views]  # the common case, in few steps
     total, flat = _flat(views)
     if total != length or any(view.readonly for view in flat):
         raise errors.InvalidInputError(f"the sink gave {total} bytes, for a value of {length}: they must be writable")

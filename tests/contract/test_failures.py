@@ -96,6 +96,9 @@ def test_a_malformed_holder_is_a_clean_miss(own_server: Server, cache: PrefixCac
     assert cache.get_metrics()["redis_failures"]["DPDAMAGED"] == 1
 
 
+# Python may say that it closes the sockets itself: nobody else did.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_forgotten_cache_ends(own_server: Server) -> None:
     """A cache that nobody closed and nobody holds leaves no thread behind."""
     before = set(threading.enumerate())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -81,6 +82,14 @@ class EngineProcess:
         """Answer a prompt: tokens reused, and the tokens that came."""
         answer = self.order("generate", prompts=[list(prompt)], **what)
         return answer["cached"][0], answer["outputs"][0]
+
+    def end(self) -> None:
+        """Have it quit: one that offloads leaves its memory in /dev/shm otherwise."""
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.send("quit")
+                self.process.wait(20)
+        self.kill()
 
     def kill(self) -> None:
         """End it without warning."""

@@ -6,99 +6,26 @@ blocks that are stored in full 7 are loaded when they are the whole prompt.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engines.process import FOLDER, PYTHON, SKIP, EngineProcess, clean_environment, make_model
+from tests.engines.sharing import BLOCK, Open, calls, have, outputs, payloads, prompt
 from tests.fake_engine import until
-from tests.servers import Server, find_server
-
-BLOCK = 32
-BLOCKS = 257
+from tests.servers import Server
 
 pytestmark = [pytest.mark.skipif(not PYTHON, reason=SKIP), pytest.mark.timeout(300)]
-
-Open = Callable[..., EngineProcess]
-
-
-def prompt(number: int, blocks: int, more: int = 0) -> list[int]:
-    """A prompt that begins as no other one does."""
-    return [3 + (7 * i + 31 * number) % 251 if i else 3 + number for i in range(BLOCK * blocks + more)]
 
 
 def transfer(url: str, **settings: Any) -> list[str]:
     """The options of an engine that shares."""
     config = {"kv_connector": "DistPrefixConnector", "kv_role": "kv_both"}
     return ["--transfer", json.dumps({**config, "kv_connector_extra_config": {"url": url, **settings}})]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights."""
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[EngineProcess]:
-    """An engine that shares nothing."""
-    engine = EngineProcess(model, tmp_path_factory.mktemp("plain") / "log", "--blocks", str(BLOCKS)).start()
-    yield engine
-    engine.kill()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """A server of the test's own."""
-    server = Server(find_server("valkey-9.1")).start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def engines(tmp_path: Path, model: Path) -> Iterator[Open]:
-    """Opens engines, any number at a time: they begin side by side, and are to be waited for."""
-    numbers = itertools.count()
-    with ExitStack() as stack:
-
-        def begin(*options: str, of: Path = model, **environment: str) -> EngineProcess:
-            log = tmp_path / f"engine-{next(numbers)}.log"
-            engine = EngineProcess(of, log, "--blocks", str(BLOCKS), *options, **environment)
-            stack.callback(engine.kill)
-            engine.begin()
-            return engine
-
-        yield begin
-
-
-def payloads(server: Server) -> list[bytes]:
-    """Keys of what is in Redis to stay."""
-    client = server.client()
-    return [key for key in client.scan_iter(match="dp:*kv:*", count=1000) if b"}:kv:" in key and client.ttl(key) == -1]
-
-
-def have(server: Server, blocks: int) -> None:
-    """Wait until so many blocks are stored, and no more."""
-    until(lambda: len(payloads(server)) >= blocks, 30)
-    assert len(payloads(server)) == blocks
-
-
-def calls(server: Server) -> int:
-    """How many scripts it has run that only read: what is stored."""
-    found: Any = server.client().info("commandstats")
-    return int(found.get("cmdstat_evalsha_ro", {}).get("calls", 0))
-
-
-def outputs(engine: EngineProcess, prompts: list[list[int]], **what: Any) -> list[list[int]]:
-    """What an engine answers."""
-    return engine.order("generate", prompts=prompts, **what)["outputs"]
 
 
 def test_another_process_loads_what_one_computed(engines: Open, server: Server, plain: EngineProcess) -> None:

@@ -6,33 +6,20 @@ of answers, and loads all of a prompt's when it can.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engines.process import FOLDER, PYTHON, SKIP, EngineProcess, clean_environment, make_model
+from tests.engines.sharing import BLOCK, Open, calls, have, outputs, payloads, prompt
 from tests.fake_engine import until
-from tests.servers import Server, find_server
-
-BLOCK = 32
-BLOCKS = 257
+from tests.servers import Server
 
 pytestmark = [pytest.mark.skipif(not PYTHON, reason=SKIP), pytest.mark.timeout(300)]
-
-Open = Callable[..., EngineProcess]
-
-
-def prompt(number: int, blocks: int, more: int = 0) -> list[int]:
-    """A prompt that begins as no other one does."""
-    return [3 + (7 * i + 31 * number) % 251 if i else 3 + number for i in range(BLOCK * blocks + more)]
 
 
 def tier(url: str, **settings: Any) -> list[str]:
@@ -41,77 +28,6 @@ def tier(url: str, **settings: Any) -> list[str]:
     config = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     config["kv_connector_extra_config"] = {"spec_name": "DistPrefixTieringSpec", **more}  # pyright: ignore[reportArgumentType]
     return ["--transfer", json.dumps(config)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights."""
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[EngineProcess]:
-    """An engine that shares nothing; to be waited for."""
-    engine = EngineProcess(model, tmp_path_factory.mktemp("plain") / "log", "--blocks", str(BLOCKS))
-    engine.start()
-    yield engine
-    engine.kill()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    """A server of the test's own."""
-    server = Server(find_server("valkey-9.1")).start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def engines(tmp_path: Path, model: Path) -> Iterator[Open]:
-    """Opens engines, any number at a time: they begin side by side, and are to be waited for."""
-    numbers = itertools.count()
-    with ExitStack() as stack:
-
-        def begin(*options: str, of: Path = model) -> EngineProcess:
-            log = tmp_path / f"engine-{next(numbers)}.log"
-            engine = EngineProcess(of, log, "--blocks", str(BLOCKS), *options)
-            stack.callback(end, engine)
-            engine.begin()
-            return engine
-
-        yield begin
-
-
-def end(engine: EngineProcess) -> None:
-    """Have an engine quit, as it leaves its memory in /dev/shm otherwise."""
-    if engine.process is not None and engine.process.poll() is None:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            engine.send("quit")
-            engine.process.wait(20)
-    engine.kill()
-
-
-def payloads(server: Server) -> list[bytes]:
-    """Keys of what is in Redis to stay."""
-    client = server.client()
-    return [key for key in client.scan_iter(match="dp:*kv:*", count=1000) if b"}:kv:" in key and client.ttl(key) == -1]
-
-
-def have(server: Server, blocks: int) -> None:
-    """Wait until so many blocks are stored, and no more."""
-    until(lambda: len(payloads(server)) >= blocks, 30)
-    assert len(payloads(server)) == blocks
-
-
-def calls(server: Server) -> int:
-    """How many scripts it has run that only read: what is stored."""
-    found: Any = server.client().info("commandstats")
-    return int(found.get("cmdstat_evalsha_ro", {}).get("calls", 0))
-
-
-def outputs(engine: EngineProcess, prompts: list[list[int]], **what: Any) -> list[list[int]]:
-    """What an engine answers."""
-    return engine.order("generate", prompts=prompts, **what)["outputs"]
 
 
 def external(engine: EngineProcess, prompts: list[list[int]], right: list[list[int]], **what: Any) -> int:
@@ -162,7 +78,7 @@ def test_redis_may_come_and_go(engines: Open, server: Server, plain: EngineProce
     right = outputs(plain, prompts)
     assert external(without.wait(), prompts, right) == 0
     assert without.log.read_text().count("KV is not shared for now") == 1
-    end(without)
+    without.end()
     assert external(one.wait(), prompts, right) == 0
     have(server, 36)
     client = server.client()
