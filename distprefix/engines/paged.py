@@ -53,14 +53,14 @@ class PagedCaches:
             picked = layer.pages[list(blocks[layer.group])].contiguous()
             rows[:, layer.begin : layer.stop].copy_(_as_bytes(picked, len(rows)))
 
-    def scatter(self, rows: Any, blocks: Blocks, first: int, count: int) -> None:
-        """Copy `count` rows from `first` on into their blocks, but for those that a group no longer has (block 0)."""
+    def scatter(self, rows: Any, blocks: Blocks, count: int) -> None:
+        """Copy the first `count` rows into their blocks, but for those that a group no longer has (block 0)."""
         for layer in self._layers:
-            ids = blocks[layer.group][first : first + count]
+            ids = blocks[layer.group][:count]
             kept = [i for i, block in enumerate(ids) if block]
             if not kept:
                 continue
-            part = rows[first : first + count, layer.begin : layer.stop]
+            part = rows[:count, layer.begin : layer.stop]
             part = part if len(kept) == count else part[kept]
             shape = (len(kept), *layer.pages.shape[1:])
             values = part.contiguous().view(layer.pages.dtype).reshape(shape)

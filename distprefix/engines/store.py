@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheConfig:
-    """The cache of an identity: settings as an engine's own configuration has them, over DISTPREFIX_* and a TOML file.
+    """The cache of an identity: settings as an engine's own configuration has them, over a TOML file, or DISTPREFIX_*.
 
     `settings`: fields of PrefixCacheConfig, and ``config``, the path of a TOML file. ``namespace`` is what the name
     begins with, ``kv`` by default; with ``exact_namespace`` it is the name, and another identity there is refused.

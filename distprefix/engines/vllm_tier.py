@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class _Job:
     """A transfer that vLLM waits for."""
 
     runs: list[tuple[Run, Future[int]]]
-    """With how many of its chunks are good, when that is known."""
+    """With how many of its chunks are loaded, or how many leading chunks of its chain are stored then."""
     keys: tuple[bytes, ...]
     is_load: bool
     waiting_bytes: int
@@ -80,12 +80,12 @@ class DistPrefixTier(SecondaryTierManager):
             )
             for group in self._chunk_tokens
         }
-        self._stores = {group: EngineStore(config) for group, config in configs.items()}
         self._rows: Any = np.asarray(primary_kv_view)
         self._jobs: dict[int, _Job] = {}
-        # One store after another: a chunk can only be stored behind those that are there.
-        self._writer = ThreadPoolExecutor(1, "distprefix-tier-stores")
         self._waiting_bytes, self._max_waiting_bytes = 0, self._rows.nbytes // 4
+        self._stores = {
+            group: EngineStore(config, max_waiting_bytes=self._max_waiting_bytes) for group, config in configs.items()
+        }
         self._offer_until = 0.0
         self._counts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
@@ -162,27 +162,23 @@ class DistPrefixTier(SecondaryTierManager):
         if self._waiting_bytes + size > self._max_waiting_bytes:
             self._counts["stores_dropped_waiting"] += len(run.rows)
             dropped: Future[int] = Future()
-            dropped.set_result(0)
+            dropped.set_result(run.first)
             return dropped
         self._waiting_bytes += size
-        store = self._stores[run.group]
-
-        def work() -> int:
-            return store.store(run.chain, self._buffers(run), run.first).result() - run.first
-
-        return self._writer.submit(work)
+        return self._stores[run.group].store(run.chain, self._buffers(run), run.first)
 
     def _buffers(self, run: Run) -> list[memoryview]:
         return [memoryview(self._rows[row]).cast("B") for row in run.rows]
 
     def _finish(self, name: int, job: _Job) -> Any:
         self._waiting_bytes -= job.waiting_bytes
-        good = [key for run, future in job.runs for key in run.keys[: max(0, _good(future))]]
+        counts = [_good(future, 0 if job.is_load else run.first) for run, future in job.runs]
+        good = [key for (run, _), count in zip(job.runs, counts, strict=True) for key in run.keys[: max(0, count)]]
         is_whole = len(good) == len(job.keys)
         if job.is_load and not is_whole:
             self._lookups.mark_miss(set(job.keys).difference(good))
         elif not is_whole:
-            self._counts["holes"] += sum(_good(future) < 0 for _, future in job.runs)
+            self._counts["holes"] += sum(count < 0 for count in counts)
             self._offer_until = time.monotonic() + _OFFER_AGAIN_S
         return JobResult(
             job_id=name,
@@ -214,7 +210,6 @@ class DistPrefixTier(SecondaryTierManager):
     def shutdown(self) -> None:
         """Finish what is being stored, but for what takes too long, and let go of the primary tier's memory."""
         wait([future for job in self._jobs.values() for _, future in job.runs], timeout=_CLOSE_LIMIT_S)
-        self._writer.shutdown(wait=True, cancel_futures=True)
         self._lookups.shutdown()
         for store in self._stores.values():
             store.close()
@@ -248,6 +243,6 @@ class _Lookups(AsyncLookupManager):
         return [(chunk + 1) * self._chunk_tokens[group] <= tokens for group, chunk in places]
 
 
-def _good(future: Future[int]) -> int:
-    """What came of a future that is done, 0 when nothing did; less for a store behind chunks that are not there."""
-    return 0 if future.cancelled() or future.exception() is not None else future.result()
+def _good(future: Future[int], before: int = 0) -> int:
+    """What came of a future that is done, without those `before`; 0 when nothing did."""
+    return 0 if future.cancelled() or future.exception() is not None else future.result() - before

@@ -66,7 +66,7 @@ class Worker:
         for transfer, rows, future in ended:
             good = future.result()
             if good and self._caches is not None:
-                self._caches.scatter(rows, transfer.blocks, 0, good)
+                self._caches.scatter(rows, transfer.blocks, good)
             self._failed.update(block for ids in transfer.blocks for block in ids[good:] if block)
         return {each.transfer.request_id for each in ended}
 

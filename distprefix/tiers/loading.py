@@ -15,11 +15,12 @@ from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, UnavailableError
 from distprefix.operations import Places
 from distprefix.tiers.payloads import ATTEMPTS, COLD, GONE, TIER_EPOCH, WARM, Payloads
-from distprefix.tiers.store import PayloadStore, Want, check_fits
+from distprefix.tiers.store import PayloadStore, Want, check_fits, groups
 
 __all__ = ["Asked", "Loaded", "load"]
 
 _GROUP_BYTES = 64 * 1024 * 1024
+"""As many are read at once: what is not received where it is wanted lies in memory meanwhile."""
 _NOWHERE = Places(array("I"), array("I"), ())
 
 
@@ -150,7 +151,7 @@ def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> No
     every = [wanted for each in loads for wanted in each.wants()]
     for is_cold, run in groupby(every, lambda wanted: wanted.is_cold):
         store = payloads.cold if is_cold else payloads.warm
-        for group in _groups(run):
+        for group in groups(run, lambda wanted: wanted.want.size, _GROUP_BYTES):
             wanted, began, size = [each for each in group if not each.load.ended], time.perf_counter(), 0
             found = _read(payloads, store, [each.want for each in wanted], deadline)
             spent_us = int(1e6 * (time.perf_counter() - began))
@@ -166,20 +167,6 @@ def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> No
             if is_cold:
                 payloads.count("payload_load_cold_us", spent_us)
                 payloads.count("payload_bytes_loaded_cold", size)
-
-
-def _groups(every: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
-    """As many as are read at once: what is not received where it is wanted lies in memory meanwhile."""
-    group: list[_Wanted] = []
-    size = 0
-    for wanted in every:
-        group.append(wanted)
-        size += wanted.want.size
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _read(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Iterator
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import NotAttachedError
 from distprefix.tiers.payloads import COLD, WARM, Payloads
-from distprefix.tiers.store import PayloadStore, Want
+from distprefix.tiers.store import PayloadStore, Want, groups
 
 __all__ = ["demote", "promote"]
 
 _GROUP_BYTES = 8 * 1024 * 1024
+"""As many are copied at once: they lie in memory meanwhile, packed and unpacked."""
 
 
 def promote(payloads: Payloads, hashes: bytes, deadline: float) -> int:
@@ -64,7 +64,7 @@ def _move(
     began, count, total = time.perf_counter(), len(sizes) // 4, 0
     copies, view = array("I", bytes(4 * count)), memoryview(sizes).cast("I")
     wants = [(at, Want(run[at * HASH_BYTES : (at + 1) * HASH_BYTES], view[at])) for at in range(count) if view[at]]
-    for group in _groups(wants):
+    for group in groups(wants, lambda each: each[1].size, _GROUP_BYTES):
         found: list[tuple[bytes, memoryview]] = []
         for (_, want), read in zip(group, source.read([want for _, want in group], deadline), strict=True):
             if isinstance(read, str):
@@ -86,17 +86,3 @@ def _move(
     if name == "demote":
         payloads.count("demoted_bytes_packed", sum(copies))
     return len(wants)
-
-
-def _groups(wants: Iterable[tuple[int, Want]]) -> Iterator[list[tuple[int, Want]]]:
-    """As many as are copied at once: they lie in memory meanwhile, packed and unpacked."""
-    group: list[tuple[int, Want]] = []
-    size = 0
-    for at, want in wants:
-        group.append((at, want))
-        size += want.size
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

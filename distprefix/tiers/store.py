@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from distprefix.errors import ConfigError, DamagedPayloadError, InvalidInputError
 from distprefix.redis.data import Buffer, DataPool
@@ -14,8 +14,9 @@ from distprefix.tiers.codecs import RAW, Codec, codec_named
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
 
-__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits"]
+__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits", "groups"]
 
+T = TypeVar("T")
 PART_BYTES = 8 * 1024 * 1024
 """Longer payloads lie in several values: a server that copies one of 512 MiB answers nobody else."""
 _UNTOLD_MS = 600_000
@@ -153,6 +154,20 @@ def check_fits(length: int, target: memoryview) -> None:
     """Raise InvalidInputError unless a payload of this length just fills the buffer."""
     if len(target) != length:
         raise InvalidInputError(f"a payload has {length} bytes, the buffer for it {len(target)}: give one that fits")
+
+
+def groups(items: Iterable[T], size_of: Callable[[T], int], least: int) -> Iterator[list[T]]:
+    """The items in groups, each ended by the item with which it has at least so many bytes."""
+    group: list[T] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= least:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _parts_in(size: int) -> int:
