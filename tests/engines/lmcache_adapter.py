@@ -8,12 +8,8 @@ what fails is answered with ``{"error": ...}``. What is opened here under two na
 # pyright: basic, reportMissingImports=false
 from __future__ import annotations
 
-import inspect
-import json
-import logging
 import os
 import select
-import sys
 import time
 from typing import Any
 
@@ -25,20 +21,12 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import get_l2_adapter_config_class
 from lmcache.v1.memory_management import MemoryObjMetadata, TensorMemoryObj
 
+from tests.engines.serve import parameters, said, serve
+
 SHAPE = torch.Size([2, 2, 16, 8])
 PLUGIN = {"type": "plugin", "module_path": "distprefix.engines.lmcache", "class_name": "DistPrefixL2Adapter"}
 
 
-class _Warnings(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-warnings = _Warnings()
 adapters: dict[str, Any] = {}
 
 
@@ -190,19 +178,9 @@ def close(name: str) -> dict[str, Any]:
     return {}
 
 
-def said() -> dict[str, Any]:
-    """Warnings since the last time."""
-    lines, warnings.lines = warnings.lines, []
-    return {"said": lines}
-
-
 def interface() -> dict[str, Any]:
     """LMCache's abstract class, as it is installed: its methods' parameters, and which are abstract; and ours."""
     from distprefix.engines.lmcache import DistPrefixL2Adapter  # noqa: PLC0415 - this is not the package of that name
-
-    def parameters(owner: Any) -> dict[str, list[str]]:
-        found = inspect.getmembers(owner, inspect.isfunction)
-        return {name: list(inspect.signature(f).parameters) for name, f in found if not name.startswith("_")}
 
     abstract = sorted(L2AdapterInterface.__abstractmethods__)
     ours, theirs = parameters(DistPrefixL2Adapter), parameters(L2AdapterInterface)
@@ -223,20 +201,5 @@ ORDERS = {
 }
 
 
-def main() -> None:
-    """Serve orders until there are no more."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as answers:
-        os.dup2(2, 1)  # stdout is for answers only
-        logging.getLogger("distprefix").addHandler(warnings)
-        answers.write(json.dumps({"ready": True}) + "\n")
-        for line in sys.stdin:
-            order = json.loads(line)
-            try:
-                answer = ORDERS[order.pop("do")](**order)
-            except Exception as error:  # noqa: BLE001 - whoever ordered is to know
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps(answer) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    serve(ORDERS)

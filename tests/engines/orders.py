@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-HERE = Path(__file__).parent
+import pytest
+
+from tests.engines.process import FOLDER, clean_environment
+
+__all__ = ["Process", "opened", "tidied"]
 
 
 class Process:
     """A script in an engine's environment; answers every order, both lines of JSON."""
 
     def __init__(self, python: str, script: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DISTPREFIX_")}
         self._process = subprocess.Popen(
-            [python, "-W", "ignore", str(HERE / script)],
+            [python, "-W", "ignore", str(FOLDER / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env={
-                **environment,
-                "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+                **clean_environment(),
+                "PYTHONPATH": os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]),
             },
         )
         self._answer()
@@ -49,3 +53,22 @@ class Process:
         line = self._process.stdout.readline()
         assert line, f"it ended with {self._process.wait()}"
         return json.loads(line)
+
+
+def opened(variable: str, script: str, maker: str) -> Iterator[Process]:
+    """A process for all tests of a module: importing an engine takes seconds. Skips where there is no environment."""
+    python = os.environ.get(variable, "")
+    if not python:
+        pytest.skip(f"{variable} names no Python with the engine ({maker} makes one)")
+    process = Process(python, script)
+    yield process
+    process.close()
+
+
+def tidied(process: Process) -> Iterator[Process]:
+    """The process, with nothing open under the two names before and after."""
+    process.tell("said")
+    yield process
+    for name in ("a", "b"):
+        with contextlib.suppress(RuntimeError):
+            process.tell("close", name=name)

@@ -6,20 +6,18 @@ fails is answered with ``{"error": ...}``. What is opened here under two names i
 """
 
 # pyright: basic, reportMissingImports=false
-# ruff: noqa: PLC0415, F401, BLE001 - imports take long or need what prepare() does; whoever ordered is to know errors
+# ruff: noqa: PLC0415, F401 - imports take long or need what prepare() does; whoever ordered is to know errors
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
-import json
-import logging
-import os
 import sys
 import time
 import types
 from pathlib import Path
 from typing import Any
+
+from tests.engines.serve import parameters, said, serve
 
 PAGE = 4
 LAYERS = 2
@@ -50,16 +48,6 @@ def prepare() -> None:
         modules["torchvision.transforms"].functional = modules["torchvision.transforms.functional"]
 
 
-class _Warnings(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-warnings = _Warnings()
 storages: dict[str, Any] = {}
 pools: dict[tuple[str, str], Any] = {}
 
@@ -249,21 +237,11 @@ def close(name: str) -> dict[str, Any]:
     return {}
 
 
-def said() -> dict[str, Any]:
-    """Warnings since the last time."""
-    lines, warnings.lines = warnings.lines, []
-    return {"said": lines}
-
-
 def interface() -> dict[str, Any]:
     """SGLang's abstract class, as it is installed: its methods' parameters, and which are abstract; and ours."""
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
     from distprefix.engines.sglang import DistPrefixStorage
-
-    def parameters(owner: Any) -> dict[str, list[str]]:
-        found = inspect.getmembers(owner, inspect.isfunction)
-        return {name: list(inspect.signature(f).parameters) for name, f in found if not name.startswith("_")}
 
     version = importlib.metadata.version("sglang")
     abstract = sorted(HiCacheStorage.__abstractmethods__)
@@ -275,25 +253,13 @@ EVERY = (call, clear, close, fill, generic, interface, open_, said, same, stats,
 ORDERS = {function.__name__.rstrip("_"): function for function in EVERY}
 
 
-def main() -> None:
-    """Serve orders until there are no more."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as answers:
-        os.dup2(2, 1)  # stdout is for answers only
-        logging.getLogger("distprefix").addHandler(warnings)
-        prepare()
-        import sglang.srt.mem_cache.pool_host.mha  # takes ten seconds
-
-        answers.write(json.dumps({"ready": True}) + "\n")
-        for line in sys.stdin:
-            order = json.loads(line)
-            try:
-                answer = ORDERS[order.pop("do")](**order)
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps(answer) + "\n")
-        for storage in storages.values():
-            storage.close()
+def ready() -> None:
+    """Import what takes ten seconds."""
+    prepare()
+    import sglang.srt.mem_cache.pool_host.mha
 
 
 if __name__ == "__main__":
-    main()
+    serve(ORDERS, ready)
+    for storage in storages.values():
+        storage.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.engines.orders import Process
+from tests.engines.orders import Process, opened, tidied
 from tests.servers import Backend, Server
 
 ABSTRACT = [
@@ -30,25 +29,14 @@ ABSTRACT = [
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Process]:
-    """One process for all tests: importing LMCache takes seconds."""
-    python = os.environ.get("DISTPREFIX_LMCACHE_PYTHON", "")
-    if not python:
-        pytest.skip("DISTPREFIX_LMCACHE_PYTHON names no Python with LMCache (benchmarks/install_lmcache.sh makes one)")
-    process = Process(python, "lmcache_adapter.py")
-    yield process
-    process.close()
+    """One process for all tests."""
+    yield from opened("DISTPREFIX_LMCACHE_PYTHON", "lmcache_adapter.py", "benchmarks/install_lmcache.sh")
 
 
 @pytest.fixture
 def lmcache(process: Process) -> Iterator[Process]:
     """The process, with nothing open before and after."""
-    process.tell("said")
-    yield process
-    for name in ("a", "b"):
-        try:
-            process.tell("close", name=name)
-        except RuntimeError:
-            continue
+    yield from tidied(process)
 
 
 def hashes(count: int, seed: str = "") -> list[str]:

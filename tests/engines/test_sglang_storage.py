@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.engines.orders import Process
+from tests.engines.orders import Process, opened, tidied
 from tests.servers import Backend, Server
 
 ABSTRACT = ["batch_get", "batch_set", "exists", "get", "set"]
@@ -19,25 +18,14 @@ LAYOUTS = ("page_first", "layer_first", "page_first_direct")
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Process]:
-    """One process for all tests: importing SGLang takes ten seconds."""
-    python = os.environ.get("DISTPREFIX_SGLANG_PYTHON", "")
-    if not python:
-        pytest.skip("DISTPREFIX_SGLANG_PYTHON names no Python with SGLang (tests/engines/install_sglang.sh makes one)")
-    process = Process(python, "sglang_storage.py")
-    yield process
-    process.close()
+    """One process for all tests."""
+    yield from opened("DISTPREFIX_SGLANG_PYTHON", "sglang_storage.py", "tests/engines/install_sglang.sh")
 
 
 @pytest.fixture
 def sglang(process: Process) -> Iterator[Process]:
     """The process, with nothing open before and after."""
-    process.tell("said")
-    yield process
-    for name in ("a", "b"):
-        try:
-            process.tell("close", name=name)
-        except RuntimeError:
-            continue
+    yield from tidied(process)
 
 
 def keys(count: int, seed: str = "") -> list[str]:
