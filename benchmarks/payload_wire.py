@@ -111,7 +111,9 @@ def _measure(where: str, url: str, name: str, scale: float) -> Iterator[Figure]:
         for client in clients.values():
             stack.callback(client.close)
         loads: dict[str, Callable[[], object]] = {
-            "ours": lambda: pool.get(keys, lambda index, _: targets[index : index + 1], time.monotonic() + 60),
+            "ours": lambda: pool.get(
+                keys, lambda index, _: targets[index : index + 1], time.monotonic() + 60, [size] * count
+            ),
             "bare": bare.get,
             **{kind: _load_with(client, keys, targets) for kind, client in clients.items()},
         }

@@ -26,10 +26,10 @@ from distprefix.model import CacheHitResult, PrefixEntry
 from distprefix.operations import Evicted, Swept
 from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
 from distprefix.publisher import Publisher
-from distprefix.redis.data import Buffer
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
 from distprefix.redis.roster import Member, WorkerInfo, read_members
+from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.results import pack_metadata
 from distprefix.staleness import check_samples

@@ -24,7 +24,7 @@ from distprefix.engines.identity import Identity, weights_of
 from distprefix.engines.lmcache_tasks import Holds, LeasingStore, Stores, Tasks, when_all
 from distprefix.engines.store import config_for
 from distprefix.errors import ConfigError
-from distprefix.redis.data import Buffer
+from distprefix.redis.transfers import Buffer
 from distprefix.reservations import Lease
 
 __all__ = ["DistPrefixL2Adapter"]

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from distprefix.engines.identity import Identity, weights_of
-from distprefix.redis.data import Buffer
+from distprefix.redis.transfers import Buffer
 
 __all__ = ["Page", "bytes_of", "identity_of", "is_replicated", "launched_with", "pages_of"]
 

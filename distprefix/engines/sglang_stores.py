@@ -10,7 +10,7 @@ from typing import TypeVar
 from distprefix.chunking import HASH_BYTES, Chain
 from distprefix.engines.store import EngineStore
 from distprefix.optimizer import PrefixCacheOptimizer
-from distprefix.redis.data import Buffer
+from distprefix.redis.transfers import Buffer
 
 __all__ = ["PoolStore", "settled"]
 

@@ -16,7 +16,7 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.engines.identity import Identity
 from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, UnavailableError
 from distprefix.optimizer import PrefixCacheOptimizer
-from distprefix.redis.data import Buffer
+from distprefix.redis.transfers import Buffer
 
 __all__ = ["EngineStore", "config_for"]
 

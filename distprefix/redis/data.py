@@ -13,34 +13,22 @@ import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from redis.connection import parse_url
 
 from distprefix import errors
 from distprefix.config import without_password
-from distprefix.redis.resp import LONGEST_VALUE, RefusedError, Wire, WireError, bulk
+from distprefix.redis.resp import RefusedError, Wire, WireError
+from distprefix.redis.transfers import Sink, Value, length_of, read_values, write_values
 
-__all__ = ["Buffer", "DataPool", "Sink", "WriteError"]
+__all__ = ["DataPool", "WriteError"]
 
-Buffer = bytes | bytearray | memoryview
-_Value = tuple[str, Sequence[Buffer]]
 _ONE_KEY = ("ERR", "WRONGTYPE")
 """Errors that say something of a key; all others say something of the server, or of what we may do there."""
 _REASONS = {"OOM": "out of memory", "NOAUTH": "auth", "WRONGPASS": "auth", "NOPERM": "permission", "LOADING": "loading"}
-_AHEAD_BYTES = 4 * 1024 * 1024
-"""Bytes of values asked for before they are read, as far as one can know, and sent before replies are read."""
-_FEWEST, _MOST = 2, 32
-"""At least and at most so many commands: replies to writes fit into any socket's buffer, so that neither side can get
-stuck writing to the other."""
 _UNLINK_KEYS = 512
-
-
-class Sink(Protocol):
-    """Tells where a value goes: gives writable views whose lengths add up to `length`, or None to skip the bytes."""
-
-    def __call__(self, index: int, length: int, /) -> Sequence[memoryview] | None: ...  # noqa: D102 - the class tells
 
 
 class WriteError(errors.UnavailableError):
@@ -74,46 +62,19 @@ class DataPool:
         except (ValueError, OSError) as error:  # of ssl too
             raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
 
-    def get(self, keys: Sequence[str], sink: Sink, deadline: float) -> list[int]:
+    def get(self, keys: Sequence[str], sink: Sink, deadline: float, expected: Sequence[int] | None = None) -> list[int]:
         """Read values into what `sink` gives for each; returns their lengths, -1 where there is none to be had.
 
-        When it raises, the views may hold anything.
+        `expected`: lengths that the values should have. Those that have them come in fewer system calls. When it
+        raises, the views may hold anything.
         """
-        lengths: list[int] = []
         if not keys:
-            return lengths
+            return []
         with self._wire(deadline) as wire:
-            asked, most, longest = 0, len(keys), _AHEAD_BYTES // _FEWEST  # until the first reply tells
-            failed: RefusedError | None = None
-            while len(lengths) < most:
-                index = len(lengths)
-                ahead = min(max(_AHEAD_BYTES // longest, _FEWEST), _MOST)
-                if asked < most and asked - index <= ahead // 2:
-                    until = min(most, index + ahead)
-                    wire.send([memoryview(b"".join(b"*2\r\n$3\r\nGET\r\n" + bulk(key) for key in keys[asked:until]))])
-                    asked = until
-                try:
-                    length = wire.length()
-                except RefusedError as error:
-                    lengths.append(-1)
-                    if error.code in _ONE_KEY:
-                        self._count(error.code.lower())
-                    else:
-                        failed, most = failed or error, asked
-                    continue
-                views = None if failed or length < 0 else sink(index, length)
-                if views is not None:
-                    wire.fill(_checked(views, length), length)
-                elif length >= 0:
-                    wire.skip(length)
-                longest = max(longest if index else 1, length)
-                lengths.append(length)
-            if failed:
-                raise failed
-        return lengths
+            return read_values(wire, keys, sink, expected or (), self._is_of_one_key)
 
     def set(
-        self, values: Sequence[_Value], deadline: float, *, ttl_ms: int | None = None, only_new: bool = False
+        self, values: Sequence[Value], deadline: float, *, ttl_ms: int | None = None, only_new: bool = False
     ) -> list[bool]:
         """Write values, each the concatenation of its buffers; returns which were written: with `only_new` not all are.
 
@@ -121,34 +82,14 @@ class DataPool:
         """
         if ttl_ms is not None and ttl_ms <= 0:
             raise errors.InvalidInputError(f"ttl_ms is {ttl_ms}: it must be above 0")
-        options = b"$2\r\nNX\r\n" * only_new + (b"" if ttl_ms is None else b"$2\r\nPX\r\n" + bulk(ttl_ms))
-        end, words = memoryview(b"\r\n" + options), 3 + only_new + 2 * (ttl_ms is not None)
-        prepared = [_prepared(key, buffers, words) for key, buffers in values]
+        options = [*([b"NX"] if only_new else []), *([] if ttl_ms is None else [b"PX", b"%d" % ttl_ms])]
+        lengths = [length_of(key, buffers) for key, buffers in values]
         written = [False] * len(values)
         if not values:
             return written
-        failed: RefusedError | None = None
-        sent = answered = 0
         try:
             with self._wire(deadline) as wire:
-                while answered < sent or (sent < len(values) and not failed):
-                    before, size = sent, 0
-                    parts: list[memoryview] = []
-                    most = before if failed else min(len(values), before + _MOST // 2)
-                    while sent < most and size < _AHEAD_BYTES // 4:
-                        length, views = prepared[sent]
-                        parts += (*views, end)
-                        size += length
-                        sent += 1
-                    wire.send(parts)
-                    for index in range(answered, before):
-                        try:
-                            written[index] = wire.is_ok()
-                        except RefusedError as error:
-                            failed = failed or error
-                    answered = before
-                if failed:
-                    raise failed
+                write_values(wire, values, lengths, options, written)
         except errors.UnavailableError as error:
             raise WriteError(str(error), written) from error
         return written
@@ -226,34 +167,16 @@ class DataPool:
                 return
         wire.close()
 
+    def _is_of_one_key(self, error: RefusedError) -> bool:
+        """Whether an error says something of a key alone; it is counted then."""
+        if error.code not in _ONE_KEY:
+            return False
+        self._count(error.code.lower())
+        return True
+
     def _count(self, reason: str) -> None:
         with self._lock:
             self.failures[reason] += 1
-
-
-def _flat(buffers: Sequence[Buffer]) -> tuple[int, list[memoryview]]:
-    """How many bytes there are, and where, without what is empty."""
-    try:
-        views = [view.cast("B") for view in map(memoryview, buffers) if view.nbytes]
-    except TypeError as error:
-        raise errors.InvalidInputError(f"a buffer is not contiguous bytes: {error}") from error
-    return sum(map(len, views)), views
-
-
-def _prepared(key: str, buffers: Sequence[Buffer], words: int) -> tuple[int, list[memoryview]]:
-    length, views = _flat(buffers)
-    if length > LONGEST_VALUE:
-        raise errors.InvalidInputError(f"the value of {key!r} has {length} bytes: {LONGEST_VALUE} are allowed")
-    return length, [memoryview(b"*%d\r\n$3\r\nSET\r\n%s$%d\r\n" % (words, bulk(key), length)), *views]
-
-
-def _checked(views: Sequence[memoryview], length: int) -> list[memoryview]:
-    if len(views) == 1 and len(views[0]) == views[0].nbytes == length and not views[0].readonly:
-        return [*views]  # the common case, in few steps
-    total, flat = _flat(views)
-    if total != length or any(view.readonly for view in flat):
-        raise errors.InvalidInputError(f"the sink gave {total} bytes, for a value of {length}: they must be writable")
-    return flat
 
 
 def _read_url(url: str) -> tuple[tuple[str, int] | str, ssl.SSLContext | None, list[tuple[bytes, ...]]]:

@@ -21,7 +21,7 @@ _SCRATCH = 256 * 1024
 _AT_ONCE, _AT_ONCE_UNIX = 256 * 1024, 4 * 1024 * 1024
 """Above this the kernel is to wait for all of a value; below, one call may bring it and the next reply's head. A Unix
 socket hands over what has been written so far faster than it waits."""
-_DOLLAR, _NONE = 36, (b"$-1", b"_", b"*-1")
+_DOLLAR, _NONE, _OK = 36, (b"$-1", b"_", b"*-1"), b"+OK\r\n"
 _PARTS = 512
 """Buffers that one system call takes; the kernel's limit is 1024."""
 _EXACT_S = 0.001
@@ -53,10 +53,8 @@ class Wire:
         self.begin(deadline)
         self.bytes_in = 0
         self.bytes_out = 0
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
-        self._at_once = _AT_ONCE_UNIX if isinstance(address, str) else _AT_ONCE
+        self._keep(b"")
+        self.at_once = _AT_ONCE_UNIX if isinstance(address, str) else _AT_ONCE
         try:
             self._socket: socket.socket = self._connect(address)
             try:
@@ -82,6 +80,11 @@ class Wire:
     def close(self) -> None:
         """Close it. Calling again does nothing."""
         self._socket.close()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether all that was received has been read: what comes next may go elsewhere."""
+        return self._start == self._end
 
     @property
     def is_quiet(self) -> bool:
@@ -157,11 +160,13 @@ class Wire:
             self._start += taken
             length -= taken
             _advance(views, taken)
+        if length and len(self._buffer) > 2 * _BUFFER:
+            self._keep(b"")  # what was left in it has been read
         while length:  # by what is left, as adding up the views takes longer
-            if self._tls or length > self._at_once:
-                got = self._read(views, socket.MSG_WAITALL)
+            if self._tls or length > self.at_once:
+                got = self.read(views, socket.MSG_WAITALL)
             else:
-                got = self._read([*views, self._view], 0)
+                got = self.read([*views, self._view], 0)
                 if got > length:
                     self._start, self._end, got = 0, got - length, length
             length -= got
@@ -176,8 +181,25 @@ class Wire:
         length -= buffered
         scratch = memoryview(bytearray(min(length, _SCRATCH)))
         while length:
-            length -= self._read([scratch[:length]], 0)
+            length -= self.read([scratch[:length]], 0)
         self._read_end()
+
+    def unread(self, data: bytes) -> None:
+        """Have this read next; for what `read` brought. Nothing else may be left to read."""
+        self._keep(data)
+
+    def count_ok(self, most: int) -> int:
+        """How many replies to SET that say it was done are here already, one after the other; they are read."""
+        count = min(most, (self._end - self._start) // len(_OK))
+        while count and not self._buffer.startswith(_OK * count, self._start):
+            count //= 2
+        self._start += count * len(_OK)
+        return count
+
+    def _keep(self, data: bytes) -> None:
+        self._buffer = bytearray(data) + bytes(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._start, self._end = 0, len(data)
 
     def _read_end(self) -> None:
         while self._end - self._start < 2:
@@ -189,14 +211,17 @@ class Wire:
     def _read_more(self) -> None:
         """At least one more byte into the buffer."""
         if self._start:
+            if len(self._buffer) > 2 * _BUFFER:
+                self._keep(bytes(self._view[self._start : self._end]))
             kept = self._end - self._start
             self._buffer[:kept] = self._buffer[self._start : self._end]
             self._start, self._end = 0, kept
-        if self._end == _BUFFER:
+        if self._end == len(self._buffer):
             raise WireError("protocol", "the server's reply has no end")
-        self._end += self._read([self._view[self._end :]], 0)
+        self._end += self.read([self._view[self._end :]], 0)
 
-    def _read(self, views: list[memoryview], flags: int) -> int:
+    def read(self, views: list[memoryview], flags: int) -> int:
+        """Read at least a byte straight into views, none of them empty; how many came."""
         try:
             self._arm(socket.SO_RCVTIMEO)
             if self._tls:

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from distprefix.errors import ConfigError, DamagedPayloadError, InvalidInputError
-from distprefix.redis.data import Buffer, DataPool
+from distprefix.redis.data import DataPool
 from distprefix.redis.keys import Keys
+from distprefix.redis.transfers import Buffer
 from distprefix.tiers.codecs import RAW, Codec, codec_named
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
@@ -92,16 +93,17 @@ class PayloadStore:
 
         def sink(index: int, length: int) -> Sequence[memoryview] | None:
             i, part = places[index]
-            if length != _part_size(wants[i].size, part):
+            if length != expected[index]:
                 return None
             at = part * PART_BYTES - HEADER_BYTES
             return (bodies[i][at : at + length],) if part else (headers[i], bodies[i][: length - HEADER_BYTES])
 
         keys = [self._keys.payload(wants[i].chunk.hex(), part, cold=self.cold) for i, part in places]
-        lengths = self.pool.get(keys, sink, deadline)
+        expected = [_part_size(wants[i].size, part) for i, part in places]
+        lengths = self.pool.get(keys, sink, deadline, expected)
         wrong: dict[int, str] = {}
-        for (i, part), length in zip(places, lengths, strict=True):
-            if length != _part_size(wants[i].size, part):
+        for (i, _), length, right in zip(places, lengths, expected, strict=True):
+            if length != right:
                 wrong[i] = "missing" if length < 0 else "damaged"
         return [wrong.get(i) or self._open(want, headers[i], bodies[i]) for i, want in enumerate(wants)]
 

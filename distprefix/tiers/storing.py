@@ -11,7 +11,7 @@ from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
 from distprefix.operations import Places
-from distprefix.redis.data import Buffer
+from distprefix.redis.transfers import Buffer
 from distprefix.tiers.moving import promote
 from distprefix.tiers.payloads import ATTEMPTS, Payloads
 

@@ -93,7 +93,7 @@ def test_every_server_keeps_payloads(any_server: Backend) -> None:
     cache, tokens = any_server.open("w1"), prompt(4)
     assert cache.store(tokens, data(tokens)) == 4
     assert loaded(cache, tokens) == data(tokens)
-    assert cache.demote(0.0) == 4
+    assert cache.demote(ALWAYS) == 4
     assert loaded(cache, tokens) == data(tokens)
     assert cache.promote(tokens) in (0, 4)  # the load has it promoted as well
     assert loaded(cache, tokens) == data(tokens)

@@ -18,8 +18,9 @@ import pytest
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer, operations
 from distprefix.redis.client import Client
-from distprefix.redis.data import DataPool, Sink
+from distprefix.redis.data import DataPool
 from distprefix.redis.scripts import load_script
+from distprefix.redis.transfers import Sink
 from distprefix.tiers.elsewhere import Elsewhere
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
@@ -94,9 +95,11 @@ def act(action: str, settings: dict[str, Any], last: int) -> None:
             written += write(self, [value], *args, **options)
         return written
 
-    def counted_read(self: DataPool, keys: Sequence[str], sink: Sink, deadline: float) -> list[int]:
+    def counted_read(
+        self: DataPool, keys: Sequence[str], sink: Sink, deadline: float, expected: Sequence[int] | None = None
+    ) -> list[int]:
         steps.take("read")
-        return read(self, keys, sink, deadline)
+        return read(self, keys, sink, deadline, expected)
 
     Client.command, Elsewhere._ask, DataPool.set, DataPool.get = (
         counted_command,
