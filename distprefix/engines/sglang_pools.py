@@ -105,7 +105,8 @@ class HostPools:
         """Store pages of a pool. Which of them are there then."""
         self._stands_alone(name, policy)
         pool = self._pools[name]
-        if not self._config.is_storage_writer and is_replicated(self._config, name, pool):
+        is_writer = getattr(self._config, "is_storage_writer", self._config.tp_rank == 0)  # SGLang 0.5.22 has no such
+        if not is_writer and is_replicated(self._config, name, pool):
             return [True] * len(keys)  # another rank writes the very same
         if getattr(extra_info, "prefix_keys", None) is None:
             self.say_no_prefix_keys()

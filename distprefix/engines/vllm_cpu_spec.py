@@ -89,8 +89,8 @@ class HostWorker(OffloadingWorker):
                 size += len(blocks) * layer.size
         return self._finish(job_id, size, began)
 
-    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        """Copy rows into blocks."""
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:  # noqa: ARG002
+        """Copy rows into blocks. `expedited`, from vLLM 0.33 on: what copies at once is never too late."""
         began, size = time.perf_counter(), 0
         for layers, blocks, rows, parts in self._places(dst_spec, src_spec.block_ids):
             for layer in layers:
