@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 TOUCHES_A_CALL = 300
 TRIMS_A_CALL = 500
+CHAINS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
 DROPS_A_CALL = 500
@@ -320,11 +322,33 @@ class Places(NamedTuple):
         """How many leading chunks have a payload."""
         return len(self.warm)
 
+    def then(self, begin: int, warm: bytes, cold: bytes, starts: bytes) -> Places:
+        """What is known up to a node's head, and what a script tells from there on."""
+        firsts = [begin + int(start) for start in starts.split(b",") if start]
+        before = (start for start in self.starts if start < begin)
+        return Places(self.warm[:begin] + array("I", warm), self.cold[:begin] + array("I", cold), (*before, *firsts))
 
-def where(chain: bytes) -> Generator[Call, Any, Places]:
-    """Where the payloads of a chain lie, given from the root, up to the first chunk that has none. One call."""
-    warm, cold, *starts = yield Call("where", (SCHEMA, chain))
-    return Places(array("I", warm), array("I", cold), tuple(starts))
+
+def where(chains: Sequence[bytes]) -> Generator[Call, Any, list[Places]]:
+    """Where the payloads of chains lie, given from the root, of each up to the first chunk that has none.
+
+    A call for every 4,096 chunks of them, and for every 500 chains.
+    """
+    found = [Places(array("I"), array("I"), ()) for _ in chains]
+    todo = deque((i, 0, min(WINDOW, len(chain) // HASH_BYTES)) for i, chain in enumerate(chains))
+    while todo:
+        asked, room = [todo.popleft()], CHAINS_A_CALL - 1
+        left = WINDOW - (asked[0][2] - asked[0][1])
+        while todo and room and todo[0][2] - todo[0][1] <= left:
+            asked.append(todo.popleft())
+            left, room = left - (asked[-1][2] - asked[-1][1]), room - 1
+        windows = [chains[i][begin * HASH_BYTES : end * HASH_BYTES] for i, begin, end in asked]
+        reply = yield Call("where", (SCHEMA, *windows))
+        for at, (i, begin, end) in enumerate(asked):
+            places = found[i] = found[i].then(begin, *reply[3 * at : 3 * at + 3])
+            if places.chunks == end and end * HASH_BYTES < len(chains[i]):  # on from the head of the last node
+                todo.appendleft((i, places.starts[-1], min(end + WINDOW, len(chains[i]) // HASH_BYTES)))
+    return found
 
 
 class Idle(NamedTuple):

@@ -225,12 +225,15 @@ class PrefixCacheOptimizer:
         return load(self._tiers.payloads, [self._asked(token_ids, into, 0, None) for token_ids, into in prompts])
 
     def find_stored(self, token_ids: Any) -> int:
-        """How many leading chunks of a prompt have payloads, in either tier. One Redis call.
+        """How many leading chunks of a prompt have payloads, in either tier. One Redis call for 4,096 chunks.
 
         0 when Redis fails, which is counted as a failed look-up. Raises what went wrong when `strict`.
         """
-        prompt = self._state.read(token_ids)
-        return self._tiers.payloads.find_stored(self._state.chain(prompt))
+        return self.find_stored_batch([token_ids])[0]
+
+    def find_stored_batch(self, prompts: Iterable[Any]) -> list[int]:
+        """As `find_stored` for each of several prompts. One Redis call for 4,096 chunks of all together."""
+        return self._tiers.payloads.find_stored([self._state.chain(self._state.read(prompt)) for prompt in prompts])
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.

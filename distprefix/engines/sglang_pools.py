@@ -85,7 +85,8 @@ class HostPools:
         if not self._stands_alone(name, policy):
             return set(range(1, self.find(name, keys, extra_info) + 1))
         store, wanted = self._store(name), own if policy == _GROUPS else keys
-        there = settled(store.find_each(packed(wanted)), 2 * store.config.lookup_timeout_s, set[int]())
+        found = settled(store.look_up_each(packed(wanted)), 2 * store.config.lookup_timeout_s, list[bool]())
+        there = {at for at, is_there in enumerate(found) if is_there}
         if policy == _GROUPS:
             group, groups = max(1, transfer.group_pages), 0
             while (groups + 1) * group <= len(own) and there.issuperset(range(groups * group, (groups + 1) * group)):

@@ -106,21 +106,42 @@ class EngineStore:
 
         While too many bytes wait already, nothing is stored, and it is counted.
         """
-        size = sum(memoryview(payload).nbytes for payload in payloads)
-        with self._lock:
-            if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
-                self.counts["stores_dropped"] += len(payloads)
-                return _done(0)
-            self._waiting_bytes += size
 
         def work(cache: PrefixCacheOptimizer) -> int:
             stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads])
             self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + len(payloads)) - stored))
             return stored
 
-        future = self._submit(self._stores, work, 0)
-        future.add_done_callback(lambda _: self._add_waiting(-size))
-        return future
+        return self._store(work, payloads, 0)
+
+    # Chunks that are wanted without those before them, as of a sliding window: chains of one chunk each
+
+    def look_up_each(self, hashes: bytes) -> Future[list[bool]]:
+        """Which chunks can be loaded, each by itself. One Redis call for 500."""
+        none = [False] * (len(hashes) // HASH_BYTES)
+        return self._submit(self._lookups, lambda cache: [*map(bool, cache.find_stored_batch(_each(hashes)))], none)
+
+    def load_each(self, hashes: bytes, into: Sequence[Buffer]) -> Future[list[bool]]:
+        """Load chunks, each by itself. Which of them are good."""
+
+        def work(cache: PrefixCacheOptimizer) -> list[bool]:
+            wanted = [(chain, [target]) for chain, target in zip(_each(hashes), into, strict=True)]
+            good = [bool(loaded.chunks) for loaded in cache.load_batch(wanted)]
+            self._count("chunks_loaded", sum(good))
+            return good
+
+        return self._submit(self._loads, work, [False] * len(into))
+
+    def store_each(self, hashes: bytes, payloads: Sequence[Buffer]) -> Future[list[bool]]:
+        """Store chunks, each by itself. Which of them are there then; none while too many bytes wait already."""
+
+        def work(cache: PrefixCacheOptimizer) -> list[bool]:
+            wanted = [(chain, [payload]) for chain, payload in zip(_each(hashes), payloads, strict=True)]
+            good = [bool(stored) for stored in cache.store_batch(wanted)]
+            self._count("stores_dropped", good.count(False))
+            return good
+
+        return self._store(work, payloads, [False] * len(payloads))
 
     def metrics(self) -> dict[str, Any]:
         """What happened so far, the cache's own metrics included. No Redis call."""
@@ -138,6 +159,17 @@ class EngineStore:
                 self._opened = None
 
     # On the threads
+
+    def _store(self, work: Callable[[PrefixCacheOptimizer], T], payloads: Sequence[Buffer], otherwise: T) -> Future[T]:
+        size = sum(memoryview(payload).nbytes for payload in payloads)
+        with self._lock:
+            if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
+                self.counts["stores_dropped"] += len(payloads)
+                return _done(otherwise)
+            self._waiting_bytes += size
+        future = self._submit(self._stores, work, otherwise)
+        future.add_done_callback(lambda _: self._add_waiting(-size))
+        return future
 
     def _submit(self, pool: ThreadPoolExecutor, work: Callable[[PrefixCacheOptimizer], T], otherwise: T) -> Future[T]:
         def run() -> T:
@@ -184,6 +216,10 @@ class EngineStore:
     def _add_waiting(self, size: int) -> None:
         with self._lock:
             self._waiting_bytes += size
+
+
+def _each(hashes: bytes) -> list[Chain]:
+    return [Chain.packed(hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES)]
 
 
 def _done(value: T) -> Future[T]:

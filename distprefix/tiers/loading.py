@@ -91,13 +91,13 @@ def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
     """See `PrefixCacheOptimizer.load_batch`."""
     deadline, state = payloads.deadline(), payloads.state
     loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into, each.first) for each in asked]
-    for each in loads:
-        try:
-            each.places = payloads.places(each.hashes, deadline)
-        except DistPrefixError:
-            payloads.count("loads_failed", 1)
-            if state.config.strict:
-                raise
+    try:
+        for each, places in zip(loads, payloads.places([each.hashes for each in loads], deadline), strict=True):
+            each.places = places
+    except DistPrefixError:
+        payloads.count("loads_failed", len(loads))
+        if state.config.strict:
+            raise
     _read_all(payloads, loads, deadline)
     again = loads
     for attempt in range(ATTEMPTS + 1):
@@ -116,7 +116,7 @@ def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
     """Whether what ended a load was moved, or evicted, meanwhile. Not so far as anybody knows when nobody answers."""
     before = load.place
     try:
-        load.places = payloads.places(load.hashes, deadline)
+        load.places = payloads.places([load.hashes], deadline)[0]
     except DistPrefixError:
         return False
     return load.place != before

@@ -19,7 +19,7 @@ _GROUP_BYTES = 8 * 1024 * 1024
 
 def promote(payloads: Payloads, hashes: bytes, deadline: float) -> int:
     """Make warm what of a chain is cold, from the top down. Returns the chunks moved. Raises UnavailableError."""
-    places, moved = payloads.places(hashes, deadline), 0
+    (places,), moved = payloads.places([hashes], deadline), 0
     for start, stop in zip(places.starts, (*places.starts, places.chunks)[1:], strict=True):
         sizes = places.cold[start:stop]
         if any(sizes) and payloads.cold is not None:

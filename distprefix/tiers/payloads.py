@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from collections.abc import Sequence
 
 from distprefix import operations
 from distprefix.errors import DistPrefixError, NotAttachedError
@@ -40,24 +41,25 @@ class Payloads:
             if store is not None:
                 store.close()
 
-    def places(self, hashes: bytes, deadline: float) -> Places:
-        """Where the payloads of a chain lie. One call. Raises UnavailableError."""
+    def places(self, chains: Sequence[bytes], deadline: float) -> list[Places]:
+        """Where the payloads of chains lie. One call for 4,096 chunks. Raises UnavailableError."""
         link = self.state.link
         try:
-            return link.publish(operations.where(hashes), deadline)
+            return link.publish(operations.where(chains), deadline)
         except NotAttachedError:
             link.attach_again(link.epoch, deadline)
-            return Places(array("I"), array("I"), ())
+            return [Places(array("I"), array("I"), ()) for _ in chains]
 
-    def find_stored(self, hashes: bytes) -> int:
-        """How many leading chunks of a chain have payloads, by the deadline of a look-up. One call. 0 on failing."""
+    def find_stored(self, chains: Sequence[bytes]) -> list[int]:
+        """How many leading chunks of each chain have payloads, by the deadline of a look-up. 0 on failing."""
         try:
-            return self.places(hashes, time.monotonic() + self.state.config.lookup_timeout_s).chunks
+            found = self.places(chains, time.monotonic() + self.state.config.lookup_timeout_s)
         except DistPrefixError:
             self.count("loads_failed", 1)
             if self.state.config.strict:
                 raise
-            return 0
+            return [0] * len(chains)
+        return [places.chunks for places in found]
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""

@@ -60,9 +60,8 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     try:
         waiting = prompts
         for _ in range(ATTEMPTS):
-            for each in waiting:
-                hashes = b"".join(each.chunks)
-                places = payloads.places(hashes, deadline)
+            chains = [b"".join(each.chunks) for each in waiting]
+            for each, hashes, places in zip(waiting, chains, payloads.places(chains, deadline), strict=True):
                 each.look(places, given)
                 if each.fresh and any(places.cold):  # what is warm has only warm ones above it
                     promote(payloads, hashes[: each.stored * HASH_BYTES], deadline)

@@ -65,6 +65,21 @@ def test_what_has_a_gap_before_it_is_dropped(store: EngineStore, own_server: Ser
     assert waiting.result() == 4
 
 
+def test_chunks_that_stand_alone(store: EngineStore, own_server: Server) -> None:
+    """Chunks behind holes, as of a sliding window, are stored, found and loaded each by itself."""
+    assert store.store_each(CHAIN[32:64], BODIES[2:4]).result() == [True, True]
+    assert store.look_up_each(CHAIN).result() == [False, False, True, True, False, False]
+    assert store.look_up(CHAIN).result() == 0
+    room = into(3)
+    assert store.load_each(CHAIN[16:64], room).result() == [False, True, True]
+    assert room[1:] == BODIES[2:4]
+    assert store.counts["chunks_loaded"] == 2
+    own_server.freeze()
+    assert store.look_up_each(CHAIN).result(10) == [False] * 6
+    assert store.load_each(CHAIN[32:48], into(1)).result(10) == [False]
+    assert store.store_each(CHAIN[:16], BODIES[:1]).result(10) == [False]
+
+
 def test_a_frozen_server_stops_nobody(store: EngineStore, own_server: Server) -> None:
     """While the server does not answer, calls return at once, and their results are misses in time."""
     assert store.store(CHAIN[:16], BODIES[:1], 0).result() == 1

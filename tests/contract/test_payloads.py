@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import redis
 
-from distprefix import operations
+from distprefix import Chain, operations
+from distprefix.chunking import HASH_BYTES
 from distprefix.errors import InvalidInputError
 from distprefix.tiers.envelope import HEADER_BYTES
 from distprefix.tiers.store import PART_BYTES, Want
@@ -125,6 +126,38 @@ def test_prompts_share_what_they_begin_with(real_server: Backend) -> None:
     assert cache._tiers.payloads.warm.pool.bytes_out == calls
     assert metric(cache, "payloads_stored") == 9
     sound(real_server, cache)
+
+
+def test_many_prompts_are_found_in_one_call(real_server: Backend) -> None:
+    """What is stored of each of several prompts is told by one call, and one for every further 4,096 chunks."""
+    cache, one, other = real_server.open(), prompt(6), prompt(8, tail=3)
+    assert cache.store(one, data(one)) == 6
+    assert demote(real_server, cache) == 6
+    assert cache.store(other, data(other)[:5]) == 5
+    assert _calls_of(cache, lambda: cache.find_stored_batch([one, other, prompt(2), [9] * 8, one])) == (
+        1,
+        [6, 5, 2, 0, 6],
+    )
+    assert cache.find_stored_batch([]) == []
+    assert _calls_of(cache, lambda: cache.find_stored_batch([[i] * 4 for i in range(501)])) == (2, [0] * 501)
+
+
+def test_long_prompts_are_found_window_by_window(real_server: Backend) -> None:
+    """A prompt of many chunks is found whole, wherever its nodes begin and windows end, with prompts beside it."""
+    cache = real_server.open(max_run=100, publish_timeout_s=5, payload_timeout_s=20, max_prefix_length=1 << 30)
+    long, body = Chain.packed(Random(5).randbytes(9000 * HASH_BYTES)), b"x"
+    assert cache.store(long, [body] * 8500) == 8500
+    assert cache.store(prompt(2), [body] * 2) == 2
+    found = _calls_of(cache, lambda: cache.find_stored_batch([prompt(2), long, long[:5000], prompt(2)]))
+    assert found == (6, [2, 8500, 5000, 2])  # the two, thrice for the long one, twice for its part, and the two with it
+    assert cache.load(long).chunks == 8500
+
+
+def _calls_of(cache: Any, work: Callable[[], list[int]]) -> tuple[int, list[int]]:
+    """How many Redis calls something takes, and what it gives."""
+    before = cache._state.link.publishes.calls
+    found = work()
+    return cache._state.link.publishes.calls - before, found
 
 
 def test_load_into_buffers(real_server: Backend) -> None:
