@@ -1,8 +1,9 @@
 """LMCache's own factory, keys and memory objects, doing as they are told on stdin.
 
-Run by the Python of the environment that benchmarks/install_lmcache.sh makes, with this repository on PYTHONPATH. Every
-line on stdin is an order and gets one line on stdout, both JSON: ``{"do": NAME, ...}``, see the functions of `ORDERS`;
-what fails is answered with ``{"error": ...}``. What is opened here under two names is as apart as two servers are.
+Run by the Python of an environment with LMCache, as install_lmcache.sh makes one, with this repository on PYTHONPATH.
+Every line on stdin is an order and gets one line on stdout, both JSON: ``{"do": NAME, ...}``, see the functions of
+`ORDERS`; what fails is answered with ``{"error": ...}``. What is opened here under two names is as apart as two servers
+are.
 """
 
 # pyright: basic, reportMissingImports=false

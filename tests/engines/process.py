@@ -29,11 +29,13 @@ def clean_environment() -> dict[str, str]:
 
 
 class EngineProcess:
-    """vllm_engine.py with options; `start` may be called again after `kill`."""
+    """vllm_engine.py, or another script, with options; `start` may be called again after `kill`."""
 
-    def __init__(self, model: Path, log: Path, *options: str, **environment: str) -> None:
+    def __init__(
+        self, model: Path, log: Path, *options: str, script: str = "vllm_engine.py", **environment: str
+    ) -> None:
         self.log = log
-        self._command = [PYTHON, str(FOLDER / "vllm_engine.py"), str(model), *options]
+        self._command = [PYTHON, str(FOLDER / script), str(model), *options]
         self._environment = clean_environment() | environment
         self.process: subprocess.Popen[str] | None = None
 

@@ -30,7 +30,7 @@ ABSTRACT = [
 @pytest.fixture(scope="module")
 def process() -> Iterator[Process]:
     """One process for all tests."""
-    yield from opened("DISTPREFIX_LMCACHE_PYTHON", "lmcache_adapter.py", "benchmarks/install_lmcache.sh")
+    yield from opened("DISTPREFIX_LMCACHE_PYTHON", "lmcache_adapter.py", "tests/engines/install_lmcache.sh")
 
 
 @pytest.fixture
