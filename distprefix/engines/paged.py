@@ -1,4 +1,7 @@
-"""An engine's paged KV tensors as rows of bytes, one a block: all layers of it, one after the other."""
+"""An engine's paged KV tensors as rows of bytes, one a block: all layers of it, one after the other.
+
+Copying out of a device runs beside what it computes, on a stream of its own; on a CPU the same calls copy at once.
+"""
 
 # pyright: reportMissingImports=false
 
@@ -7,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Blocks", "PagedCaches"]
+__all__ = ["Blocks", "Layer", "PagedCaches", "Saving"]
 
 Blocks = tuple[tuple[int, ...], ...]
 """Block ids of consecutive chunks, for each KV cache group."""
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """The KV of a layer, and where it lies in a row."""
+
     group: int
     pages: Any
     """A tensor whose first dimension is the block."""
@@ -27,8 +32,10 @@ class PagedCaches:
 
     def __init__(self, tensors: Mapping[str, Any], groups: Sequence[Sequence[str]], block_size: int) -> None:
         """`tensors`: by layer, (blocks, heads, tokens, size). `groups`: the layers of each KV cache group."""
+        import torch  # noqa: PLC0415 - engines bring it
+
         group_of = {name: i for i, names in enumerate(groups) for name in names}
-        self._layers: list[_Layer] = []
+        self.layers: dict[str, Layer] = {}
         seen: set[tuple[int, int]] = set()  # groups share tensors, layers of a group may share their KV
         self.row_bytes = 0
         for name in sorted(tensors):
@@ -38,8 +45,10 @@ class PagedCaches:
             seen.add((group_of[name], tensor.data_ptr()))
             pages = tensor.unflatten(0, (-1, block_size // tensor.shape[2])) if tensor.shape[2] < block_size else tensor
             size = pages[0].numel() * pages.element_size()
-            self._layers.append(_Layer(group_of[name], pages, self.row_bytes, self.row_bytes + size))
+            self.layers[name] = Layer(group_of[name], pages, self.row_bytes, self.row_bytes + size)
             self.row_bytes += size
+        self.device = torch.get_device_module(next(iter(tensors.values())).device if tensors else "cpu")
+        self.stream = self.device.Stream()
 
     def rows(self, count: int) -> Any:
         """Room for so many rows in host memory."""
@@ -47,15 +56,13 @@ class PagedCaches:
 
         return torch.empty((count, self.row_bytes), dtype=torch.uint8)
 
-    def gather(self, blocks: Blocks, rows: Any) -> None:
-        """Copy blocks into rows. On another device than the host's it waits for what was computed there."""
-        for layer in self._layers:
-            picked = layer.pages[list(blocks[layer.group])].contiguous()
-            rows[:, layer.begin : layer.stop].copy_(_as_bytes(picked, len(rows)))
+    def begin_step(self) -> None:
+        """What the device does from now on waits for what is still being copied out of it: blocks are used again."""
+        self.device.current_stream().wait_stream(self.stream)
 
     def scatter(self, rows: Any, blocks: Blocks, count: int) -> None:
         """Copy the first `count` rows into their blocks, but for those that a group no longer has (block 0)."""
-        for layer in self._layers:
+        for layer in self.layers.values():
             ids = blocks[layer.group][:count]
             kept = [i for i, block in enumerate(ids) if block]
             if not kept:
@@ -67,7 +74,46 @@ class PagedCaches:
             layer.pages[[ids[i] for i in kept]] = values.to(layer.pages.device)
 
 
+class Saving:
+    """Blocks on their way into rows, layer by layer. Belongs to the thread of the model runner, but for `rows`."""
+
+    def __init__(self, caches: PagedCaches, blocks: Blocks) -> None:
+        self.count = len(blocks[0])
+        self.size = self.count * caches.row_bytes
+        """Bytes of all rows."""
+        self._caches = caches
+        self._blocks = blocks
+        self._picked: dict[str, Any] = {}
+        self._copied: Any = None
+
+    def copy(self, name: str) -> None:
+        """Begin to copy what the device has computed of a layer. Waits for nothing; a layer is copied once."""
+        layer = self._caches.layers.get(name)
+        if layer is None or name in self._picked:
+            return
+        stream = self._caches.stream
+        stream.wait_stream(self._caches.device.current_stream())
+        with self._caches.device.stream(stream):
+            picked = layer.pages[list(self._blocks[layer.group])]
+            self._picked[name] = picked.to("cpu", non_blocking=True)  # into pinned memory, where there is a device
+
+    def finish(self) -> None:
+        """Begin to copy the layers that were not. Nothing may follow."""
+        for name in self._caches.layers:
+            self.copy(name)
+        self._copied = self._caches.device.Event()
+        self._copied.record(self._caches.stream)
+
+    def rows(self) -> list[memoryview]:
+        """The rows, when all is copied; on any thread."""
+        self._copied.synchronize()
+        rows = self._caches.rows(self.count)
+        for name, layer in self._caches.layers.items():
+            rows[:, layer.begin : layer.stop] = _as_bytes(self._picked.pop(name), self.count)
+        return [memoryview(row) for row in rows.numpy()]
+
+
 def _as_bytes(picked: Any, count: int) -> Any:
     import torch  # noqa: PLC0415 - engines bring it
 
-    return picked.view(torch.uint8).reshape(count, -1)
+    return picked.contiguous().view(torch.uint8).reshape(count, -1)

@@ -18,7 +18,7 @@ from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, Unav
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.transfers import Buffer
 
-__all__ = ["EngineStore", "config_for"]
+__all__ = ["EngineStore", "config_for", "each_chunk", "size_of"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
@@ -106,26 +106,34 @@ class EngineStore:
 
         While too many bytes wait already, nothing is stored, and it is counted.
         """
+        return self.store_later(chain, len(payloads), size_of(payloads), lambda: payloads, first)
+
+    def store_later(
+        self, chain: bytes, count: int, size: int, payloads: Callable[[], Sequence[Buffer]], first: int
+    ) -> Future[int]:
+        """As `store`, for payloads that are made when it is their turn: so many, and so many bytes in all."""
 
         def work(cache: PrefixCacheOptimizer) -> int:
-            stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads])
-            self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + len(payloads)) - stored))
+            stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads()])
+            self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + count) - stored))
             return stored
 
-        return self._store(work, payloads, 0)
+        return self._store(work, count, size, 0)
 
     # Chunks that are wanted without those before them, as of a sliding window: chains of one chunk each
 
     def look_up_each(self, hashes: bytes) -> Future[list[bool]]:
         """Which chunks can be loaded, each by itself. One Redis call for 500."""
         none = [False] * (len(hashes) // HASH_BYTES)
-        return self._submit(self._lookups, lambda cache: [*map(bool, cache.find_stored_batch(_each(hashes)))], none)
+        return self._submit(
+            self._lookups, lambda cache: [*map(bool, cache.find_stored_batch(each_chunk(hashes)))], none
+        )
 
     def load_each(self, hashes: bytes, into: Sequence[Buffer]) -> Future[list[bool]]:
         """Load chunks, each by itself. Which of them are good."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            wanted = [(chain, [target]) for chain, target in zip(_each(hashes), into, strict=True)]
+            wanted = [(chain, [target]) for chain, target in zip(each_chunk(hashes), into, strict=True)]
             good = [bool(loaded.chunks) for loaded in cache.load_batch(wanted)]
             self._count("chunks_loaded", sum(good))
             return good
@@ -136,12 +144,12 @@ class EngineStore:
         """Store chunks, each by itself. Which of them are there then; none while too many bytes wait already."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            wanted = [(chain, [payload]) for chain, payload in zip(_each(hashes), payloads, strict=True)]
+            wanted = [(chain, [payload]) for chain, payload in zip(each_chunk(hashes), payloads, strict=True)]
             good = [bool(stored) for stored in cache.store_batch(wanted)]
             self._count("stores_dropped", good.count(False))
             return good
 
-        return self._store(work, payloads, [False] * len(payloads))
+        return self._store(work, len(payloads), size_of(payloads), [False] * len(payloads))
 
     def metrics(self) -> dict[str, Any]:
         """What happened so far, the cache's own metrics included. No Redis call."""
@@ -160,11 +168,10 @@ class EngineStore:
 
     # On the threads
 
-    def _store(self, work: Callable[[PrefixCacheOptimizer], T], payloads: Sequence[Buffer], otherwise: T) -> Future[T]:
-        size = sum(memoryview(payload).nbytes for payload in payloads)
+    def _store(self, work: Callable[[PrefixCacheOptimizer], T], count: int, size: int, otherwise: T) -> Future[T]:
         with self._lock:
             if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
-                self.counts["stores_dropped"] += len(payloads)
+                self.counts["stores_dropped"] += count
                 return _done(otherwise)
             self._waiting_bytes += size
         future = self._submit(self._stores, work, otherwise)
@@ -218,8 +225,14 @@ class EngineStore:
             self._waiting_bytes += size
 
 
-def _each(hashes: bytes) -> list[Chain]:
+def each_chunk(hashes: bytes) -> list[Chain]:
+    """Every chunk as a chain of its own."""
     return [Chain.packed(hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES)]
+
+
+def size_of(payloads: Sequence[Buffer]) -> int:
+    """Bytes of all of them."""
+    return sum(memoryview(payload).nbytes for payload in payloads)
 
 
 def _done(value: T) -> Future[T]:

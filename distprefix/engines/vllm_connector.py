@@ -1,7 +1,7 @@
 """vLLM's connector interface, version 1: blocks go to Redis as they are computed, and come from there else.
 
 One payload a block and rank, with all layers. The scheduler asks what is stored while a request waits in the queue;
-workers load between steps and copy what was computed after each. Redis is never waited for in a step.
+workers load between steps and copy what each computes, beside it. Redis is never waited for in a step.
 """
 
 # ruff: noqa: ARG002 - the interface names them
@@ -20,6 +20,7 @@ from distprefix.engines.vllm_worker import Worker
 __all__ = ["DistPrefixConnector"]
 
 _log = logging.getLogger("distprefix")
+_LAYERWISE = "layerwise"
 
 
 class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
@@ -32,6 +33,7 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
             # vLLM's default fails the request when a block cannot be loaded; a cache has no right to that.
             transfer.kv_load_failure_policy = "recompute"
         settings = dict(transfer.kv_connector_extra_config)
+        self._is_layerwise = bool(settings.pop(_LAYERWISE, False))
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         problem = _unsupported(vllm_config, kv_cache_config)
@@ -41,6 +43,11 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = Scheduler(vllm_config, kv_cache_config, settings)
         else:
             self._worker = Worker(vllm_config, kv_cache_config, settings)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers have to tell when they are done: a graph of the whole step does not."""
+        return bool(extra_config.get(_LAYERWISE, False))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -90,20 +97,22 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.register(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin to load what this step is told to."""
+        """Begin what this step is told to load and save."""
         if self._worker is not None:
-            self._worker.load(self._get_connector_metadata())
+            self._worker.begin(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: no step needs what is still being loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: a payload has all layers, and copying each alone would wait for the device as often."""
+        """Begin to copy what was computed of a layer, if that is to begin so early."""
+        if self._worker is not None and self._is_layerwise:
+            self._worker.save_layer(layer_name)
 
     def wait_for_save(self) -> None:
-        """Copy what this step computed, and hand it to the threads that store it."""
-        if self._worker is not None and self.has_connector_metadata():
-            self._worker.save(self._get_connector_metadata())
+        """Begin to copy what is not yet of this step, and hand it to the threads that store it. Waits for nothing."""
+        if self._worker is not None:
+            self._worker.save()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended, well or not."""

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, TypeVar
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
@@ -24,7 +25,8 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from distprefix.engines.chains import GROUP_BYTES, KeyChains, Run
-from distprefix.engines.store import EngineStore, config_for
+from distprefix.engines.parts import PartStore
+from distprefix.engines.store import config_for
 from distprefix.engines.vllm_identity import worker_id_of
 from distprefix.engines.vllm_tier_identity import chunk_tokens_of, tier_identity
 
@@ -39,14 +41,15 @@ _OFFER_AGAIN_S = 60.0
 """After a store that failed, new requests offer all their chunks for so long, not only those that are new here."""
 
 _log = logging.getLogger("distprefix")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Job:
     """A transfer that vLLM waits for."""
 
-    runs: list[tuple[Run, Future[int]]]
-    """With how many of its chunks are loaded, or how many leading chunks of its chain are stored then."""
+    runs: list[tuple[Run, Future[list[bool]]]]
+    """With which of its chunks are loaded, or stored then."""
     keys: tuple[bytes, ...]
     is_load: bool
     waiting_bytes: int
@@ -83,13 +86,16 @@ class DistPrefixTier(SecondaryTierManager):
         self._rows: Any = np.asarray(primary_kv_view)
         self._jobs: dict[int, _Job] = {}
         self._waiting_bytes, self._max_waiting_bytes = 0, self._rows.nbytes // 4
+        # vLLM does not tell which groups have sliding windows: of one group alone it is taken to have none
+        is_hybrid = len(configs) > 1
         self._stores = {
-            group: EngineStore(config, max_waiting_bytes=self._max_waiting_bytes) for group, config in configs.items()
+            group: PartStore(config, alone=is_hybrid, max_waiting_bytes=self._max_waiting_bytes)
+            for group, config in configs.items()
         }
         self._offer_until = 0.0
         self._counts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
-        self._lookups = _Lookups(tier_type, self._stores, self._chunk_tokens)
+        self._lookups = _Lookups(tier_type, self._stores)
 
     # Requests
 
@@ -154,31 +160,29 @@ class DistPrefixTier(SecondaryTierManager):
         waiting = self._waiting_bytes - before
         self._jobs[asked.job_id] = _Job(begun, keys, is_load, waiting, time.monotonic())
 
-    def _load(self, run: Run) -> Future[int]:
-        return self._stores[run.group].load(run.chain, self._buffers(run), run.first)
+    def _load(self, run: Run) -> Future[list[bool]]:
+        return self._stores[run.group].load_parts(run.chain, self._buffers(run), run.first)
 
-    def _store(self, run: Run) -> Future[int]:
+    def _store(self, run: Run) -> Future[list[bool]]:
         size = len(run.rows) * self.block_size_bytes
         if self._waiting_bytes + size > self._max_waiting_bytes:
             self._counts["stores_dropped_waiting"] += len(run.rows)
-            dropped: Future[int] = Future()
-            dropped.set_result(run.first)
+            dropped: Future[list[bool]] = Future()
+            dropped.set_result([False] * len(run.rows))
             return dropped
         self._waiting_bytes += size
-        return self._stores[run.group].store(run.chain, self._buffers(run), run.first)
+        return self._stores[run.group].store_parts(run.chain, self._buffers(run), run.first)
 
     def _buffers(self, run: Run) -> list[memoryview]:
         return [memoryview(self._rows[row]).cast("B") for row in run.rows]
 
     def _finish(self, name: int, job: _Job) -> Any:
         self._waiting_bytes -= job.waiting_bytes
-        counts = [_good(future, 0 if job.is_load else run.first) for run, future in job.runs]
-        good = [key for (run, _), count in zip(job.runs, counts, strict=True) for key in run.keys[: max(0, count)]]
+        good = [key for run, future in job.runs for key in compress(run.keys, _outcome(future) or ())]
         is_whole = len(good) == len(job.keys)
         if job.is_load and not is_whole:
             self._lookups.mark_miss(set(job.keys).difference(good))
         elif not is_whole:
-            self._counts["holes"] += sum(count < 0 for count in counts)
             self._offer_until = time.monotonic() + _OFFER_AGAIN_S
         return JobResult(
             job_id=name,
@@ -220,29 +224,29 @@ class DistPrefixTier(SecondaryTierManager):
 class _Lookups(AsyncLookupManager):
     """Asks on its thread, all keys of a request in a step at once."""
 
-    def __init__(self, tier_type: str, stores: dict[int, EngineStore], chunk_tokens: dict[int, int]) -> None:
+    def __init__(self, tier_type: str, stores: dict[int, PartStore]) -> None:
         self._stores = stores
-        self._chunk_tokens = chunk_tokens
         super().__init__(tier_type=tier_type)
 
     def batch_lookup(self, keys: Sequence[bytes], req_context: Any) -> Iterable[bool]:
         """Which chunks are stored. Not to be waited for by the scheduler.
 
-        A request can use as many tokens as every group has: what one has beyond that would be loaded in vain.
+        A group that has nothing makes all others of no use: they would be loaded in vain.
         """
         chains: KeyChains = req_context.get_state(KeyChains)
         places = [(int.from_bytes(key[-GROUP_BYTES:], "big"), chains.chunk(key) or 0) for key in keys]
-        stops: dict[int, int] = {}
+        wanted: dict[int, list[int]] = {}
         for group, chunk in places:
-            stops[group] = max(chunk + 1, stops.get(group, 0))
-        asked = {group: self._stores[group].look_up(chains.chain(group, stop)) for group, stop in stops.items()}
+            wanted.setdefault(group, []).append(chunk)
+        asked = {
+            group: self._stores[group].look_up_parts(chains.chain(group, max(chunks) + 1), chunks)
+            for group, chunks in wanted.items()
+        }
         wait(asked.values(), timeout=_LOOKUP_LIMIT_S)
-        tokens = min(
-            _good(future) * self._chunk_tokens[group] if future.done() else 0 for group, future in asked.items()
-        )
-        return [(chunk + 1) * self._chunk_tokens[group] <= tokens for group, chunk in places]
+        found = {group: _outcome(future) or set[int]() for group, future in asked.items()}
+        return [all(found.values()) and chunk in found[group] for group, chunk in places]
 
 
-def _good(future: Future[int], before: int = 0) -> int:
-    """What came of a future that is done, without those `before`; 0 when nothing did."""
-    return 0 if future.cancelled() or future.exception() is not None else future.result() - before
+def _outcome(future: Future[T]) -> T | None:
+    """What came of a future, where something did."""
+    return None if not future.done() or future.cancelled() or future.exception() is not None else future.result()

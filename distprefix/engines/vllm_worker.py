@@ -7,7 +7,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from distprefix.engines.paged import PagedCaches
+from distprefix.engines.paged import PagedCaches, Saving
 from distprefix.engines.store import EngineStore, config_for
 from distprefix.engines.vllm_identity import identity_of, worker_id_of
 from distprefix.engines.vllm_scheduler import Step, Transfer
@@ -34,29 +34,35 @@ class Worker:
         self._store = EngineStore(config_for(identity, {"worker_id": worker_id_of("{}-{}".format(*ranks)), **settings}))
         self._caches: PagedCaches | None = None
         self._loading: list[_Loading] = []
+        self._saving: list[tuple[Transfer, Saving]] = []
         self._failed: set[int] = set()
 
     def register(self, tensors: dict[str, Any]) -> None:
         """Remember where KV lies."""
         self._caches = PagedCaches(tensors, self._groups, self._block_size)
 
-    def load(self, step: Step) -> None:
-        """Begin to load, into rows of their own: the tensors belong to the model runner's thread."""
+    def begin(self, step: Step) -> None:
+        """Begin a step. Loads go into rows of their own: the tensors belong to the model runner's thread."""
         if self._caches is None:
             return
+        self._caches.begin_step()
         for transfer in step.loads:
             rows = self._caches.rows(len(transfer.blocks[0]))
             future = self._store.load(transfer.chain, _buffers(rows), transfer.first)
             self._loading.append(_Loading(transfer, rows, future))
+        self._saving = [(transfer, Saving(self._caches, transfer.blocks)) for transfer in step.saves]
 
-    def save(self, step: Step) -> None:
-        """Copy what was computed, and store it."""
-        if self._caches is None:
-            return
-        for transfer in step.saves:
-            rows = self._caches.rows(len(transfer.blocks[0]))
-            self._caches.gather(transfer.blocks, rows)
-            self._store.store(transfer.chain, _buffers(rows), transfer.first)
+    def save_layer(self, name: str) -> None:
+        """Begin to copy what the step computed of a layer, while it goes on with the next."""
+        for _, saving in self._saving:
+            saving.copy(name)
+
+    def save(self) -> None:
+        """Begin to copy the rest of what the step computed, and have it stored when it has come."""
+        for transfer, saving in self._saving:
+            saving.finish()
+            self._store.store_later(transfer.chain, saving.count, saving.size, saving.rows, transfer.first)
+        self._saving = []
 
     def finished(self) -> set[str]:
         """Requests whose loads have ended; what came is in their blocks then."""

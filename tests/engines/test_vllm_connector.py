@@ -30,7 +30,7 @@ def transfer(url: str, **settings: Any) -> list[str]:
 
 def test_another_process_loads_what_one_computed(engines: Open, server: Server, plain: EngineProcess) -> None:
     """Answers are an uncached engine's, and what is loaded is all that can be: turn by turn, and eight at once."""
-    one, other = (engines(*transfer(server.url)) for _ in range(2))
+    one, other = (engines(*transfer(server.url, layerwise=layerwise)) for layerwise in (True, False))
     prompts = [prompt(0, 8), prompt(1, 5, 7)]
     right = outputs(plain, prompts, max_tokens=40)
     answer = one.wait().order("generate", prompts=prompts, max_tokens=40)
