@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -18,11 +18,13 @@ from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, Unav
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.transfers import Buffer
 
-__all__ = ["EngineStore", "config_for", "each_chunk", "size_of"]
+__all__ = ["REST_S", "EngineStore", "config_for", "each_chunk", "rest", "size_of"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
 _REOPEN_S = 5.0
+REST_S = 0.002
+"""So much later an engine may see that it has something to compute after all."""
 _DEFAULTS: dict[str, Any] = {
     **{"max_prefix_length": 2**31, "publish_timeout_s": 1.0, "lookup_timeout_s": 0.25, "feed_interval_s": 0.0},
 }
@@ -233,6 +235,11 @@ def each_chunk(hashes: bytes) -> list[Chain]:
 def size_of(payloads: Sequence[Buffer]) -> int:
     """Bytes of all of them."""
     return sum(memoryview(payload).nbytes for payload in payloads)
+
+
+def rest(futures: Iterable[Future[Any]]) -> None:
+    """Let the threads work while an engine has nothing to compute: its loop would hold Python's lock against them."""
+    wait(futures, timeout=REST_S, return_when=FIRST_COMPLETED)
 
 
 def _done(value: T) -> Future[T]:

@@ -96,10 +96,16 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.register(kv_caches)
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin what this step is told to load and save."""
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.begin(self._get_connector_metadata())
+            self._worker.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Begin to load what this step is told to. vLLM calls this behind what the step computes."""
+        if self._worker is not None:
+            self._worker.load(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: no step needs what is still being loaded."""
@@ -117,6 +123,13 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended, well or not."""
         return None, (self._worker.finished() if self._worker is not None else None) or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Requests whose loads have ended, and which of them vLLM has to compute as a whole."""
+        results = super().get_transfer_results(finished_req_ids)
+        if self._worker is not None:
+            results.failed_recving |= self._worker.failed_requests()
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be loaded: vLLM computes them."""

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.engines.paged import Blocks
-from distprefix.engines.store import EngineStore, config_for
+from distprefix.engines.store import EngineStore, config_for, rest
 from distprefix.engines.vllm_identity import identities_of, worker_id_of
 
 __all__ = ["Scheduler", "Step", "Transfer"]
@@ -42,6 +42,8 @@ class Step(KVConnectorMetadata):
 
     loads: list[Transfer] = field(default_factory=list[Transfer])
     saves: list[Transfer] = field(default_factory=list[Transfer])
+    is_idle: bool = False
+    """Whether nothing is computed in it."""
 
 
 @dataclass(slots=True)
@@ -98,7 +100,10 @@ class Scheduler:
 
     def step(self, output: Any, manager: Any) -> Step:
         """What to do in the step that was just scheduled."""
-        step, self._loads = Step(loads=self._loads), []
+        is_idle = not output.total_num_scheduled_tokens
+        step, self._loads = Step(loads=self._loads, is_idle=is_idle), []
+        if is_idle and not step.loads:
+            self._rest()
         for request_id, computed in _scheduled(output):
             tracked = self._tracked.get(request_id)
             if tracked is None:
@@ -109,6 +114,12 @@ class Scheduler:
             if save is not None:
                 step.saves.append(save)
         return step
+
+    def _rest(self) -> None:
+        """Nothing can be computed before more is known: let it be asked for."""
+        waiting = [each for tracked in self._tracked.values() for each in tracked.lookups if not each.done()]
+        if waiting:
+            rest(waiting)
 
     def end(self, request_id: str) -> None:
         """Forget a request."""

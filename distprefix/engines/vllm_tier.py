@@ -9,6 +9,7 @@ Chunks go from the primary tier's rows to the socket and back, with no copy of o
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from distprefix.engines.chains import GROUP_BYTES, KeyChains, Run
 from distprefix.engines.parts import PartStore
-from distprefix.engines.store import config_for
+from distprefix.engines.store import REST_S, config_for, rest
 from distprefix.engines.vllm_identity import worker_id_of
 from distprefix.engines.vllm_tier_identity import chunk_tokens_of, tier_identity
 
@@ -35,6 +36,8 @@ __all__ = ["EVENTS", "DistPrefixTier"]
 EVENTS = "vllm:distprefix_tier_events"
 _LOOKUP_LIMIT_S = 1.0
 """Requests wait no longer for an answer."""
+_IDLE_S = 0.001
+"""A step that computes anything takes longer."""
 _CLOSE_LIMIT_S = 5.0
 """So long the engine's end waits for what is still being stored."""
 _OFFER_AGAIN_S = 60.0
@@ -92,7 +95,8 @@ class DistPrefixTier(SecondaryTierManager):
             group: PartStore(config, alone=is_hybrid, max_waiting_bytes=self._max_waiting_bytes)
             for group, config in configs.items()
         }
-        self._offer_until = 0.0
+        self._offer_until = self._ended = 0.0
+        self._waits_for_answers = False
         self._counts: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
         self._lookups = _Lookups(tier_type, self._stores)
@@ -109,8 +113,23 @@ class DistPrefixTier(SecondaryTierManager):
         self._lookups.cleanup(req_context.req_id)
 
     def on_schedule_end(self, context: Any) -> None:  # noqa: ARG002 - vLLM's signature
-        """Look up what this step's requests asked for, one Redis call for each request and group."""
+        """Look up what this step's requests asked for, one Redis call for each request and group.
+
+        Rests when steps follow each other so fast that nothing was computed in them.
+        """
+        if self._waits_for_answers:
+            self._lookups.answered.clear()
         self._lookups.flush()
+        if time.monotonic() - self._ended < _IDLE_S:
+            self._rest()
+        self._ended, self._waits_for_answers = time.monotonic(), False
+
+    def _rest(self) -> None:
+        """Leave Python's lock to the threads that this step would only ask in vain."""
+        if self._waits_for_answers:
+            self._lookups.answered.wait(REST_S)
+        elif self._jobs:
+            rest(future for job in self._jobs.values() for _, future in job.runs if not future.done())
 
     def lookup(self, key: bytes, req_context: Any) -> Any:
         """Whether a chunk is stored; RETRY until it is known."""
@@ -119,6 +138,7 @@ class DistPrefixTier(SecondaryTierManager):
             return LookupResult.MISS
         found = self._lookups.lookup(key, req_context)
         if found is None:
+            self._waits_for_answers = True
             return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
 
@@ -226,6 +246,7 @@ class _Lookups(AsyncLookupManager):
 
     def __init__(self, tier_type: str, stores: dict[int, PartStore]) -> None:
         self._stores = stores
+        self.answered = threading.Event()
         super().__init__(tier_type=tier_type)
 
     def batch_lookup(self, keys: Sequence[bytes], req_context: Any) -> Iterable[bool]:
@@ -244,6 +265,7 @@ class _Lookups(AsyncLookupManager):
         }
         wait(asked.values(), timeout=_LOOKUP_LIMIT_S)
         found = {group: _outcome(future) or set[int]() for group, future in asked.items()}
+        self.answered.set()
         return [all(found.values()) and chunk in found[group] for group, chunk in places]
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from distprefix.engines.paged import PagedCaches, Saving
-from distprefix.engines.store import EngineStore, config_for
+from distprefix.engines.store import EngineStore, config_for, rest
 from distprefix.engines.vllm_identity import identity_of, worker_id_of
 from distprefix.engines.vllm_scheduler import Step, Transfer
 
@@ -35,22 +35,29 @@ class Worker:
         self._caches: PagedCaches | None = None
         self._loading: list[_Loading] = []
         self._saving: list[tuple[Transfer, Saving]] = []
+        self._is_idle = False
         self._failed: set[int] = set()
+        self._failed_requests: set[str] = set()
 
     def register(self, tensors: dict[str, Any]) -> None:
         """Remember where KV lies."""
         self._caches = PagedCaches(tensors, self._groups, self._block_size)
 
     def begin(self, step: Step) -> None:
-        """Begin a step. Loads go into rows of their own: the tensors belong to the model runner's thread."""
+        """Begin a step, before anything of it is computed."""
+        self._is_idle = step.is_idle
+        if self._caches is not None:
+            self._caches.begin_step()
+            self._saving = [(transfer, Saving(self._caches, transfer.blocks)) for transfer in step.saves]
+
+    def load(self, step: Step) -> None:
+        """Begin to load, into rows of their own: the tensors belong to the model runner's thread."""
         if self._caches is None:
             return
-        self._caches.begin_step()
         for transfer in step.loads:
             rows = self._caches.rows(len(transfer.blocks[0]))
             future = self._store.load(transfer.chain, _buffers(rows), transfer.first)
             self._loading.append(_Loading(transfer, rows, future))
-        self._saving = [(transfer, Saving(self._caches, transfer.blocks)) for transfer in step.saves]
 
     def save_layer(self, name: str) -> None:
         """Begin to copy what the step computed of a layer, while it goes on with the next."""
@@ -67,18 +74,31 @@ class Worker:
     def finished(self) -> set[str]:
         """Requests whose loads have ended; what came is in their blocks then."""
         assert self._caches is not None or not self._loading
-        ended = [each for each in self._loading if each.future.done()]
-        self._loading = [each for each in self._loading if not each.future.done()]
+        if self._is_idle and self._loading:
+            rest(each.future for each in self._loading)
+        done = [each.future.done() for each in self._loading]  # asked once: one may end meanwhile
+        ended = [each for each, is_done in zip(self._loading, done, strict=True) if is_done]
+        self._loading = [each for each, is_done in zip(self._loading, done, strict=True) if not is_done]
         for transfer, rows, future in ended:
             good = future.result()
             if good and self._caches is not None:
                 self._caches.scatter(rows, transfer.blocks, good)
-            self._failed.update(block for ids in transfer.blocks for block in ids[good:] if block)
+            if good == len(transfer.blocks[0]):
+                continue
+            if len(transfer.blocks) == 1 and all(transfer.blocks[0]):
+                self._failed.update(transfer.blocks[0][good:])
+            else:  # vLLM would go on behind the last good block, which neither several groups nor a window allow
+                self._failed_requests.add(transfer.request_id)
         return {each.transfer.request_id for each in ended}
 
     def failed_blocks(self) -> set[int]:
         """Blocks that could not be loaded, told once."""
         failed, self._failed = self._failed, set()
+        return failed
+
+    def failed_requests(self) -> set[str]:
+        """Requests that vLLM has to compute as a whole, told once."""
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def close(self) -> None:

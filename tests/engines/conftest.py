@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.engines.process import EngineProcess, make_model
+from tests.engines.process import FOLDER, PYTHON, EngineProcess, make_model
 from tests.engines.sharing import BLOCKS, Open
 from tests.servers import Server, find_server
 
@@ -18,6 +19,18 @@ from tests.servers import Server, find_server
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights."""
     return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights with two KV cache groups: sliding windows and full attention by turns."""
+    return _make(tmp_path_factory.mktemp("hybrid"), "hybrid")
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights with sliding windows only, in one KV cache group."""
+    return _make(tmp_path_factory.mktemp("windowed"), "windowed")
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +64,8 @@ def engines(tmp_path: Path, model: Path) -> Iterator[Open]:
             return engine
 
         yield begin
+
+
+def _make(folder: Path, kind: str) -> Path:
+    subprocess.run([PYTHON, str(FOLDER / "make_model.py"), str(folder), kind], check=True, capture_output=True)
+    return folder

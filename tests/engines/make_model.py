@@ -1,11 +1,13 @@
-"""Make a model for the engine tests: a tiny Llama with random weights and a tokenizer of its own; downloads nothing.
+"""Make a model for the engine tests: a tiny one with random weights and a tokenizer of its own; downloads nothing.
 
 Run by the Python of the engine's environment:
 
     VENV/bin/python tests/engines/make_model.py FOLDER [SEED [LAYERS WIDTH]]
+    VENV/bin/python tests/engines/make_model.py FOLDER hybrid | windowed
 
-The same seed makes the same weights. The words of the tokenizer are w3, w4, ... w511, and each is the token of its
-number, so that a test knows the tokens of a text and the text of tokens.
+It is a Llama. The other two are a Gemma 3 whose layers see 64 tokens only, every second one in the hybrid. The same
+seed makes the same weights. The words of the tokenizer are w3, w4, ... w511, and each is the token of its number, so
+that a test knows the tokens of a text and the text of tokens.
 """
 
 # pyright: basic, reportMissingImports=false
@@ -18,10 +20,18 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 512
 LONGEST = 8192
+WINDOW = 64
 _BEGIN, _END, _UNKNOWN = "<begin>", "<end>", "<unknown>"
 
 
@@ -56,11 +66,38 @@ def make_model(seed: int, layers: int = 2, width: int = 64) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.float32)
 
 
-def main(folder: Path, *numbers: int) -> None:
+def make_windowed(*, is_hybrid: bool) -> Gemma3ForCausalLM:
+    """Sliding windows, and full attention by turns in a hybrid: vLLM makes a KV cache group of each kind."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=LONGEST,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention" if is_hybrid else "sliding_attention"] * 2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    return Gemma3ForCausalLM(config).to(torch.float32)
+
+
+def main(folder: Path, *words: str) -> None:
     """Write both to the folder."""
     make_tokenizer().save_pretrained(folder)
-    make_model(*(numbers or (0,))).save_pretrained(folder)
+    if words in (("hybrid",), ("windowed",)):
+        model: PreTrainedModel = make_windowed(is_hybrid=words == ("hybrid",))
+    else:
+        model = make_model(*map(int, words or ("0",)))
+    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_another_process_loads_what_one_computed(engines: Open, server: Server, 
 
 
 def test_redis_may_come_and_go(engines: Open, server: Server, plain: EngineProcess) -> None:
-    """Without Redis, with one that was killed or wiped, or has other bytes than were stored, answers stay right."""
+    """Without Redis, with one that is full, frozen, killed, wiped, or has wrong bytes, answers stay right."""
     without, one, other = engines(*transfer("unix:///nowhere/at-all")), *(engines(*transfer(server.url)) for _ in "ab")
     prompts = [prompt(number, 6) for number in range(6)]
     right = outputs(plain, prompts)
@@ -81,6 +82,14 @@ def test_redis_may_come_and_go(engines: Open, server: Server, plain: EngineProce
     right = outputs(plain, more)
     assert outputs(one, more[:3]) == right[:3]
     until(lambda: len(payloads(server)) > 0, 30)
+    client.config_set("maxmemory", "1kb")  # less than it has: everything that needs memory is refused
+    assert outputs(one, more[3:]) == right[3:]
+    client.config_set("maxmemory", "0")
+    server.freeze()
+    began = time.monotonic()
+    assert outputs(other, more[:2], together=True) == right[:2]
+    assert time.monotonic() - began < 20
+    server.thaw()
     server.kill()
     assert outputs(other, more, together=True) == right
     assert outputs(one, more) == right
