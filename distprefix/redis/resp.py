@@ -18,9 +18,12 @@ LONGEST_VALUE = 512 * 1024 * 1024
 _BUFFER = 4096
 """For replies that are not values. What it catches of a value is copied, so it is small."""
 _SCRATCH = 256 * 1024
-_AT_ONCE, _AT_ONCE_UNIX = 256 * 1024, 4 * 1024 * 1024
-"""Above this the kernel is to wait for all of a value; below, one call may bring it and the next reply's head. A Unix
-socket hands over what has been written so far faster than it waits."""
+_KIB = 1024
+_TCP, _UNIX = (256 * _KIB, 2048 * _KIB), (4096 * _KIB, 16_384 * _KIB)
+"""Above the first the kernel is to wait for all of a value; below, one call may bring it and the next reply's head. The
+second is asked for ahead. Through a Unix socket, whose buffer is small, server and reader take turns: it hands over
+what has been written so far faster than it waits, and what is made ready while the server works on many requests costs
+nothing. TCP has them work at the same time: what is small then lies in the processors' caches when it is read."""
 _DOLLAR, _NONE, _OK = 36, (b"$-1", b"_", b"*-1"), b"+OK\r\n"
 _PARTS = 512
 """Buffers that one system call takes; the kernel's limit is 1024."""
@@ -54,7 +57,7 @@ class Wire:
         self.bytes_in = 0
         self.bytes_out = 0
         self._keep(b"")
-        self.at_once = _AT_ONCE_UNIX if isinstance(address, str) else _AT_ONCE
+        self.at_once, self.ahead = _UNIX if isinstance(address, str) else _TCP
         try:
             self._socket: socket.socket = self._connect(address)
             try:

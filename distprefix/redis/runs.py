@@ -53,46 +53,40 @@ class _Run:
             start = stop
         self._ends = [*accumulate(map(len, self._parts))]
         self._at_once = min(_PARTS, 4 + len(self._parts) * _AT_ONCE // self._ends[-1])
-        self._came = self._part = self._got = 0
-        """Bytes that came, the part that is being received, and how much of it came."""
 
     def read(self, wire: Wire) -> int:
-        known, end = 0, self._ends[-1]
-        while self._came < end:
-            self._came += self._receive(wire)
-            self._part = bisect_right(self._ends, self._came)
-            self._got = self._came - self._ends[self._part - 1] if self._part else self._came
-            before, known = known, self._known()
-            if not self._said.startswith(self._heard[before:known], before):
-                return self._give_back(wire, known)
-        return len(self._places) - 1
+        parts, ends, places, starts = self._parts, self._ends, self._places, self._starts
+        came = part = got = place = known = (
+            0  # bytes, the part that they end in, how much of it, and what was said next
+        )
+        while came < ends[-1]:
+            said = places[place]
+            if said > part and ends[said - 1] - came > wire.at_once:
+                rest, flags = parts[part:said], socket.MSG_WAITALL  # sure to come, as its head did
+            else:
+                rest, flags = parts[part : part + self._at_once], 0
+            if got:
+                rest[0] = rest[0][got:]
+            came += wire.read(rest, flags)
+            part = bisect_right(ends, came, part)
+            got = came - ends[part - 1] if part else came
+            place = bisect_left(places, part, place)
+            before, known = known, starts[place] + (got if place < len(places) and places[place] == part else 0)
+            if known > before and not self._said.startswith(self._heard[before:known], before):
+                return self._give_back(wire, known, part, got)
+        return len(places) - 1
 
-    def _known(self) -> int:
-        """How much has come of what the server says."""
-        index = bisect_right(self._places, self._part) - 1
-        return self._starts[index] + self._got if self._places[index] == self._part else self._starts[index + 1]
+    def _give_back(self, wire: Wire, known: int, part: int, got: int) -> int:
+        """Find the first value that is not as expected, and let the wire have all from its head on.
 
-    def _receive(self, wire: Wire) -> int:
-        """Receive something. What is sure to come is waited for as a whole where it is long."""
-        part = self._part
-        following = self._places[bisect_left(self._places, part)]  # the next that the server says
-        if following > part and self._ends[following - 1] - self._came > wire.at_once:
-            rest, flags = self._parts[part:following], socket.MSG_WAITALL
-        else:
-            rest, flags = self._parts[part : part + self._at_once], 0
-        if self._got:
-            rest[0] = rest[0][self._got :]
-        return wire.read(rest, flags)
-
-    def _give_back(self, wire: Wire, known: int) -> int:
-        """Find the first value that is not as expected, and let the wire have all from its head on."""
+        `known`: how much came of what the server says; `got`: how much of a part, behind all parts before it.
+        """
         wrong = next(i for i in range(known) if self._heard[i] != self._said[i])
         index = bisect_right(self._starts, wrong) - 1
         end = len(_END) if index else 0
         if wrong < self._starts[index] + end:
             raise WireError("protocol", "a value is not as long as the server announced")
-        part = self._part
-        came = [*self._parts[:part], *(each[: self._got] for each in self._parts[part : part + 1])]
+        came = [*self._parts[:part], *(each[:got] for each in self._parts[part : part + 1])]
         first = self._places[index]
         wire.unread(b"".join((came[first][end:], *came[first + 1 :])))
         return index

@@ -15,7 +15,9 @@ __all__ = ["Buffer", "Sink", "Value", "length_of", "read_values", "write_values"
 Buffer = bytes | bytearray | memoryview
 Value = tuple[str, Sequence[Buffer]]
 _AHEAD_BYTES = 16 * 1024 * 1024
-"""Bytes of values asked for before they are read, as far as one can know, and sent before replies are read."""
+"""Bytes of values asked for before they are read, as far as one can know, and sent before replies are read, at most."""
+_AHEAD_VALUES = 8
+"""So many values are asked for ahead even where the connection would do with less."""
 _SEND_BYTES = 256 * 1024
 """Bytes that are sent at once: while a socket's buffer is full the server has work, and we can prepare the next."""
 _GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n"
@@ -62,16 +64,17 @@ class _Reading:
         self.lengths: list[int] = []
         self._wire, self._keys, self._sink, self._expected = wire, keys, sink, expected
         self._ends = [0, *accumulate(expected)]
-        self._longest = _AHEAD_BYTES // _FEWEST  # until the first reply tells
+        self._longest = max(expected, default=_AHEAD_BYTES // _FEWEST)  # until the first reply tells
         self._asked, self._most = 0, len(keys)
 
     def ask(self) -> bool:
         """Ask for more when little is on its way. Whether anything is."""
         index, coming = len(self.lengths), self._coming(self._asked)
-        if self._asked < self._most and (coming <= _AHEAD_BYTES // 2 or self._asked - index < _FEWEST):
+        ahead = self._ahead()
+        if self._asked < self._most and (coming <= ahead // 2 or self._asked - index < _FEWEST):
             until = self._asked
             while until < self._most and until - index < _MOST:
-                if until - index >= _FEWEST and self._coming(until) >= _AHEAD_BYTES:
+                if until - index >= _FEWEST and self._coming(until) >= ahead:
                     break
                 until += 1
             asked = b"".join([_GET % (len(key), key) for key in map(str.encode, self._keys[self._asked : until])])
@@ -88,18 +91,19 @@ class _Reading:
         """Read values that have the lengths which they should have. False when the next one does not, or may not."""
         if not self._expected or not self._wire.is_drained:
             return False
-        first, lengths, views, size = len(self.lengths), list[int](), list[list[memoryview]](), 0
+        first, views, left = len(self.lengths), list[Sequence[memoryview]](), self._ahead() // 2
         for index in range(first, self._asked):
             length = self._expected[index]
             given = self._sink(index, length) if length else None
             if given is None:
                 break
-            lengths.append(length)
-            views.append(_checked(given, length))
-            size += length
-            if size >= _AHEAD_BYTES // 2:
+            is_plain = len(given) == 1 and len(given[0]) == length and not given[0].readonly  # in few steps
+            views.append(given if is_plain else _checked(given, length))
+            left -= length
+            if left <= 0:
                 break
-        came = read_run(self._wire, lengths, views) if lengths else 0
+        lengths = self._expected[first : first + len(views)]
+        came = read_run(self._wire, lengths, views) if views else 0
         self.lengths += lengths[:came]
         return came > 0
 
@@ -113,6 +117,10 @@ class _Reading:
             self._wire.skip(length)
         self._longest = max(self._longest if index else 1, length)
         self.lengths.append(length)
+
+    def _ahead(self) -> int:
+        """Bytes to have on their way."""
+        return min(_AHEAD_BYTES, max(self._wire.ahead, _AHEAD_VALUES * self._longest))
 
     def _coming(self, until: int) -> int:
         """Bytes of the values from the next one on, as far as one can know."""
@@ -191,7 +199,7 @@ def _flat(buffers: Sequence[Buffer]) -> list[memoryview]:
 def _checked(views: Sequence[memoryview], length: int) -> list[memoryview]:
     total = 0
     for view in views:
-        if view.readonly or view.format != "B" or not view.nbytes:
+        if view.readonly or not len(view):
             break
         total += len(view)
     if total == length:
