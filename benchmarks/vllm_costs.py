@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    prompts, tokens = (8, 512) if options.quick else (24, 2048)
+    prompts, tokens = (8, 512) if options.quick else (12, 2048)
     server = EmbeddedServer()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -7,8 +7,8 @@ Needs an engine environment, with this package in it:
 
 Two engines with the connector on one private Redis, and one without it. Of every length there are several prompts; the
 first engine computes them (with the connector: nothing hits), computes them again (its own cache), the second one
-loads them from Redis (warm), and, after all was made cold, a third time from there. Engine calls alternate, figures are
-medians. The model has random weights.
+loads them from Redis (warm), and, when it has forgotten them, from L1, its own process's payload cache; after all was
+made cold, a third one loads them from there. Engine calls alternate, figures are medians. The model has random weights.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys
 
+SOURCES = ("plain", "miss", "own", "l1", "warm", "cold")
 ENGINES = Path(__file__).parents[1] / "tests" / "engines"
 
 
@@ -54,6 +55,12 @@ class Engine:
         self.process.stdin.write(json.dumps({"do": "generate", "prompts": [prompt], "max_tokens": 1}) + "\n")
         answer = self._read()
         return answer["ms"][0], answer["external"]
+
+    def forget(self) -> None:
+        """Let vLLM forget all blocks."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": "reset"}) + "\n")
+        self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -80,10 +87,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print("| tokens | no connector | nothing hits | own cache | other node, warm | cold |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| tokens | no connector | nothing hits | own cache | L1 | other node, warm | cold |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        times = [f"{row[name]:.0f} ms" for name in ("plain", "miss", "own", "warm", "cold")]
+        times = [f"{row[name]:.0f} ms" for name in SOURCES]
         print(f"| {row['tokens']} | {' | '.join(times)} |")
 
 
@@ -94,8 +101,12 @@ def measure(python: str, folder: Path, url: str, lengths: tuple[int, ...], round
     settings = {"kv_connector": "DistPrefixConnector", "kv_role": "kv_both"}
     shared = json.dumps({**settings, "kv_connector_extra_config": {"url": url, "cold_codec": "raw"}})
     sharing = ["--transfer", shared]
+    keeping = json.dumps(
+        {**settings, "kv_connector_extra_config": {"url": url, "cold_codec": "raw", "l1_payload_bytes": 1 << 30}}
+    )
     engines = [
-        Engine(python, model, folder / f"{i}.log", 257, *more) for i, more in enumerate(([], sharing, sharing, sharing))
+        Engine(python, model, folder / f"{i}.log", 257, *more)
+        for i, more in enumerate(([], sharing, ["--transfer", keeping], sharing))
     ]
     for engine in engines:
         engine.ready()
@@ -104,7 +115,7 @@ def measure(python: str, folder: Path, url: str, lengths: tuple[int, ...], round
     rows: list[dict[str, Any]] = []
     blocks = 0
     for length in lengths:
-        found: dict[str, list[float]] = {name: [] for name in ("plain", "miss", "own", "warm", "cold")}
+        found: dict[str, list[float]] = {name: [] for name in SOURCES}
         for number in range(rounds):
             prompt = [3 + number + 10 * lengths.index(length), *((7 * i + number) % 251 + 3 for i in range(length - 1))]
             found["plain"].append(plain.first_token(prompt)[0])
@@ -115,6 +126,10 @@ def measure(python: str, folder: Path, url: str, lengths: tuple[int, ...], round
             took, external = other.first_token(prompt)
             assert external == length - 32, external
             found["warm"].append(took)
+            other.forget()
+            took, external = other.first_token(prompt)
+            assert external == length - 32, external
+            found["l1"].append(took)
             demote(url, client)
             took, external = third.first_token(prompt)
             assert external == length - 32, external
