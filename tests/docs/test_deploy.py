@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
+from distprefix.engines.vllm_plugin import CONNECTOR
 from tests.servers import deployed, find_server
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +152,15 @@ def test_redis_evicts_nothing_and_writes_nothing(port: int) -> None:
         assert memory["maxmemory_policy"] == "noeviction"
         assert memory["maxmemory"] == 2**30
         assert persistence["aof_enabled"] == 0
+
+
+def test_engines_of_the_compose_file_are_told_what_the_plug_in_takes() -> None:
+    """Its transfer configuration is JSON that names our connector, with settings that a cache has."""
+    compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    (told,) = re.findall(r"--kv-transfer-config '(\{.*?\})'", compose, re.DOTALL)
+    config = json.loads(told)
+    assert (config["kv_connector"], config["kv_role"]) == (CONNECTOR, "kv_both")
+    settings = PrefixCacheConfig.from_mapping(config["kv_connector_extra_config"])
+    assert settings.url == "redis://distprefix:distprefix@redis:6379"
+    assert "+@all" not in USERS
+    assert "user distprefix " in USERS
