@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import redis
 
-from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import UnavailableError
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
+from distprefix.tiers import operations
 from distprefix.tiers.store import PART_BYTES
 
 __all__ = ["Elsewhere"]

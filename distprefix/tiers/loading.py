@@ -13,7 +13,7 @@ from typing import NamedTuple
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, UnavailableError
-from distprefix.operations import Places
+from distprefix.tiers.operations import Places
 from distprefix.tiers.payloads import ATTEMPTS, COLD, GONE, TIER_EPOCH, WARM, Payloads
 from distprefix.tiers.store import PayloadStore, Want, check_fits, groups
 

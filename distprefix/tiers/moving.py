@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from array import array
 
-from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import NotAttachedError
+from distprefix.tiers import operations
 from distprefix.tiers.payloads import COLD, WARM, Payloads
 from distprefix.tiers.store import PayloadStore, Want, groups
 

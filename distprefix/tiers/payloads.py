@@ -7,11 +7,11 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
-from distprefix import operations
 from distprefix.errors import DistPrefixError, NotAttachedError
-from distprefix.operations import Places
 from distprefix.state import State
+from distprefix.tiers import operations
 from distprefix.tiers.cache import PayloadCache
+from distprefix.tiers.operations import Places
 from distprefix.tiers.store import PayloadStore
 
 __all__ = ["ATTEMPTS", "COLD", "GONE", "TIER_EPOCH", "WARM", "Payloads"]

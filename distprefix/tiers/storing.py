@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distprefix import operations
 from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
-from distprefix.operations import Places
 from distprefix.redis.transfers import Buffer
+from distprefix.tiers import operations
 from distprefix.tiers.moving import promote
+from distprefix.tiers.operations import Places
 from distprefix.tiers.payloads import ATTEMPTS, Payloads
 
 __all__ = ["store"]
