@@ -47,7 +47,8 @@ class PagedCaches:
             size = pages[0].numel() * pages.element_size()
             self.layers[name] = Layer(group_of[name], pages, self.row_bytes, self.row_bytes + size)
             self.row_bytes += size
-        self.device = torch.get_device_module(next(iter(tensors.values())).device if tensors else "cpu")
+        self._place = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+        self.device = torch.get_device_module(self._place)
         self.stream = self.device.Stream()
 
     def rows(self, count: int) -> Any:
@@ -56,7 +57,14 @@ class PagedCaches:
 
         return torch.empty((count, self.row_bytes), dtype=torch.uint8)
 
-    def begin_step(self) -> None:
+    def index(self, blocks: Sequence[int]) -> Any:
+        """Blocks as the device takes them, on their way there: memory that is not pinned would be waited for."""
+        import torch  # noqa: PLC0415 - engines bring it
+
+        ids = torch.tensor(blocks, dtype=torch.int64, pin_memory=self._place.type != "cpu")
+        return ids.to(self._place, non_blocking=True)
+
+    def wait_for_copies(self) -> None:
         """What the device does from now on waits for what is still being copied out of it: blocks are used again."""
         self.device.current_stream().wait_stream(self.stream)
 
@@ -71,7 +79,7 @@ class PagedCaches:
             part = part if len(kept) == count else part[kept]
             shape = (len(kept), *layer.pages.shape[1:])
             values = part.contiguous().view(layer.pages.dtype).reshape(shape)
-            layer.pages[[ids[i] for i in kept]] = values.to(layer.pages.device)
+            layer.pages.index_copy_(0, self.index([ids[i] for i in kept]), values.to(self._place))
 
 
 class Saving:
@@ -82,7 +90,7 @@ class Saving:
         self.size = self.count * caches.row_bytes
         """Bytes of all rows."""
         self._caches = caches
-        self._blocks = blocks
+        self._blocks = [caches.index(ids) for ids in blocks]
         self._picked: dict[str, Any] = {}
         self._copied: Any = None
 
@@ -94,7 +102,7 @@ class Saving:
         stream = self._caches.stream
         stream.wait_stream(self._caches.device.current_stream())
         with self._caches.device.stream(stream):
-            picked = layer.pages[list(self._blocks[layer.group])]
+            picked = layer.pages.index_select(0, self._blocks[layer.group])
             self._picked[name] = picked.to("cpu", non_blocking=True)  # into pinned memory, where there is a device
 
     def finish(self) -> None:
@@ -105,7 +113,7 @@ class Saving:
         self._copied.record(self._caches.stream)
 
     def rows(self) -> list[memoryview]:
-        """The rows, when all is copied; on any thread."""
+        """The rows, when all is copied; on any thread, once."""
         self._copied.synchronize()
         rows = self._caches.rows(self.count)
         for name, layer in self._caches.layers.items():

@@ -1,4 +1,7 @@
-"""Chains of which parts may be missing: of layers with sliding windows engines keep only the end of a chain."""
+"""Chains of which parts may be missing: of layers with sliding windows engines keep only the end of a chain.
+
+What lies behind a hole is kept chunk by chunk, each a chain of its own.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ class PartStore(EngineStore):
 
         def work(cache: PrefixCacheOptimizer) -> set[int]:
             asked = b"".join(chain[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES] for chunk in chunks)
-            found = cache.find_stored_batch([Chain.packed(chain), *(each_chunk(asked) if self._alone else ())])
-            alone = found[1:] or [0] * len(chunks)
-            return {chunk for chunk, there in zip(chunks, alone, strict=True) if there or chunk < found[0]}
+            stored, *alone = cache.find_stored_batch([Chain.packed(chain), *(each_chunk(asked) if self._alone else ())])
+            found = {chunk for chunk, there in zip(chunks, alone, strict=False) if there}
+            return found | {chunk for chunk in chunks if chunk < stored}
 
         return self._submit(self._lookups, work, set())
 
@@ -39,9 +42,8 @@ class PartStore(EngineStore):
             loaded = cache.load(Chain.packed(chain), into, first=first).chunks
             good = [True] * loaded + [False] * (len(into) - loaded)
             if self._alone and loaded < len(into):
-                rest = each_chunk(chain[(first + loaded) * HASH_BYTES :])
-                wanted = [(chunk, [target]) for chunk, target in zip(rest, into[loaded:], strict=True)]
-                good[loaded:] = [bool(each.chunks) for each in cache.load_batch(wanted)]
+                alone = _alone(chain, first + loaded, into[loaded:])
+                good[loaded:] = [bool(each.chunks) for each in cache.load_batch(alone)]
             self._count("chunks_loaded", sum(good))
             return good
 
@@ -52,14 +54,18 @@ class PartStore(EngineStore):
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
             stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads]) - first
-            self._count("holes", int(stored < 0))
-            done = max(0, stored)
-            good = [True] * done + [False] * (len(payloads) - done)
-            if self._alone and done < len(payloads):
-                rest = each_chunk(chain[(first + done) * HASH_BYTES :])
-                wanted = [(chunk, [payload]) for chunk, payload in zip(rest, payloads[done:], strict=True)]
-                good[done:] = map(bool, cache.store_batch(wanted))
+            good = [at < stored for at in range(len(payloads))]
+            if stored < 0:
+                self._count("holes", 1)
+                if self._alone:
+                    good = [bool(each) for each in cache.store_batch(_alone(chain, first, payloads))]
             self._count("stores_dropped", good.count(False))
             return good
 
         return self._store(work, len(payloads), size_of(payloads), [False] * len(payloads))
+
+
+def _alone(chain: bytes, first: int, buffers: Sequence[Buffer]) -> list[tuple[Chain, Sequence[Buffer]]]:
+    """Chunks from `first` on, each by itself with its buffer."""
+    chunks = each_chunk(chain[first * HASH_BYTES : (first + len(buffers)) * HASH_BYTES])
+    return [(chunk, [buffer]) for chunk, buffer in zip(chunks, buffers, strict=True)]

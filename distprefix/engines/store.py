@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -22,6 +23,7 @@ __all__ = ["REST_S", "EngineStore", "config_for", "each_chunk", "rest", "size_of
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
+_ALONE = b"alone"
 _REOPEN_S = 5.0
 REST_S = 0.002
 """So much later an engine may see that it has something to compute after all."""
@@ -116,8 +118,11 @@ class EngineStore:
         """As `store`, for payloads that are made when it is their turn: so many, and so many bytes in all."""
 
         def work(cache: PrefixCacheOptimizer) -> int:
-            stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads()])
-            self._count("stores_dropped", max(0, min(len(chain) // HASH_BYTES, first + count) - stored))
+            stored = 0
+            try:
+                stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads()])
+            finally:
+                self._count("stores_dropped", min(count, max(0, first + count - stored)))
             return stored
 
         return self._store(work, count, size, 0)
@@ -170,12 +175,18 @@ class EngineStore:
 
     # On the threads
 
-    def _store(self, work: Callable[[PrefixCacheOptimizer], T], count: int, size: int, otherwise: T) -> Future[T]:
+    def has_room(self, count: int, size: int) -> bool:
+        """Whether so many bytes may wait to be stored now; their chunks are counted as dropped if not."""
         with self._lock:
             if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
                 self.counts["stores_dropped"] += count
-                return _done(otherwise)
-            self._waiting_bytes += size
+                return False
+        return True
+
+    def _store(self, work: Callable[[PrefixCacheOptimizer], T], count: int, size: int, otherwise: T) -> Future[T]:
+        if not self.has_room(count, size):
+            return _done(otherwise)
+        self._add_waiting(size)
         future = self._submit(self._stores, work, otherwise)
         future.add_done_callback(lambda _: self._add_waiting(-size))
         return future
@@ -228,8 +239,12 @@ class EngineStore:
 
 
 def each_chunk(hashes: bytes) -> list[Chain]:
-    """Every chunk as a chain of its own."""
-    return [Chain.packed(hashes[at : at + HASH_BYTES]) for at in range(0, len(hashes), HASH_BYTES)]
+    """Every chunk as a chain of its own, under a name of its own: a chunk that is also in a longer one is there twice.
+
+    A node, a junction and a payload are named by a chunk, so two chains cannot both have it at different depths.
+    """
+    chunks = (hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES))
+    return [Chain.packed(hashlib.sha256(chunk + _ALONE).digest()[:HASH_BYTES]) for chunk in chunks]
 
 
 def size_of(payloads: Sequence[Buffer]) -> int:

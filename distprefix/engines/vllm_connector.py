@@ -34,6 +34,9 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
             transfer.kv_load_failure_policy = "recompute"
         settings = dict(transfer.kv_connector_extra_config)
         self._is_layerwise = bool(settings.pop(_LAYERWISE, False))
+        if self._is_layerwise and getattr(vllm_config.parallel_config, "use_ubatching", False):
+            self._is_layerwise = False
+            _log.warning("KV is not copied layer by layer: micro-batches compute each layer several times a step")
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         problem = _unsupported(vllm_config, kv_cache_config)
@@ -96,6 +99,11 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.register(kv_caches)
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """Blocks may be given to other requests, and zeroed or copied to, before the next step begins."""
+        if self._worker is not None:
+            self._worker.wait_for_copies()
+
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
@@ -153,4 +161,8 @@ def _unsupported(vllm_config: Any, kv_cache_config: Any) -> str:
     kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups}
     if len(sizes) != 1:
         return f"the KV cache groups have blocks of {', '.join(map(str, sorted(sizes)))} tokens: they must be the same"
-    return "the state of Mamba layers is not supported" if any("Mamba" in kind for kind in kinds) else ""
+    if any("Mamba" in kind for kind in kinds):
+        return "the state of Mamba layers is not supported"
+    if getattr(kv_cache_config, "needs_kv_cache_zeroing", False):
+        return "layers keep KV in several precisions, and vLLM zeroes their blocks when no connector is told"
+    return ""

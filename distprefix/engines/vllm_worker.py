@@ -45,10 +45,20 @@ class Worker:
 
     def begin(self, step: Step) -> None:
         """Begin a step, before anything of it is computed."""
+        self.save()  # what a step left that vLLM did not end
+        self.wait_for_copies()
         self._is_idle = step.is_idle
+        if self._caches is None:
+            return
+        for transfer in step.saves:
+            count = len(transfer.blocks[0])
+            if self._store.has_room(count, count * self._caches.row_bytes):
+                self._saving.append((transfer, Saving(self._caches, transfer.blocks)))
+
+    def wait_for_copies(self) -> None:
+        """The device changes no block from now on before it was copied out."""
         if self._caches is not None:
-            self._caches.begin_step()
-            self._saving = [(transfer, Saving(self._caches, transfer.blocks)) for transfer in step.saves]
+            self._caches.wait_for_copies()
 
     def load(self, step: Step) -> None:
         """Begin to load, into rows of their own: the tensors belong to the model runner's thread."""

@@ -70,6 +70,8 @@ class DataPool:
         """
         if not keys:
             return []
+        if expected is not None and len(expected) != len(keys):
+            raise errors.InvalidInputError(f"{len(expected)} lengths are expected of {len(keys)} values: one for each")
         with self._wire(deadline) as wire:
             return read_values(wire, keys, sink, expected or (), self._is_of_one_key)
 

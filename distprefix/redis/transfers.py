@@ -22,14 +22,15 @@ _SEND_BYTES = 256 * 1024
 """Bytes that are sent at once: while a socket's buffer is full the server has work, and we can prepare the next."""
 _GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n"
 _FEWEST, _MOST = 2, 512
-"""At least and at most so many commands: replies to writes fit into any socket's buffer, so that neither side can get
-stuck writing to the other."""
+"""At least and at most so many commands are under way: replies to writes, of which a quarter is sent at once, fit into
+any socket's buffer, so that neither side can get stuck writing to the other."""
 
 
 class Sink(Protocol):
     """Tells where a value goes: gives writable views whose lengths add up to `length`, or None to skip the bytes.
 
-    Where another length was expected it is asked again, and where no value comes it was asked in vain.
+    The views of different values must not overlap. Where lengths are expected it may be asked again for a value, or in
+    vain for one that does not come.
     """
 
     def __call__(self, index: int, length: int, /) -> Sequence[memoryview] | None: ...  # noqa: D102 - the class tells
@@ -97,8 +98,7 @@ class _Reading:
             given = self._sink(index, length) if length else None
             if given is None:
                 break
-            is_plain = len(given) == 1 and len(given[0]) == length and not given[0].readonly  # in few steps
-            views.append(given if is_plain else _checked(given, length))
+            views.append(given if _is_one(given, length) else _checked(given, length))
             left -= length
             if left <= 0:
                 break
@@ -112,10 +112,11 @@ class _Reading:
         index, length = len(self.lengths), self._wire.length()
         views = self._sink(index, length) if wanted and length >= 0 else None
         if views is not None:
-            self._wire.fill(_checked(views, length), length)
+            self._wire.fill([*views] if _is_one(views, length) else _checked(views, length), length)
         elif length >= 0:
             self._wire.skip(length)
-        self._longest = max(self._longest if index else 1, length)
+        if not self._expected:
+            self._longest = max(self._longest if index else 1, length)
         self.lengths.append(length)
 
     def _ahead(self) -> int:
@@ -196,14 +197,12 @@ def _flat(buffers: Sequence[Buffer]) -> list[memoryview]:
         raise errors.InvalidInputError(f"a buffer is not contiguous bytes: {error}") from error
 
 
+def _is_one(views: Sequence[memoryview], length: int) -> bool:
+    """Whether there is one view, just as long: the common case, seen in few steps."""
+    return len(views) == 1 and length == views[0].nbytes == len(views[0]) and not views[0].readonly
+
+
 def _checked(views: Sequence[memoryview], length: int) -> list[memoryview]:
-    total = 0
-    for view in views:
-        if view.readonly or not len(view):
-            break
-        total += len(view)
-    if total == length:
-        return [*views]  # the common case, in few steps
     flat = _flat(views)
     total = sum(map(len, flat))
     if total != length or any(view.readonly for view in flat):

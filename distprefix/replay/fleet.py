@@ -213,15 +213,16 @@ def _do(cache: PrefixCacheOptimizer, node: int, prompt: Any, kv: KvBytes | None,
     if in_step:
         cache.catch_up()  # what another node's publish evicted just now is known before this look-up
     hit = cache.find_longest_cache_hit(prompt)
-    evicted, began = cache.get_metrics()["evicted_chunks"] if in_step else 0, time.perf_counter_ns()
-    cache.cache_prefix(prompt)
-    publish_us = (time.perf_counter_ns() - began) / 1000
+    evicted = cache.get_metrics()["evicted_chunks"] if in_step else 0
     chunks = len(prompt) if isinstance(prompt, Chain) else len(prompt) // (4 * cache.config.chunk_size)
     own = next((held for name, held in hit.holders if name == cache.config.holder), 0)
     moved = Moved()
-    if kv is not None and chunks:
+    if kv is not None and chunks:  # first: what others find of this node they can load
         chain = prompt if isinstance(prompt, Chain) else cache.chain_of(prompt)
         moved = kv.exchange(cache, chain, own, hit.matched_chunks)
+    began = time.perf_counter_ns()
+    cache.cache_prefix(prompt)
+    publish_us = (time.perf_counter_ns() - began) / 1000
     return Outcome(
         *(node, chunks, hit.matched_chunks, own, hit.l1_chunks, hit.redis_calls, hit.lookup_time_us, publish_us),
         evicted=cache.get_metrics()["evicted_chunks"] - evicted if in_step else 0,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distprefix.errors import UnavailableError
+from distprefix.errors import InvalidInputError, UnavailableError
 from distprefix.redis.data import DataPool
 from tests.servers import Server, find_server
 from tests.values import MIB, Into, fake, noise, saying, skip_all, soon
@@ -129,3 +130,28 @@ def test_a_frozen_server_in_the_middle() -> None:
         with pytest.raises(UnavailableError, match="in time"):
             pool.get(["a"], Into(), soon(0.3), [100])
         assert time.monotonic() - began < 0.6
+
+
+def test_as_many_lengths_as_values(pool: DataPool) -> None:
+    """Lengths that are not one for each value are refused before anything is sent."""
+    calls = pool.calls
+    with pytest.raises(InvalidInputError, match="1 lengths are expected of 2 values"):
+        pool.get(["a", "b"], skip_all, soon(), [1])
+    assert pool.calls == calls
+
+
+@pytest.mark.parametrize("expected", [None, [8]])
+@pytest.mark.parametrize(
+    "views",
+    [
+        [memoryview(bytearray(8)), memoryview(bytearray(0)), memoryview(bytearray(100))],
+        [memoryview(bytearray(8)), memoryview(b"read-only")],
+        [memoryview(array("i", range(8)))],
+    ],
+)
+def test_views_that_do_not_fit(pool: DataPool, views: list[memoryview], expected: list[int] | None) -> None:
+    """Views that hold more than the value, behind those that hold it or by their items, are refused."""
+    pool.set([("a", [b"12345678"])], soon())
+    with pytest.raises(InvalidInputError, match="sink"):
+        pool.get(["a"], lambda _i, _n: views, soon(), expected)
+    assert expecting(pool, ["a"], [8]) == [b"12345678"]

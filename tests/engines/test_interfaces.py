@@ -43,6 +43,7 @@ VLLM = Contract(
                 "get_block_ids_with_load_errors": "self",
                 "get_finished": "self finished_req_ids",
                 "get_transfer_results": "self finished_req_ids",
+                "handle_preemptions": "self kv_connector_metadata",
                 "on_new_request": "self request",
                 "register_kv_caches": "self kv_caches",
                 "request_finished": "self request block_ids",
