@@ -48,7 +48,7 @@ class Caches:
 worker = vllm_worker.Worker.__new__(vllm_worker.Worker)
 transfer = vllm_worker.Transfer("request", b"", 0, ((5,),))
 worker._caches, worker._groups, worker._loading = Caches(), [()], [vllm_worker._Loading(transfer, None, Ending())]
-worker._failed, worker._failed_requests, worker._is_idle = set(), set(), True
+worker._failed, worker._failed_requests, worker._is_idle = set(), set(), False
 assert worker.finished() | worker.finished() == {"request"}
 """
 
