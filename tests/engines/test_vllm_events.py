@@ -10,7 +10,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from distprefix.events.engine import EngineSocket
 from tests.engines.process import FOLDER, PYTHON, SKIP, EngineProcess, make_model
 from tests.fake_engine import until
 from tests.followers import holders
-from tests.servers import Backend, Server, find_server
+from tests.servers import Backend, Server, find_server, free_port
 
 BLOCK = 32
 BLOCKS = 64
@@ -53,7 +52,7 @@ class Vllm(EngineProcess):
     """An engine that publishes, at ports that stay the same when it is killed and started again."""
 
     def __init__(self, folder: Path, *options: str, **environment: str) -> None:
-        self.endpoint, self.replay = (f"tcp://127.0.0.1:{port}" for port in _free_ports(2))
+        self.endpoint, self.replay = (f"tcp://127.0.0.1:{port}" for port in (free_port(), free_port()))
         bound = self.endpoint.replace("127.0.0.1", "*")  # vLLM connects to an endpoint that names a host
         events = ("--blocks", str(BLOCKS + 1), "--endpoint", bound, "--replay", self.replay)
         super().__init__(folder / "model", folder / "engine.log", *events, *options, **environment)
@@ -189,14 +188,6 @@ def usable(held: int, length: int) -> int:
     Where a block is two chunks, two prompts may part in the middle of one: then a chunk more is held than can be used.
     """
     return min(held, length - 1) // BLOCK * BLOCK
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @pytest.fixture(scope="module")
