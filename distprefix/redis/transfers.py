@@ -14,8 +14,11 @@ __all__ = ["Buffer", "Sink", "Value", "length_of", "read_values", "write_values"
 
 Buffer = bytes | bytearray | memoryview
 Value = tuple[str, Sequence[Buffer]]
-_AHEAD_BYTES = 16 * 1024 * 1024
-"""Bytes of values asked for before they are read, as far as one can know, and sent before replies are read, at most."""
+_AHEAD_BYTES = 4 * 1024 * 1024
+"""Bytes of values asked for before they are read, at most, as far as one can know: the server copies all of them before
+it answers anybody else."""
+_UNANSWERED_BYTES = 16 * 1024 * 1024
+"""Bytes of values sent before replies are read."""
 _AHEAD_VALUES = 8
 """So many values are asked for ahead even where the connection would do with less."""
 _SEND_BYTES = 256 * 1024
@@ -145,7 +148,11 @@ def write_values(
         before = sent
         if not failed:
             sent = _send(wire, values, lengths, head, end, before)
-        if before < sent < len(values) and sent - answered < _MOST // 2 and ends[sent] - ends[answered] < _AHEAD_BYTES:
+        if (
+            before < sent < len(values)
+            and sent - answered < _MOST // 2
+            and ends[sent] - ends[answered] < _UNANSWERED_BYTES
+        ):
             continue
         # Of what was sent last the server still takes in the end: answers to what came before are here by now.
         while answered < before:
