@@ -19,7 +19,7 @@ _BUFFER = 4096
 """For replies that are not values. What it catches of a value is copied, so it is small."""
 _SCRATCH = 256 * 1024
 _KIB = 1024
-_TCP, _UNIX = (256 * _KIB, 2048 * _KIB), (4096 * _KIB, 4096 * _KIB)
+_TCP, _UNIX = (256 * _KIB, 2048 * _KIB), (4096 * _KIB, 8192 * _KIB)
 """Above the first the kernel is to wait for all of a value; below, one call may bring it and the next reply's head. The
 second is asked for ahead. Through a Unix socket, whose buffer is small, server and reader take turns: it hands over
 what has been written so far faster than it waits, and what is made ready while the server works on many requests costs

@@ -19,8 +19,10 @@ _AHEAD_BYTES = 4 * 1024 * 1024
 it answers anybody else."""
 _UNANSWERED_BYTES = 16 * 1024 * 1024
 """Bytes of values sent before replies are read."""
-_AHEAD_VALUES = 8
-"""So many values are asked for ahead even where the connection would do with less."""
+_SMALL = 256 * 1024
+"""For shorter values that depends on the kind of connection."""
+_UNANSWERED_BYTES = 16 * 1024 * 1024
+"""Bytes of values sent before replies are read."""
 _SEND_BYTES = 256 * 1024
 """Bytes that are sent at once: while a socket's buffer is full the server has work, and we can prepare the next."""
 _GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n"
@@ -124,7 +126,7 @@ class _Reading:
 
     def _ahead(self) -> int:
         """Bytes to have on their way."""
-        return min(_AHEAD_BYTES, max(self._wire.ahead, _AHEAD_VALUES * self._longest))
+        return self._wire.ahead if self._longest <= _SMALL else _AHEAD_BYTES
 
     def _coming(self, until: int) -> int:
         """Bytes of the values from the next one on, as far as one can know."""
