@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from distprefix.chunking import HASH_BYTES, Chain
 from distprefix.config import PrefixCacheConfig
-from distprefix.engines.store import EngineStore, each_chunk, size_of
+from distprefix.engines.store import EngineStore, each_chunk, load_alone, size_of, store_alone
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.transfers import Buffer
 
@@ -28,7 +28,7 @@ class PartStore(EngineStore):
         """Which of a chain's chunks can be loaded. One Redis call for 4,096 chunks, or 500 of those asked for."""
 
         def work(cache: PrefixCacheOptimizer) -> set[int]:
-            asked = b"".join(chain[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES] for chunk in chunks)
+            asked = b"".join(_hashes(chain, chunk, chunk + 1) for chunk in chunks)
             stored, *alone = cache.find_stored_batch([Chain.packed(chain), *(each_chunk(asked) if self._alone else ())])
             found = {chunk for chunk, there in zip(chunks, alone, strict=False) if there}
             return found | {chunk for chunk in chunks if chunk < stored}
@@ -42,8 +42,7 @@ class PartStore(EngineStore):
             loaded = cache.load(Chain.packed(chain), into, first=first).chunks
             good = [True] * loaded + [False] * (len(into) - loaded)
             if self._alone and loaded < len(into):
-                alone = _alone(chain, first + loaded, into[loaded:])
-                good[loaded:] = [bool(each.chunks) for each in cache.load_batch(alone)]
+                good[loaded:] = load_alone(cache, _hashes(chain, first + loaded, first + len(into)), into[loaded:])
             self._count("chunks_loaded", sum(good))
             return good
 
@@ -58,14 +57,12 @@ class PartStore(EngineStore):
             if stored < 0:
                 self._count("holes", 1)
                 if self._alone:
-                    good = [bool(each) for each in cache.store_batch(_alone(chain, first, payloads))]
+                    good = store_alone(cache, _hashes(chain, first, first + len(payloads)), payloads)
             self._count("stores_dropped", good.count(False))
             return good
 
         return self._store(work, len(payloads), size_of(payloads), [False] * len(payloads))
 
 
-def _alone(chain: bytes, first: int, buffers: Sequence[Buffer]) -> list[tuple[Chain, Sequence[Buffer]]]:
-    """Chunks from `first` on, each by itself with its buffer."""
-    chunks = each_chunk(chain[first * HASH_BYTES : (first + len(buffers)) * HASH_BYTES])
-    return [(chunk, [buffer]) for chunk, buffer in zip(chunks, buffers, strict=True)]
+def _hashes(chain: bytes, first: int, stop: int) -> bytes:
+    return chain[first * HASH_BYTES : stop * HASH_BYTES]

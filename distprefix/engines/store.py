@@ -19,7 +19,7 @@ from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, Unav
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.transfers import Buffer
 
-__all__ = ["REST_S", "EngineStore", "config_for", "each_chunk", "rest", "size_of"]
+__all__ = ["REST_S", "EngineStore", "config_for", "each_chunk", "load_alone", "rest", "size_of", "store_alone"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
@@ -140,8 +140,7 @@ class EngineStore:
         """Load chunks, each by itself. Which of them are good."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            wanted = [(chain, [target]) for chain, target in zip(each_chunk(hashes), into, strict=True)]
-            good = [bool(loaded.chunks) for loaded in cache.load_batch(wanted)]
+            good = load_alone(cache, hashes, into)
             self._count("chunks_loaded", sum(good))
             return good
 
@@ -151,8 +150,7 @@ class EngineStore:
         """Store chunks, each by itself. Which of them are there then; none while too many bytes wait already."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            wanted = [(chain, [payload]) for chain, payload in zip(each_chunk(hashes), payloads, strict=True)]
-            good = [bool(stored) for stored in cache.store_batch(wanted)]
+            good = store_alone(cache, hashes, payloads)
             self._count("stores_dropped", good.count(False))
             return good
 
@@ -177,16 +175,20 @@ class EngineStore:
 
     def has_room(self, count: int, size: int) -> bool:
         """Whether so many bytes may wait to be stored now; their chunks are counted as dropped if not."""
+        return self._reserve(count, size, 0)
+
+    def _reserve(self, count: int, size: int, taken: int) -> bool:
+        """As `has_room`; so many of the bytes wait from now on, if they may."""
         with self._lock:
             if self._waiting_bytes and self._waiting_bytes + size > self._max_waiting_bytes:
                 self.counts["stores_dropped"] += count
                 return False
+            self._waiting_bytes += taken
         return True
 
     def _store(self, work: Callable[[PrefixCacheOptimizer], T], count: int, size: int, otherwise: T) -> Future[T]:
-        if not self.has_room(count, size):
+        if not self._reserve(count, size, size):
             return _done(otherwise)
-        self._add_waiting(size)
         future = self._submit(self._stores, work, otherwise)
         future.add_done_callback(lambda _: self._add_waiting(-size))
         return future
@@ -245,6 +247,18 @@ def each_chunk(hashes: bytes) -> list[Chain]:
     """
     chunks = (hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES))
     return [Chain.packed(hashlib.sha256(chunk + _ALONE).digest()[:HASH_BYTES]) for chunk in chunks]
+
+
+def load_alone(cache: PrefixCacheOptimizer, hashes: bytes, into: Sequence[Buffer]) -> list[bool]:
+    """Load chunks that are each a chain of its own. Which of them are good."""
+    wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(hashes), into, strict=True)]
+    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted)]
+
+
+def store_alone(cache: PrefixCacheOptimizer, hashes: bytes, payloads: Sequence[Buffer]) -> list[bool]:
+    """Store chunks, each as a chain of its own. Which of them are there then."""
+    wanted = [(chunk, [payload]) for chunk, payload in zip(each_chunk(hashes), payloads, strict=True)]
+    return [bool(stored) for stored in cache.store_batch(wanted)]
 
 
 def size_of(payloads: Sequence[Buffer]) -> int:

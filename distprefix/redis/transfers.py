@@ -20,7 +20,7 @@ it answers anybody else."""
 _UNANSWERED_BYTES = 16 * 1024 * 1024
 """Bytes of values sent before replies are read."""
 _SMALL = 256 * 1024
-"""For shorter values that depends on the kind of connection."""
+"""Of values no longer than this as much is asked for ahead as is best for the kind of connection."""
 _SEND_BYTES = 256 * 1024
 """Bytes that are sent at once: while a socket's buffer is full the server has work, and we can prepare the next."""
 _GET = b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n"
