@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -47,7 +46,7 @@ from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.ingester import Engine, Ingester, follower_of
 from distprefix.events.journal import Fate
-from distprefix.redis.client import Client, connect, new_breaker
+from distprefix.redis.client import Client, connect
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
@@ -202,8 +201,7 @@ def forget(url: str, scale: float) -> list[Figure]:
         for worker in workers:
             holder, link = worker.config.holder, worker._state.link
             for prompt in prompts:
-                now_ms = int(time.time() * 1000)
-                link.publish(operations.publish(prompt, 0, holder, link.epoch, now_ms=now_ms, max_run=256))
+                link.publish(operations.publish(prompt, 0, holder, link.epoch, max_run=256))
         reader = stack.enter_context(_cache(url, "forget", "reader", l1_ttl_s=600))
         chain = Chain.packed(prompts[-1])
         in_server, waited, wrong = list[float](), list[float](), 0
@@ -342,7 +340,7 @@ def _peers(plain: Any, keys: Sequence[Sequence[int]], workers: int, how: str) ->
 def _following(url: str, namespace: str, worker: str) -> Generator[tuple[Follower, RedisJournal]]:
     """A follower that has begun, of an engine that says nothing by itself."""
     config = PrefixCacheConfig(url=url, namespace=namespace, worker_id=worker, chunk_size=_BLOCK)
-    client = Client(connect(url, 30), new_breaker(1 << 30, 1.0), Counter())
+    client = Client(connect(url, 30))
     attach(client, Keys(namespace), config, time.monotonic() + 30)
     engine = Engine(worker=worker, endpoint="tcp://nowhere:1")
     follower, journal = follower_of(engine, config, client, _Silent(), lease_s=3600, engine_chains=False)

@@ -514,8 +514,7 @@ def _fill(cache: PrefixCacheOptimizer, chunks: int, total: int) -> list[Chain]:
     link, config, chains = cache._state.link, cache.config, list[Chain]()
     for _ in range(-(-total // chunks)):
         packed = _random.randbytes(chunks * HASH_BYTES)
-        now_ms = int(time.time() * 1000)
-        publish = operations.publish(packed, 0, config.holder, link.epoch, now_ms=now_ms, max_run=config.max_run)
+        publish = operations.publish(packed, 0, config.holder, link.epoch, max_run=config.max_run)
         link.publish(publish)
         chains.append(Chain.packed(packed))
     return chains

@@ -26,7 +26,7 @@ from payload_common import bf16_payload, gb_per_s, new_chain, open_cache
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.chunking import Chain
-from distprefix.redis.client import Client, connect, new_breaker
+from distprefix.redis.client import Client, connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.tiers.codecs import codec_named
 from distprefix.tiers.store import PART_BYTES
@@ -237,7 +237,7 @@ class _OneConnection:
     def __init__(self, url: str, reader: PrefixCacheOptimizer) -> None:
         self._link = reader._state.link
         self._own = self._link.lookups
-        self._client = _InTurns(connect(url, 10), new_breaker(3, 1), self._link.failures)
+        self._client = _InTurns(connect(url, 10), self._link.breakers, self._link.failures)
 
     @contextlib.contextmanager
     def looks_up(self, *, one: bool) -> Generator[None]:
@@ -251,8 +251,9 @@ class _OneConnection:
     def reads(self, chain: Chain, size: int) -> Callable[[], int]:
         """Gets the values of a chain's payloads one after the other, and copies them to where they are wanted."""
         target = memoryview(bytearray(size + PART_BYTES))
-        parts = range(-(-size // PART_BYTES) + (size % PART_BYTES == 0))
-        keys = [self._link.keys.payload(chunk.hex(), part) for chunk in chain for part in parts]
+        firsts = [self._link.keys.payload(chunk.hex()) for chunk in chain]
+        parts: Any = self._client.redis.keys(f"{self._link.keys.base}kv:*:*")
+        keys = [*firsts, *parts]
 
         def load() -> int:
             for key in keys:
@@ -271,11 +272,11 @@ class _InTurns(Client):
         super().__init__(*args)
         self._next, self._turn = threading.Lock(), threading.Lock()
 
-    def command(self, *args: Any, deadline: float) -> Any:
+    def command(self, *args: Any, deadline: float, reads: bool | None = None) -> Any:
         with self._next:
             self._turn.acquire()
         try:
-            return super().command(*args, deadline=deadline)
+            return super().command(*args, deadline=deadline, reads=reads)
         finally:
             self._turn.release()
 

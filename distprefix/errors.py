@@ -21,6 +21,7 @@ __all__ = [
     "StaleEpochError",
     "TraceError",
     "UnavailableError",
+    "UnreadablePayloadError",
 ]
 
 
@@ -49,6 +50,10 @@ class EventFormatError(DistPrefixError, ValueError):
 
 class NamespaceError(DistPrefixError):
     """The namespace was made with other settings; the message names them."""
+
+
+class UnreadablePayloadError(DistPrefixError):
+    """A stored payload arrived as it was written, and this process cannot open it: it has another key or library."""
 
 
 class DamagedPayloadError(DistPrefixError):

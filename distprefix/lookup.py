@@ -17,7 +17,7 @@ from distprefix.nodes import NodeView
 from distprefix.results import entry_of
 from distprefix.state import State
 
-__all__ = ["look_up"]
+__all__ = ["look_up", "own_blocks", "touch"]
 
 _HASHING_SHARE = 0.6
 """Of a look-up's deadline: a prompt so long that hashing takes longer is looked up in part."""
@@ -124,10 +124,10 @@ def _conclude(
     make_entry = make_blocks = tier = None
     if matched:
         tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
-        node = _last_node(found.path, matched)
+        path = _path_to(found.path, matched)
+        node = path[-1]
         state.l1.touch(node, time.monotonic())
-        if node.value is not None:
-            state.outbox.touches.add(node.value.head)
+        state.outbox.touches.add(path)
         counts["hits"] += 1
         counts["chunks_hit"] += matched
         counts["chunks_hit_l1"] += l1_chunks
@@ -135,7 +135,7 @@ def _conclude(
         if state.config.speculate and not node.children and node.value and node.value.stop == matched:
             state.guesses.append((node, matched))
             state.wake()
-        make_entry = entry_of(node, matched, size, tier, state.outbox.touches)
+        make_entry = entry_of(path, matched, size, tier, state.outbox.touches)
         if blocks is not None:
             ids = tuple(array("I", blocks[: 4 * matched]))
             make_blocks = lambda: ids  # noqa: E731
@@ -169,12 +169,23 @@ def own_blocks(state: State, prompt: Prompt, chunks: int) -> tuple[int, ...]:
         return state.own.ids(hashes)
 
 
-def _last_node(path: list[Node], depth: int) -> Node:
-    """The node that the chunk before `depth` is in."""
+def touch(state: State, prompt: Prompt, chunks: int) -> None:
+    """Record a use of a prompt's leading chunks, as far as L1 knows them. No Redis call."""
+    now = time.monotonic()
+    with state.lock:
+        found = state.l1.find(prompt, now)
+        if found.chunks:
+            path = _path_to(found.path, min(chunks, found.chunks))
+            state.l1.touch(path[-1], now)
+            state.outbox.touches.add(path)
+
+
+def _path_to(path: list[Node], depth: int) -> list[Node]:
+    """The path as far as the node that the chunk before `depth` is in."""
     end = len(path)
     while path[end - 1].start >= depth:
         end -= 1
-    return path[end - 1]
+    return path if end == len(path) else path[:end]
 
 
 def _blocks_of(state: State, views: list[NodeView], holder: str) -> bytes:

@@ -43,7 +43,7 @@ __all__ = [
     "walk",
 ]
 
-SCHEMA = b"2"
+SCHEMA = b"3"
 """Version of the data model. Another one is refused at attach and by every script."""
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
@@ -241,7 +241,6 @@ def publish(
     holder: str,
     epoch: int,
     *,
-    now_ms: int,
     max_run: int,
     blocks: bytes = b"",
     metadata: bytes = b"",
@@ -259,7 +258,6 @@ def publish(
             "insert",
             (
                 SCHEMA,
-                now_ms,
                 max_run,
                 holder,
                 epoch,
@@ -270,7 +268,8 @@ def publish(
             ),
         )
         nodes, chunks = nodes + reply[0], chunks + reply[1]
-        told = parse_nodes(reply, start + pos, 6)
+        now_ms = int(reply[6])
+        told = parse_nodes(reply, start + pos, 7)
         reached = told[-1].start + told[-1].matched if told else start + pos
         views += told
         views += _made(reached, start + stop, max_run, holder, epoch, now_ms, metadata if stop == total else b"")
@@ -296,15 +295,16 @@ def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
 
 
 def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) -> Generator[Call, Any, int]:
-    """Nodes (head, hits, last access in ms) were used. One call for every 300 of them. Returns how many were there.
+    """Record uses of nodes (head, hits, ms since the last use). One call for every 300 of them.
 
-    With `candidate_hits` hits, unless that is 0, a node becomes a candidate for pre-warming.
+    Returns how many were there. With `candidate_hits` hits, unless that is 0, a node becomes a candidate for
+    pre-warming.
     """
     touched = 0
     for i in range(0, len(touches), TOUCHES_A_CALL):
         args: list[Any] = [SCHEMA, candidate_hits]
-        for head, hits, accessed in touches[i : i + TOUCHES_A_CALL]:
-            args += (head.hex(), hits, accessed)
+        for head, hits, age_ms in touches[i : i + TOUCHES_A_CALL]:
+            args += (head.hex(), hits, age_ms)
         touched += yield Call("touch", tuple(args))
     return touched
 

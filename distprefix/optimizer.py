@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 import weakref
 from array import array
@@ -20,7 +21,8 @@ from distprefix.budget import maintain
 from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
-from distprefix.lookup import look_up, own_blocks
+from distprefix.health import Health, health_of
+from distprefix.lookup import look_up, own_blocks, touch
 from distprefix.metrics import metrics_of
 from distprefix.model import CacheHitResult, PrefixEntry
 from distprefix.operations import Evicted, Swept
@@ -31,6 +33,7 @@ from distprefix.redis.metrics import withdraw_metrics, write_metrics
 from distprefix.redis.roster import Member, WorkerInfo, read_members
 from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
+from distprefix.reservations import Lease
 from distprefix.results import pack_metadata
 from distprefix.staleness import check_samples
 from distprefix.state import State
@@ -45,6 +48,7 @@ _log = logging.getLogger("distprefix")
 _REGISTER_TIMEOUT_S = 5.0
 _SWEEP_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 10.0
+_ROLE_INTERVAL_S = 1.0
 
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
@@ -68,7 +72,9 @@ class PrefixCacheOptimizer:
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
         self._schedule = Schedule()
-        self._told = False
+        self._has_reported = False
+        self._instance = secrets.token_hex(4)
+        """Tells this cache from others of the same worker, as an engine's scheduler and its workers have one each."""
         self._background: Background | None = None
         self._begin_background()
         _open.add(self)
@@ -102,7 +108,10 @@ class PrefixCacheOptimizer:
     def get_computed_blocks(self, token_ids: Any) -> list[int]:
         """This worker's own block ids for the leading chunks that it holds itself. No Redis call."""
         prompt = self._state.read(token_ids)
-        return list(own_blocks(self._state, prompt, prompt.chunks))
+        blocks = own_blocks(self._state, prompt, prompt.chunks)
+        if blocks:
+            touch(self._state, prompt, len(blocks))
+        return list(blocks)
 
     def get_prewarm_candidates(self, limit: int = 10) -> list[PrefixEntry]:
         """The nodes with at least `prewarm_threshold` hits in the whole cluster, most hits first.
@@ -220,9 +229,15 @@ class PrefixCacheOptimizer:
         """
         return load(self._tiers.payloads, [self._asked(token_ids, into, first, most)])[0]
 
-    def load_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer] | None]]) -> list[Loaded]:
-        """As `load` for each of several prompts, or look-ups' results, with what to load into; read together."""
-        return load(self._tiers.payloads, [self._asked(token_ids, into, 0, None) for token_ids, into in prompts])
+    def load_batch(
+        self, prompts: Iterable[tuple[Any, Sequence[Buffer] | None]], *, as_one: bool = False
+    ) -> list[Loaded]:
+        """As `load` for each of several prompts, or look-ups' results, with what to load into; read together.
+
+        `as_one`: they are parts of one request, which counts as one load.
+        """
+        asked = [self._asked(token_ids, into, 0, None) for token_ids, into in prompts]
+        return load(self._tiers.payloads, asked, as_one=as_one)
 
     def find_stored(self, token_ids: Any) -> int:
         """How many leading chunks of a prompt have payloads, in either tier. One Redis call for 4,096 chunks.
@@ -231,9 +246,12 @@ class PrefixCacheOptimizer:
         """
         return self.find_stored_batch([token_ids])[0]
 
-    def find_stored_batch(self, prompts: Iterable[Any]) -> list[int]:
-        """As `find_stored` for each of several prompts. One Redis call for 4,096 chunks of all together."""
-        return self._tiers.payloads.find_stored([self._state.chain(self._state.read(prompt)) for prompt in prompts])
+    def find_stored_batch(self, prompts: Iterable[Any], *, as_one: bool = False) -> list[int]:
+        """As `find_stored` for each of several prompts. One Redis call for 4,096 chunks of all together.
+
+        `as_one`: they are parts of one request, which counts as one look-up.
+        """
+        return self._tiers.payloads.find_stored([self._state.read(prompt) for prompt in prompts], as_one=as_one)
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
@@ -288,6 +306,14 @@ class PrefixCacheOptimizer:
         """
         self._state.check_usable()
         return maintain(self._state)
+
+    def lease(self, token_ids: Any, ttl_s: float = 30.0) -> Lease:
+        """Keep a prompt from eviction until `ttl_s` passed or the lease is released, without looking it up.
+
+        A context manager, as `hit.lease()`. One Redis call, two when L1 does not know the prompt.
+        """
+        prompt = self._state.read(token_ids)
+        return self._state.reservations.lease(prompt, prompt.chunks, ttl_s)
 
     def prewarm(
         self,
@@ -374,7 +400,17 @@ class PrefixCacheOptimizer:
     def get_metrics(self) -> dict[str, Any]:
         """What happened so far in this process, and how large L1 is; docs/metrics.md has every name. No Redis call."""
         cache = self._tiers.payloads.cache
-        return {**metrics_of(self._state), "l1_payload_bytes_used": cache.bytes, "l1_payload_hits": cache.hits}
+        metrics = metrics_of(self._state)
+        for name, pool in self._tiers.pools.items():
+            metrics["breakers"][f"{name}_read"] = str(pool.breakers.reads.state)
+            metrics["breakers"][f"{name}_write"] = str(pool.breakers.writes.state)
+            metrics["breaker_opened"] += pool.breakers.opened
+            metrics[f"payload_failures_{name}"] = dict(pool.failures)
+        return {**metrics, "l1_payload_bytes_used": cache.bytes, "l1_payload_hits": cache.hits}
+
+    def health(self) -> Health:
+        """What works now: walks, writes, and each server of payloads by itself. No Redis call; never raises."""
+        return health_of(self._state.link, self._tiers.pools)
 
     def check_integrity(self) -> Report:
         """Read the whole shared tree and hold it to its invariants; changes nothing. One call for every key."""
@@ -401,8 +437,8 @@ class PrefixCacheOptimizer:
         if self._background is not None:
             self._background.stop()
         self.flush()
-        if self._told:
-            self._tell_metrics(withdraw=True)
+        if self._has_reported:
+            self._report_metrics(withdraw=True)
         if self._state.link.lease_s:
             self._state.link.end_lease()
         self._state.unusable = "this cache is closed: open another one"
@@ -420,10 +456,24 @@ class PrefixCacheOptimizer:
     def _do_what_is_due(self) -> None:
         if self._state.unusable:
             return
+        self._tiers.probe_servers()
         check_samples(self._state)
         speculate(self._state)
         self._tiers.promote_waiting()
+        self._keep_in_touch()
+        if self._schedule.is_due("demote", self.config.demote_interval_s):
+            self._tiers.demote_idle()
+        if self._schedule.is_due("maintain", self.config.maintain_interval_s):
+            try:
+                self.maintain()
+            except DistPrefixError:
+                self._state.counts["evictions_failed"] += 1
+
+    def _keep_in_touch(self) -> None:
+        """Know what others did, and let others know of this process."""
         link = self._state.link
+        if self._schedule.is_due("role", _ROLE_INTERVAL_S):
+            link.check_role()
         if self._schedule.is_due("heartbeat", link.lease_s / 3):
             link.heartbeat()
         if self._schedule.is_due("feed", self.config.feed_interval_s):
@@ -434,23 +484,17 @@ class PrefixCacheOptimizer:
             self._sweep_quietly()
         if self._schedule.is_due("touch", self.config.touch_interval_s):
             self.flush()
-            self._tell_metrics()
-        if self._schedule.is_due("demote", self.config.demote_interval_s):
-            self._tiers.demote_idle()
-        if self._schedule.is_due("maintain", self.config.maintain_interval_s):
-            try:
-                self.maintain()
-            except DistPrefixError:
-                self._state.counts["evictions_failed"] += 1
+            self._report_metrics()
 
-    def _tell_metrics(self, *, withdraw: bool = False) -> None:
-        link, holder = self._state.link, self.config.holder
+    def _report_metrics(self, *, withdraw: bool = False) -> None:
+        link = self._state.link
+        name = f"{self.config.holder} {self._instance}"
         with contextlib.suppress(DistPrefixError):
             if withdraw:
-                withdraw_metrics(link.publishes, link.keys, holder, link.publish_deadline())
+                withdraw_metrics(link.publishes, link.keys, name, link.publish_deadline())
             else:
-                self._told = True
-                write_metrics(link.publishes, link.keys, holder, self.get_metrics(), link.publish_deadline())
+                self._has_reported = True
+                write_metrics(link.publishes, link.keys, name, self.get_metrics(), link.publish_deadline())
 
     def _sweep_quietly(self) -> None:
         with contextlib.suppress(DistPrefixError):

@@ -11,6 +11,8 @@ from distprefix import operations
 from distprefix.chunking import HASH_BYTES
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheTier, PrefixEntry
+from distprefix.nodes import Snapshot
+from distprefix.radix import PrefixTree
 from distprefix.results import entry_of
 from distprefix.state import State
 
@@ -106,7 +108,12 @@ def candidates(state: State, limit: int) -> list[PrefixEntry]:
     except DistPrefixError:
         with state.lock:
             nodes = state.l1.hottest(state.config.prewarm_threshold)[:limit]
-            return [entry_of(node, node.stop, size, CacheTier.HOT, touches, used_now=False)(()) for node in nodes]
+            return [
+                entry_of(PrefixTree[Snapshot].path_to(node), node.stop, size, CacheTier.HOT, touches, used_now=False)(
+                    ()
+                )
+                for node in nodes
+            ]
     return [
         PrefixEntry(
             prefix_hash=one.last,
@@ -116,7 +123,7 @@ def candidates(state: State, limit: int) -> list[PrefixEntry]:
             access_count=one.hits,
             created_at=one.created / 1000,
             last_access=one.accessed / 1000,
-            _on_touch=partial(touches.add, one.head),
+            _on_touch=partial(touches.add_node, one.head),
         )
         for one in found
         if one.hits >= state.config.prewarm_threshold

@@ -107,7 +107,6 @@ class Publisher:
                 start,
                 config.holder,
                 epoch,
-                now_ms=int(time.time() * 1000),
                 max_run=config.max_run,
                 blocks=blocks[4 * start :],
                 metadata=metadata,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ _MAX_METADATA_BYTES = 4096
 
 
 def entry_of(
-    node: Node,
+    path: Sequence[Node],
     depth: int,
     chunk_size: int,
     tier: CacheTier,
@@ -30,11 +30,13 @@ def entry_of(
     *,
     used_now: bool = True,
 ) -> Callable[[tuple[int, ...]], PrefixEntry]:
-    """What makes the entry, given its block ids, for the prefix of `depth` chunks that ends in `node` as it is now."""
+    """What makes the entry, given its block ids, for the `depth` chunks that end with `path` as it is now."""
+    node = path[-1]
     end = (depth - node.start) * HASH_BYTES
     name = node.hashes[end - HASH_BYTES : end]
     ends_here = node.value is not None and node.value.stop == depth
-    return partial(_make_entry, node.value, name, depth * chunk_size, node.recent, tier, touches, used_now, ends_here)
+    touch = partial(touches.add, path)
+    return partial(_make_entry, node.value, name, depth * chunk_size, node.recent, tier, touch, used_now, ends_here)
 
 
 def _make_entry(
@@ -43,7 +45,7 @@ def _make_entry(
     num_tokens: int,
     hits: int,
     tier: CacheTier,
-    touches: Touches,
+    touch: Callable[[], None],
     used_now: bool,
     ends_here: bool,
     blocks: tuple[int, ...],
@@ -57,7 +59,7 @@ def _make_entry(
         created_at=snapshot.created / 1000 if snapshot else 0.0,
         last_access=time.time() if used_now or not snapshot else snapshot.accessed / 1000,
         metadata=_unpack_metadata(snapshot.metadata) if snapshot and ends_here else None,
-        _on_touch=partial(touches.add, snapshot.head) if snapshot else None,
+        _on_touch=touch if snapshot else None,
     )
 
 

@@ -1,37 +1,87 @@
-"""Hits that Redis has not heard of yet. They go in batches, in the background, so that look-ups stay one call."""
+"""Uses that Redis has not been sent yet. They go in batches, in the background, so that a request costs no call."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from distprefix.chunking import HASH_BYTES
+from distprefix.l1 import Node
 
 __all__ = ["Touches"]
 
-_MOST_NODES = 20_000
+_MAX_PATHS = 20_000
+
+
+class _Use(NamedTuple):
+    """Uses of a path: of a node and of all its ancestors."""
+
+    heads: tuple[bytes, ...]
+    """From the root to the node."""
+    hits: int
+    used: float
+    """When it was used last (time.monotonic)."""
 
 
 class Touches:
-    """Hits and last use by node head. Thread-safe."""
+    """Hits and last use by path. A use of a node is a use of every chunk that precedes it. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hits: dict[bytes, tuple[int, int]] = {}
+        self._uses: dict[bytes, _Use] = {}
         self.dropped = 0
-        """Nodes whose touches were lost, because too many waited or Redis failed."""
+        """Paths and nodes whose uses were lost, because too many waited or Redis failed."""
 
-    def add(self, head: bytes) -> None:
-        """The node was used just now."""
-        if not head:
+    def add(self, path: Sequence[Node]) -> None:
+        """Record a hit of the last node of a path, which begins at a root."""
+        snapshot = path[-1].value
+        if snapshot is None or not snapshot.head:
             return
+        now = time.monotonic()
         with self._lock:
-            known = self._hits.get(head)
-            if known is None and len(self._hits) >= _MOST_NODES:
-                self.dropped += 1
+            known = self._uses.get(snapshot.head)
+            if known is not None:
+                self._uses[snapshot.head] = _Use(known.heads, known.hits + 1, now)
                 return
-            self._hits[head] = (known[0] + 1 if known else 1, int(time.time() * 1000))
+        self._add(_heads_of(path), 1, now)
+
+    def add_chunks(self, chain: bytes, starts: Sequence[int], hits: int = 1) -> None:
+        """Record uses of the nodes that begin at these chunks of a chain; 0 hits move the last use alone."""
+        if starts:
+            heads = tuple(chain[start * HASH_BYTES : (start + 1) * HASH_BYTES] for start in starts)
+            self._add(heads, hits, time.monotonic())
+
+    def add_node(self, head: bytes) -> None:
+        """Record a hit of one node, whose path is not known."""
+        if head:
+            self._add((head,), 1, time.monotonic())
 
     def take(self) -> list[tuple[bytes, int, int]]:
-        """All of them, as (head, hits, last use in ms); they are the caller's now."""
+        """All of them, as (head, hits, ms since the last use), each node once; they are the caller's now."""
         with self._lock:
-            taken, self._hits = self._hits, {}
-        return [(head, hits, used) for head, (hits, used) in taken.items()]
+            taken = self._uses
+            self._uses = {}
+        hits: dict[bytes, int] = {}
+        used: dict[bytes, float] = {}
+        for use in taken.values():
+            for head in use.heads:
+                hits[head] = hits.get(head, 0) + use.hits
+                used[head] = max(used.get(head, 0.0), use.used)
+        now = time.monotonic()
+        return [(head, count, int(1000 * (now - used[head]))) for head, count in hits.items()]
+
+    def _add(self, heads: tuple[bytes, ...], hits: int, used: float) -> None:
+        with self._lock:
+            known = self._uses.get(heads[-1])
+            if known is None and len(self._uses) >= _MAX_PATHS:
+                self.dropped += 1
+                return
+            before = known.hits if known is not None else 0
+            self._uses[heads[-1]] = _Use(heads, before + hits, used)
+
+
+def _heads_of(path: Sequence[Node]) -> tuple[bytes, ...]:
+    """Heads of the nodes in Redis that the nodes of L1 are parts of: several parts may belong to one."""
+    return tuple(dict.fromkeys(node.value.head for node in path if node.value is not None and node.value.head))

@@ -14,6 +14,7 @@
 -- @include policies
 -- @include score
 -- @include payload
+-- @include release
 -- @include account
 -- @include tell
 -- @include fields

@@ -19,6 +19,7 @@
 -- @include policies
 -- @include score
 -- @include payload
+-- @include release
 -- @include account
 -- @include tell
 -- @include fields

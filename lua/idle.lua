@@ -3,7 +3,7 @@
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    schema version the caller speaks
--- ARGV[2]    last use, in ms, that is long ago
+-- ARGV[2]    how long ago the last use has to be, ms by the server's clock
 -- ARGV[3]    rank among the leaves to begin with, in the order of eviction
 -- ARGV[4]    how many leaves to look at, with what lies above them
 -- returns    {rank to go on with, -1 at the end, head, run, sizes of its warm payloads, head, ...}
@@ -12,7 +12,8 @@
 -- cost       a ZRANGE, and an HMGET and an HKEYS a node
 -- @include guard
 -- @include keys
-local before, rank, most, most_children = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
+-- @include clock
+local before, rank, most, most_children = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
 local reply = { #leaves == most and rank + most or -1 }
 
@@ -39,7 +40,7 @@ for _, leaf in ipairs(leaves) do
     local n = #reply
     if run and not held then
       head = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
-    elseif run and tonumber(accessed) < before and not has_warm_child(run) then
+    elseif run and tonumber(accessed) <= before and not has_warm_child(run) then
       reply[n + 1], reply[n + 2], reply[n + 3] = head, slice(run, 0, #sizes / 4), sizes
       break
     else

@@ -3,16 +3,15 @@
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    schema version the caller speaks
--- ARGV[2]    now, ms
--- ARGV[3]    the most chunks a run may have
--- ARGV[4]    the stream: the member whose coverage changes, <worker>/<rank>
--- ARGV[5]    number of the caller's right to write, as stream told it
--- ARGV[6]    epoch of the member
--- ARGV[7]    the last message that the changes come from, "" to write none: written once all changes are
--- ARGV[8]    its digest
--- ARGV[9]    when the engine made it
--- ARGV[10]   what the caller needs to go on from here
--- ARGV[11..] changes, 4 arguments each: medium; depth of the chain's first chunk, or "" when its last chunk is lost;
+-- ARGV[2]    the most chunks a run may have
+-- ARGV[3]    the stream: the member whose coverage changes, <worker>/<rank>
+-- ARGV[4]    number of the caller's right to write, as stream told it
+-- ARGV[5]    epoch of the member
+-- ARGV[6]    the last message that the changes come from, "" to write none: written once all changes are
+-- ARGV[7]    its digest
+-- ARGV[8]    when the engine made it
+-- ARGV[9]    what the caller needs to go on from here
+-- ARGV[10..] changes, 4 arguments each: medium; depth of the chain's first chunk, or "" when its last chunk is lost;
 --            chain, from a node's head; the engine's keys, as many bytes for each chunk
 -- returns    {"heads" and the chunks that nodes begin with | "done" | "again", told as far as time allowed | "absent" |
 --             "noparent" | "refused" for each change that was looked at}
@@ -21,11 +20,13 @@
 -- cost       what insert and trim cost, for each change
 -- @include guard
 -- @include keys
+-- @include clock
 -- @include walk
 -- @include path
 -- @include policies
 -- @include score
 -- @include payload
+-- @include release
 -- @include account
 -- @include tell
 -- @include fields
@@ -36,7 +37,7 @@
 -- @include unlink
 -- @include uncover
 -- @include withdraw
-local now, max_run, member, number, epoch = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], tonumber(ARGV[6])
+local max_run, member, number, epoch = tonumber(ARGV[2]), ARGV[3], ARGV[4], tonumber(ARGV[5])
 local key, reply, complete, budget = base .. 's:' .. member, {}, true, 500
 if redis.call('HGET', key, 'f') ~= number then
   return redis.error_reply('DPFENCED another ingester writes what ' .. member .. ' says')
@@ -51,20 +52,20 @@ local function change(medium, depth, chain, keys)
     return taken and word or nodes.err
   end
   local done, problem = publish(chain, tonumber(depth), '', {
-    now = now, max_run = max_run, holder = holder, epoch = epoch,
+    now = ('%.0f'):format(now), max_run = max_run, holder = holder, epoch = epoch,
     column = 'e:', width = #keys * 16 / #chain, ids = keys,
   })
   return done and 'heads ' .. table.concat(done.starts, ' ') or problem.err
 end
 
-for i = 11, #ARGV, 4 do
+for i = 10, #ARGV, 4 do
   local well, word = pcall(change, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
   word = well and (word:match('^DPNOPARENT') and 'noparent' or word:match('^DP%u+') and 'refused' or word) or 'refused'
   complete = complete and word ~= 'again' and word ~= 'noparent' and word ~= 'absent'
   reply[#reply + 1] = word
 end
 settle()
-if complete and ARGV[7] ~= '' then
-  redis.call('HSET', key, 'q', ARGV[7], 'x', ARGV[8], 't', ARGV[9], 'p', epoch, 'g', ARGV[10])
+if complete and ARGV[6] ~= '' then
+  redis.call('HSET', key, 'q', ARGV[6], 'x', ARGV[7], 't', ARGV[8], 'p', epoch, 'g', ARGV[9])
 end
 return reply

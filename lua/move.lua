@@ -17,6 +17,7 @@
 -- @include policies
 -- @include score
 -- @include payload
+-- @include release
 -- @include account
 -- @include tell
 -- @include place

@@ -14,6 +14,7 @@
 -- @include policies
 -- @include score
 -- @include payload
+-- @include release
 -- @include account
 -- @include tell
 -- @include fields
@@ -26,7 +27,6 @@ for i = 3, #ARGV, 2 do
 end
 redis.call('XLEN', base .. 'log')
 redis.call('ZCARD', base .. 'hot')
-
 -- Whether a node's fields make sense. One that another hand wrote is passed over: look-ups refuse it as well.
 local function is_sound(flat, node)
   local sound = node.r and #node.r > 0 and #node.r % 16 == 0

@@ -1,17 +1,18 @@
 #!lua flags=allow-oom
--- touch: these nodes were used: hits add up, access times only grow, leaves move back in the order of eviction, and
+-- touch: record uses of nodes: hits add up, access times only grow, leaves move back in the order of eviction, and
 -- nodes with enough hits become candidates for pre-warming.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    schema version the caller speaks
 -- ARGV[2]    hits that make a candidate, 0 for never
--- ARGV[3..]  head in hex, hits, last access in ms, for each node; at most 1,000 nodes
+-- ARGV[3..]  head in hex, hits, ms since the last use, for each node; at most 1,000 nodes
 -- returns    how many of the nodes were there
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: leaves keep their order on a server that is full
 -- cost       one HMGET, HSTRLEN, HINCRBY, HSET and ZADD a node; another ZADD for a candidate
 -- @include guard
 -- @include keys
+-- @include clock
 -- @include policies
 -- @include score
 local threshold, hot, most_candidates = tonumber(ARGV[2]), base .. 'hot', 1000
@@ -19,11 +20,11 @@ redis.call('ZCARD', base .. 'leaves') -- fails here, before a hit is counted, if
 redis.call('ZCARD', hot)
 local touched = 0
 for i = 3, #ARGV, 3 do
-  local head, hits, now = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+  local head, hits, used = ARGV[i], ARGV[i + 1], now - math.max(0, tonumber(ARGV[i + 2]))
   local accessed, depth = unpack(redis.call('HMGET', node_key(head), 'a', 'd'))
   if accessed then
     hits = redis.call('HINCRBY', node_key(head), 'n', hits)
-    accessed = ('%.0f'):format(math.max(now, tonumber(accessed) or 0))
+    accessed = ('%.0f'):format(math.max(used, tonumber(accessed) or 0))
     redis.call('HSET', node_key(head), 'a', accessed)
     rank(head, accessed, hits, depth, redis.call('HSTRLEN', node_key(head), 'r') / 16)
     if threshold > 0 and hits >= threshold then

@@ -6,9 +6,8 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Generator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import redis
 import typer
@@ -37,7 +36,9 @@ __all__ = [
     "fail",
     "holders_text",
     "opened",
+    "server_ms",
     "show",
+    "size",
 ]
 
 EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
@@ -134,9 +135,23 @@ def absent(client: redis.Redis, namespace: str, *, private: bool) -> NoReturn:
     fail(f"there is no namespace {namespace!r}; there are: {there}{hint}", EXIT_MISS)
 
 
-def age(milliseconds: int) -> str:
-    """How long ago, in words of one unit."""
-    seconds = max(0.0, time.time() - milliseconds / 1000)
+def size(count: float) -> str:
+    """Bytes, in words of one unit."""
+    for unit, one in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= one:
+            return f"{count / one:,.1f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def server_ms(client: redis.Redis) -> int:
+    """The server's clock, in ms: what is dated there is compared with it. One call."""
+    seconds, micros = cast("Any", client.time())
+    return 1000 * int(seconds) + int(micros) // 1000
+
+
+def age(milliseconds: int, now_ms: int) -> str:
+    """How long ago, in words of one unit, by the clock that dated it."""
+    seconds = max(0.0, (now_ms - milliseconds) / 1000)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"

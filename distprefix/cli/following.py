@@ -18,7 +18,7 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError, InvalidInputError, ReplayError
 from distprefix.events.frames import Frame
 from distprefix.events.ingester import Engine, follower_of, status_of
-from distprefix.redis.client import Client, new_breaker
+from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
 
@@ -79,7 +79,7 @@ def follow_file(
 
     The worker holds no lease: what the file says counts until the worker is dropped or registered again.
     """
-    calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
+    calls = Client(client)
     attach(calls, Keys(config.namespace), config, time.monotonic() + 5)
     engine = Engine(worker=worker, endpoint=str(path), kind=kind)
     follower, journal = follower_of(engine, config, calls, _NothingToReplay(), lease_s=0.0, engine_chains=engine_chains)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, error
 from distprefix.errors import InvalidInputError, NamespaceError
 from distprefix.l1 import L1
 from distprefix.operations import walk
-from distprefix.redis.client import Client, new_breaker, run
+from distprefix.redis.client import Client, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import salt_check
@@ -79,7 +78,7 @@ def _look_up(
         raise NamespaceError("the namespace has another salt: pass it with --salt or DISTPREFIX_SALT")
     prompt = read_prompt(tokens, chunk_size, 1 << 31)
     chain = chain_hashes(algorithm, root, prompt.view, prompt.stride, extras)
-    calls = Client(client, new_breaker(1, 1.0), Counter())
+    calls = Client(client)
     deadline = time.monotonic() + 5
     views = run(walk(chain, 0), calls, keys.meta, deadline) if chain else []
     roster = Roster()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,7 @@ from distprefix.cli.common import (
     show,
 )
 from distprefix.operations import Bounds, Evicted, evict
-from distprefix.redis.client import Client, connect, new_breaker, run
+from distprefix.redis.client import Client, connect, run
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.repair import repair as repair_shard
@@ -64,7 +63,7 @@ def maintain(
         descriptor = read_descriptor(client, keys)
         if not descriptor:
             absent(client, namespace, private=url is None)
-        calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
+        calls = Client(client)
         if repair:
             report, right = repair_shard(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)
             value: dict[str, Any] = {"nodes": report.nodes, "chunks": report.chunks, "bytes": report.bytes}
@@ -85,7 +84,7 @@ def maintain(
 
 
 def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:
-    elsewhere = Elsewhere(calls, keys, connect(cold_url, 5.0))
+    elsewhere = Elsewhere(calls, keys, Client(connect(cold_url, 5.0)), 5.0)
     try:
         return elsewhere.reclaim(time.monotonic() + _DEADLINE_S)
     finally:

@@ -10,7 +10,19 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, age, errors, fail, opened, show
+from distprefix.cli.common import (
+    EXIT_MISS,
+    EXIT_USAGE,
+    Json,
+    Namespace,
+    Url,
+    age,
+    errors,
+    fail,
+    opened,
+    server_ms,
+    show,
+)
 from distprefix.redis.inspect import NodeRecord, children_of, find_node
 from distprefix.redis.keys import Keys
 
@@ -34,10 +46,11 @@ def node(
         children = children_of(client, keys, record.last)
         metadata = msgpack.unpackb(record.metadata) if record.metadata else None
         value = {**record.as_dict(), "key": keys.node(record.head), "children": children, "metadata": metadata}
-        show(value, as_json=as_json, render=lambda: _table(record, keys.node(record.head), children, metadata))
+        now_ms = server_ms(client)
+        show(value, as_json=as_json, render=lambda: _table(record, keys.node(record.head), children, metadata, now_ms))
 
 
-def _table(record: NodeRecord, key: str, children: list[str], metadata: object) -> Table:
+def _table(record: NodeRecord, key: str, children: list[str], metadata: object, now_ms: int) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -45,7 +58,8 @@ def _table(record: NodeRecord, key: str, children: list[str], metadata: object) 
     table.add_row("chunks", f"{record.depth} to {record.depth + record.size - 1} ({record.size})")
     table.add_row("last chunk", record.last)
     table.add_row("parent chunk", record.parent or "none: a root")
-    table.add_row("hits", f"{record.hits:,}, last {age(record.accessed_ms)} ago, made {age(record.created_ms)} ago")
+    used = f"last {age(record.accessed_ms, now_ms)} ago, made {age(record.created_ms, now_ms)} ago"
+    table.add_row("hits", f"{record.hits:,}, {used}")
     for name, (epoch, covered) in record.holders.items():
         table.add_row("holder", f"{name}: first {covered} of {record.size} chunks, epoch {epoch}")
     if metadata is not None:

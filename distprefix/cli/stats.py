@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, absent, errors, opened, show
+from distprefix.cli.common import Json, Namespace, Url, absent, errors, opened, show, size
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
 
@@ -30,7 +30,8 @@ def _table(namespace: str, found: dict[str, Any]) -> Table:
     settings = found["descriptor"]
     for name in ("nodes", "chunks", "mean_run", "roots", "leaves"):
         table.add_row(name.replace("_", " "), f"{found[name]:,}")
-    table.add_row("bytes", f"{found['bytes']:,} by the tree's own estimate")
+    table.add_row("bytes", f"{found['bytes']:,} by the tree's own estimate, warm payloads included")
+    table.add_row("payloads", f"{size(found['warm_bytes'])} warm, {size(found['cold_bytes'])} cold")
     table.add_row("log", f"{found['log']:,} entries so far")
     table.add_row("hot", f"{found['hot']:,} candidates for pre-warming")
     table.add_row("tokens", f"{found['chunks'] * int(settings['chunk_size']):,}")
@@ -46,7 +47,10 @@ def _table(namespace: str, found: dict[str, Any]) -> Table:
 
 
 _SUMS = (
-    *("lookups", "hits", "hits_hot", "hits_warm", "misses", "publishes", "publishes_dropped", "evicted_chunks"),
+    *("lookups", "hits", "hits_hot", "hits_warm", "hits_stored", "misses", "tokens_hit", "loads", "tokens_loaded"),
+    *("payloads_stored", "payload_bytes_stored", "payload_bytes_loaded", "payload_bytes_loaded_cold"),
+    *("payloads_missing", "payloads_damaged", "payloads_unavailable", "payloads_trimmed"),
+    *("publishes", "publishes_dropped", "evicted_chunks"),
     *("leases", "claims", "staleness_checked", "staleness_over", "feed_gaps", "touches_dropped"),
 )
 
@@ -56,5 +60,5 @@ def _fleet(told: list[dict[str, Any]]) -> list[str]:
     lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in told):,}" for name in _SUMS]
     lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in told) / 2**20:,.1f} MiB")
     lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in told):.1f} % used")
-    states = sorted({str(one.get("breaker")) for one in told})
-    return [*lines, f"breakers {', '.join(states)}"]
+    off = sorted({name for one in told for name, state in one.get("breakers", {}).items() if state != "closed"})
+    return [*lines, f"off {', '.join(off) or 'nothing'}"]

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, absent, console, errors, opened, show
+from distprefix.cli.common import Json, Namespace, Url, absent, console, errors, opened, show, size
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
 
@@ -70,28 +70,34 @@ def _watch(
         before = now
 
 
+_COLUMNS = (
+    *("look/s", "hit%", "L1%", "hit tokens", "loads", "loaded", "cold", "stored"),
+    *("pub/s", "drop", "evict", "full%", "stale%", "L1"),
+)
+
+
 def _page(now: dict[str, Any], before: dict[str, Any]) -> Group:
-    size = int(now["descriptor"]["chunk_size"])
+    chunk_size = int(now["descriptor"]["chunk_size"])
     head = Text.assemble(
         (f"{now['chunks']:,} chunks", "bold"),
-        f" ({now['chunks'] * size:,} tokens) in {now['nodes']:,} nodes, {now['leaves']:,} leaves, "
-        f"{now['bytes'] / 2**20:,.1f} MiB; log at {now['log']:,}; {now['server']}, "
-        f"{now['used_memory'] / 2**20:,.0f} MiB used",
+        f" ({now['chunks'] * chunk_size:,} tokens) in {now['nodes']:,} nodes, {now['leaves']:,} leaves, "
+        f"{size(now['bytes'])}; payloads {size(now['warm_bytes'])} warm, {size(now['cold_bytes'])} cold; "
+        f"log at {now['log']:,}; {now['server']}, {size(now['used_memory'])} used",
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("worker", no_wrap=True)
-    for column in ("look/s", "hit%", "L1%", "pub/s", "drop", "evict", "full%", "stale%", "L1MiB"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
-    table.add_column("breaker")
-    for holder, told in sorted(now["live"].items()):
-        table.add_row(holder, *_cells(told, before.get("live", {}).get(holder, {})))
+    table.add_column("off")
+    for holder, report in sorted(now["live"].items()):
+        table.add_row(holder, *_cells(report, before.get("live", {}).get(holder, {})))
     if not now["live"]:
-        return Group(head, Text("no worker has told of itself within the last half minute"))
+        return Group(head, Text("no worker has reported within the last half minute"))
     return Group(head, table)
 
 
 def _cells(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """A worker's row: rates since the last look, or since it began."""
+    """A worker's row: rates since the last look, and what it did since it began."""
     seconds = now["at"] - before["at"] if before else 0.0
 
     def rate(name: str) -> str:
@@ -100,15 +106,21 @@ def _cells(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     def share(part: str, whole: str) -> str:
         return f"{100 * now[part] / now[whole]:.1f}" if now[whole] else "-"
 
+    off = [name for name, state in now["breakers"].items() if state != "closed"]
     return [
         rate("lookups"),
         share("chunks_hit", "chunks_looked_up"),
         share("chunks_hit_l1", "chunks_hit"),
+        f"{now['tokens_hit']:,}",
+        f"{now['loads']:,}",
+        size(now["payload_bytes_loaded"]),
+        size(now["payload_bytes_loaded_cold"]),
+        size(now["payload_bytes_stored"]),
         rate("publishes"),
         f"{now['publishes_dropped']:,}",
         f"{now['evicted_chunks']:,}",
         f"{100 * now['l2_budget_use']:.0f}",
         share("staleness_over", "staleness_checked"),
-        f"{now['l1_bytes'] / 2**20:,.1f}",
-        f" {now['breaker']}",
+        size(now["l1_bytes"]),
+        f" {', '.join(off) or '-'}",
     ]

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from distprefix.cli.common import Json, Namespace, Url, absent, age, errors, holders_text, opened, show
+from distprefix.cli.common import Json, Namespace, Url, absent, age, errors, holders_text, opened, server_ms, show
 from distprefix.redis.inspect import children_of, read_descriptor, read_node, read_stats
 from distprefix.redis.keys import Keys
 
@@ -23,14 +23,15 @@ def tree(
     breadth: Annotated[int, typer.Option(min=1, max=10_000, help="Children to show, most hits first.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Show the radix tree: runs, depth, holders (with what they lack), hits that ended in a node, age."""
+    """Show the radix tree: runs, depth, holders (with what they lack), hits of a node and what follows it, age."""
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
         if not read_descriptor(client, keys):
             absent(client, namespace, private=url is None)
         epochs = read_stats(client, keys)["workers"]
         found = _read(client, keys, "", depth, breadth)
-        show(found, as_json=as_json, render=lambda: _draw(Tree(Text(namespace, "bold")), found, epochs))
+        now_ms = server_ms(client)
+        show(found, as_json=as_json, render=lambda: _draw(Tree(Text(namespace, "bold")), found, epochs, now_ms))
 
 
 def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int) -> dict[str, Any]:
@@ -44,16 +45,16 @@ def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int) 
     return {"children": children, "not_shown": len(records) - len(shown)}
 
 
-def _draw(parent: Tree, found: dict[str, Any], epochs: dict[str, int]) -> Tree:
+def _draw(parent: Tree, found: dict[str, Any], epochs: dict[str, int], now_ms: int) -> Tree:
     for child in found["children"]:
         first, size = child["depth"], child["chunks"]
         held = {name: (holder["epoch"], holder["chunks"]) for name, holder in child["holders"].items()}
         label = Text.assemble(
             (child["head"][:12], "cyan"),
             f" chunks {first}-{first + size - 1} ({size}) · {holders_text(held, size, epochs)}",
-            f" · {child['hits']} hits · {age(child['accessed_ms'])} ago",
+            f" · {child['hits']} hits · {age(child['accessed_ms'], now_ms)} ago",
         )
-        _draw(parent.add(label), child, epochs)
+        _draw(parent.add(label), child, epochs, now_ms)
     if found["not_shown"]:
         parent.add(Text(f"… {found['not_shown']:,} more", "dim"))
     return parent

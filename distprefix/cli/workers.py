@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, fail, opened, show
-from distprefix.redis.client import Client, new_breaker
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, fail, opened, show, size
+from distprefix.redis.client import Client
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.workers import describe_workers, retire_worker
@@ -26,12 +25,15 @@ def workers(
     drop: Annotated[str | None, typer.Option(metavar="NAME", help="This worker is gone: forget all it holds.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the workers: lease, epoch, ranks, chunks held, how far behind their events are. Or drop one."""
+    """List the workers: lease, epoch, ranks, chunks held, what they found and loaded, how far behind events are.
+
+    Or drop one.
+    """
     with errors(), opened(url) as (client, _):
         keys, deadline = Keys(namespace), time.monotonic() + _DEADLINE_S
         if not read_descriptor(client, keys):
             absent(client, namespace, private=url is None)
-        calls = Client(client, new_breaker(1 << 30, 1.0), Counter())
+        calls = Client(client)
         if drop is not None:
             ranks = retire_worker(calls, keys, drop, deadline)
             if not ranks:
@@ -48,17 +50,23 @@ def _table(namespace: str, found: list[dict[str, Any]]) -> Table:
     for name in ("rank", "epoch", "lease"):
         table.add_column(name, justify="right")
     table.add_column("chunks held")
+    for name in ("look-ups", "hit tokens", "loads", "loaded", "stored"):
+        table.add_column(name, justify="right")
     table.add_column("events")
     table.add_column("model, address", overflow="fold")
     for one in found:
         chunks = ", ".join(f"{count:,} {medium}" for medium, count in sorted(one["chunks"].items())) or "none"
         where = " ".join(filter(None, (one["model"], one["address"])))
+        row = [one["worker"], str(one["rank"]), str(one["epoch"]), _lease(one["lease_left_s"]), chunks]
         table.add_row(
-            *(one["worker"], str(one["rank"]), str(one["epoch"]), _lease(one["lease_left_s"]), chunks),
-            *(_events(one["events"]), where),
-            style="" if one["live"] else "dim",
+            *row, *_figures(one["figures"]), _events(one["events"]), where, style="" if one["live"] else "dim"
         )
     return table
+
+
+def _figures(figures: dict[str, int]) -> list[str]:
+    counts = [f"{figures[name]:,}" for name in ("lookups", "tokens_hit", "loads")]
+    return [*counts, size(figures["payload_bytes_loaded"]), size(figures["payload_bytes_stored"])]
 
 
 def _lease(left_s: float | None) -> str:

@@ -35,7 +35,7 @@ class LeasingStore(EngineStore):
             found = cache.find_stored(Chain.packed(chain))
             if not found:
                 return 0, None
-            lease = cache.find_longest_cache_hit(Chain.packed(chain[: found * HASH_BYTES])).lease(ttl_s)
+            lease = cache.lease(Chain.packed(chain[: found * HASH_BYTES]), ttl_s)
             return found, lease if lease.chunks else None
 
         return self._submit(self._lookups, work, (0, None))

@@ -29,7 +29,8 @@ class PartStore(EngineStore):
 
         def work(cache: PrefixCacheOptimizer) -> set[int]:
             asked = b"".join(_hashes(chain, chunk, chunk + 1) for chunk in chunks)
-            stored, *alone = cache.find_stored_batch([Chain.packed(chain), *(each_chunk(asked) if self._alone else ())])
+            prompts = [Chain.packed(chain), *(each_chunk(asked) if self._alone else ())]
+            stored, *alone = cache.find_stored_batch(prompts, as_one=True)
             found = {chunk for chunk, there in zip(chunks, alone, strict=False) if there}
             return found | {chunk for chunk in chunks if chunk < stored}
 

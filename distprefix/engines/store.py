@@ -133,7 +133,9 @@ class EngineStore:
         """Which chunks can be loaded, each by itself. One Redis call for 500."""
         none = [False] * (len(hashes) // HASH_BYTES)
         return self._submit(
-            self._lookups, lambda cache: [*map(bool, cache.find_stored_batch(each_chunk(hashes)))], none
+            self._lookups,
+            lambda cache: [*map(bool, cache.find_stored_batch(each_chunk(hashes), as_one=True))],
+            none,
         )
 
     def load_each(self, hashes: bytes, into: Sequence[Buffer]) -> Future[list[bool]]:
@@ -252,7 +254,7 @@ def each_chunk(hashes: bytes) -> list[Chain]:
 def load_alone(cache: PrefixCacheOptimizer, hashes: bytes, into: Sequence[Buffer]) -> list[bool]:
     """Load chunks that are each a chain of its own. Which of them are good."""
     wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(hashes), into, strict=True)]
-    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted)]
+    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted, as_one=True)]
 
 
 def store_alone(cache: PrefixCacheOptimizer, hashes: bytes, payloads: Sequence[Buffer]) -> list[bool]:

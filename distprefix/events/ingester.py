@@ -19,7 +19,8 @@ from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.holdings import Holdings
-from distprefix.redis.client import Client, connect, new_breaker
+from distprefix.redis.client import Client, connect
+from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
@@ -127,7 +128,8 @@ class Ingester:
         if lease_s < SHORTEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s}: at least {SHORTEST_LEASE_S:g} seconds are needed")
         self.config = config
-        self.client = Client(client or connect(config.url or "", _TIMEOUT_S), new_breaker(1 << 30, 1.0), Counter())
+        endpoint = Endpoint("url")
+        self.client = Client(client or connect(config.url or "", _TIMEOUT_S, endpoint), endpoint=endpoint)
         """The way to Redis that the streams share."""
         self._keys = Keys(config.namespace)
         self._sweeps = Schedule()

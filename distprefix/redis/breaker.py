@@ -1,14 +1,22 @@
-"""A circuit breaker: after failures in a row nobody asks for a while, then one caller probes. Pure but for a lock."""
+"""Circuit breakers: after failures in a row no call is sent for a while, then one caller probes. Pure but for a lock.
+
+What fails is what is off: a server that refuses or delays writes still answers reads, so each has a breaker of its own.
+"""
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Breaker", "BreakerState"]
+__all__ = ["Breaker", "BreakerState", "Breakers", "new_breakers"]
 
-_LONGEST_RESET_S = 30.0
+_MAX_RESET_S = 5.0
+"""A server that is well again is used again within seconds; a probe so often costs it nothing."""
+_NEVER = 1 << 30
 
 
 class BreakerState(StrEnum):
@@ -45,6 +53,11 @@ class Breaker:
             self._retry_at = self._clock() + self._reset_s  # a prober that never reports does not block for ever
             return True
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether calls go through without a probe."""
+        return self.state is BreakerState.CLOSED
+
     def succeed(self) -> None:
         """A call went well."""
         if self._failed or self.state is not BreakerState.CLOSED:
@@ -53,15 +66,44 @@ class Breaker:
                 self._failed = 0
                 self._reset_s = self._first_reset_s
 
-    def fail(self) -> None:
-        """A call failed."""
+    def fail(self, *, at_once: bool = False) -> None:
+        """A call failed; `at_once` opens without waiting for more failures, as each would cost a whole deadline."""
+        if self._limit >= _NEVER:
+            return
         with self._lock:
-            self._failed += 1
+            self._failed += self._limit if at_once else 1
             if self.state is BreakerState.HALF_OPEN:
-                self._reset_s = min(self._reset_s * 2, _LONGEST_RESET_S)
+                self._reset_s = max(self._first_reset_s, min(self._reset_s * 2, _MAX_RESET_S))
             elif self._failed < self._limit:
                 return
             if self.state is not BreakerState.OPEN:
                 self.opened += 1
             self.state = BreakerState.OPEN
             self._retry_at = self._clock() + self._reset_s * self._jitter()
+
+
+@dataclass(frozen=True, slots=True)
+class Breakers:
+    """One breaker for what reads and one for what writes, of one server."""
+
+    reads: Breaker
+    writes: Breaker
+
+    def of(self, *, reads: bool) -> Breaker:
+        """The one that a call of this kind goes through."""
+        return self.reads if reads else self.writes
+
+    @property
+    def opened(self) -> int:
+        """How many times either opened."""
+        return self.reads.opened + self.writes.opened
+
+
+def new_breakers(failures: int = _NEVER, reset_s: float = 1.0) -> Breakers:
+    """Breakers on the real clock, with probes spread by a quarter; by default they never open."""
+    spread = random.Random()  # noqa: S311 - not for secrets
+
+    def new() -> Breaker:
+        return Breaker(failures, reset_s, time.monotonic, lambda: spread.uniform(0.75, 1.25))
+
+    return Breakers(new(), new())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 
 import redis
 
 from distprefix.errors import NotAttachedError
 from distprefix.operations import drop
-from distprefix.redis.client import Client, connect, new_breaker, run
+from distprefix.redis.client import Client, connect, run
 from distprefix.redis.keys import Keys
 
 __all__ = ["remove_namespaces"]
@@ -20,7 +19,7 @@ def remove_namespaces(client: redis.Redis, name: str, nodes: int, cold_url: str 
 
     On the server of the cold tier it takes a scan of all keys there.
     """
-    calls = Client(client, new_breaker(1, 1.0), Counter())
+    calls = Client(client)
     for each in (name, *(f"{name}-{i}" for i in range(nodes))):
         keys = Keys(each)
         try:

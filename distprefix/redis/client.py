@@ -8,32 +8,45 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.connection import DefaultParser
-from redis.exceptions import BusyLoadingError, NoScriptError, OutOfMemoryError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
 from redis.retry import Retry
 
 from distprefix import errors
 from distprefix.config import without_password
 from distprefix.operations import Call
-from distprefix.redis.breaker import Breaker
+from distprefix.redis.breaker import Breaker, Breakers, new_breakers
+from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.scripts import load_script
 
-__all__ = ["Client", "connect", "new_breaker", "run"]
+__all__ = ["Client", "connect", "run"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
 _FRESH_S = 0.5
 """A connection used so recently is taken to be open still."""
+_STALE_S = 10.0
+"""A connection that rested for so long is asked whether it still leads anywhere: a balancer may have forgotten it."""
+_PROBE_S = 0.05
+"""The longest that such a question may take, at most a third of the caller's deadline."""
+_READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
 _CODES: dict[str, type[errors.ScriptError]] = {
@@ -45,6 +58,14 @@ _CODES: dict[str, type[errors.ScriptError]] = {
     "DPFENCED": errors.FencedError,
 }
 
+
+_CAUSES: tuple[tuple[type[Exception], str], ...] = (
+    (ReplicaError, "replica"),
+    (ReadOnlyError, "readonly"),
+    (MasterDownError, "masterdown"),
+    (BusyLoadingError, "loading"),
+    (AuthenticationError, "auth"),
+)
 
 # What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
 _NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
@@ -87,8 +108,11 @@ class _Connection(Protocol):
     def disconnect(self) -> None: ...
 
 
-def connect(url: str, timeout_s: float) -> redis.Redis:
-    """A redis-py client that never retries and never waits longer than `timeout_s` for one read. Does not connect."""
+def connect(url: str, timeout_s: float, endpoint: Endpoint | None = None) -> redis.Redis:
+    """A redis-py client that never retries and never waits longer than `timeout_s` for one read. Does not connect.
+
+    With an `endpoint` each new connection is asked what it leads to, and a replica is refused.
+    """
     try:
         return redis.Redis.from_url(
             url,
@@ -101,9 +125,24 @@ def connect(url: str, timeout_s: float) -> redis.Redis:
             decode_responses=False,
             maint_notifications_config=None,
             driver_info=None,
+            redis_connect_func=None if endpoint is None else partial(_admit, endpoint),
         )
     except (ValueError, redis.RedisError) as error:
         raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
+
+
+def _admit(endpoint: Endpoint, connection: Any) -> None:
+    """Greet the server and ask what it is. Two commands, one round trip."""
+    connection.on_connect()
+    for command in IDENTITY:
+        connection.send_command(*command)
+    replies: list[Any] = []
+    for _ in IDENTITY:
+        try:
+            replies.append(connection.read_response())
+        except redis.ResponseError:  # not permitted, or renamed
+            replies.append(None)
+    endpoint.admit(read_identity(*replies))
 
 
 def run(
@@ -125,18 +164,29 @@ def run(
 
 
 class Client:
-    """Script and plain calls over a redis-py connection pool, behind a breaker. Thread-safe."""
+    """Script and plain calls over a redis-py connection pool, behind breakers. Thread-safe.
 
-    def __init__(self, redis_client: redis.Redis, breaker: Breaker, failures: Counter[str]) -> None:
+    Reads and writes have a breaker each: what only one of them meets does not stop the other.
+    """
+
+    def __init__(
+        self,
+        redis_client: redis.Redis,
+        breakers: Breakers | None = None,
+        failures: Counter[str] | None = None,
+        endpoint: Endpoint | None = None,
+    ) -> None:
         self.redis = redis_client
-        self.breaker = breaker
-        self.failures = failures
+        self.breakers = breakers or new_breakers()
+        self.failures = Counter[str]() if failures is None else failures
         """Failed calls by reason."""
+        self.endpoint = endpoint or Endpoint()
         self.calls = 0
         """Calls sent."""
         self._with_flags = True
         self._count = threading.Lock()
         self._forks = _forks
+        self._generation = self.endpoint.generation
         self._idle: list[tuple[Any, float]] = []
         """Connections taken from the pool and when they were used last; the last used is the last here."""
 
@@ -146,13 +196,14 @@ class Client:
         Raises UnavailableError when there is no usable answer by `deadline`, or the error that the script's code names.
         """
         loaded = load_script(script, with_flags=self._with_flags)
-        command = "EVALSHA_RO" if loaded.reads_only and self._with_flags else "EVALSHA"
+        reads = loaded.reads_only
+        command = "EVALSHA_RO" if reads and self._with_flags else "EVALSHA"
         try:
-            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
         except NoScriptError:
             try:
-                self.command("SCRIPT LOAD", loaded.body, deadline=deadline)
-                return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline)
+                self.command("SCRIPT LOAD", loaded.body, deadline=deadline, reads=reads)
+                return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
             except NoScriptError as error:
                 raise self._failure("no script", "the server forgets its scripts as fast as they load") from error
             except _NoFlagsError:
@@ -161,19 +212,21 @@ class Client:
             self._with_flags = False
         return self.call(script, meta, args, deadline)
 
-    def command(self, *args: Any, deadline: float) -> Any:
-        """Send one command and read its reply by `deadline`."""
-        if not self.breaker.allow():
+    def command(self, *args: Any, deadline: float, reads: bool | None = None) -> Any:
+        """Send one command and read its reply by `deadline`. `reads`: which breaker it is for, by default its own."""
+        breaker = self.breakers.of(reads=args[0] in _READS if reads is None else reads)
+        if not breaker.allow():
             raise self._failure("breaker open", "Redis failed repeatedly and is left alone for a moment")
-        left = deadline - time.monotonic()
-        if left <= 0:
+        if deadline <= time.monotonic():
             raise self._failure("deadline", "the deadline passed before Redis could be asked")
-        _current.deadline = deadline
+        generation = self.endpoint.generation
         try:
-            connection = self._take()
+            connection = self._take(deadline)
         except (redis.RedisError, OSError) as error:
-            _current.deadline = None
-            raise self._failure("connect", f"cannot connect: {error}", broke=True) from error
+            self._break(self.breakers.reads)  # what cannot be reached answers neither kind
+            self._break(self.breakers.writes)
+            raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
+        _current.deadline = deadline
         healthy = False
         try:
             with self._count:
@@ -183,21 +236,28 @@ class Client:
             healthy = True
         except NoScriptError:
             healthy = True
-            self.breaker.succeed()  # or a probe of a server that came back empty would end here
+            breaker.succeed()  # or a probe of a server that came back empty would end here
             raise
+        except (ReadOnlyError, MasterDownError, BusyLoadingError) as error:
+            cause = _cause_of(error, "refused")
+            self.endpoint.renew(cause, generation)
+            self._break(breaker)
+            raise self._failure(cause, f"the server does not serve now: {error}") from error
         except redis.ResponseError as error:
             healthy = True
             if self._with_flags and _NO_FLAGS.search(str(error)):
                 raise _NoFlagsError from error
-            raise self._refused(error) from error
+            raise self._refused(error, breaker) from error
         except (redis.TimeoutError, TimeoutError) as error:
-            raise self._failure("timeout", f"no answer in time: {error}", broke=True) from error
+            self._break(breaker)
+            raise self._failure("timeout", f"no answer in time: {error}") from error
         except (redis.RedisError, OSError) as error:
-            raise self._failure("connection", f"the connection failed: {error}", broke=True) from error
+            self._break(breaker)
+            raise self._failure("connection", f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
             self._put_back(connection, healthy=healthy)
-        self.breaker.succeed()
+        breaker.succeed()
         return reply
 
     def close(self) -> None:
@@ -205,18 +265,50 @@ class Client:
         self._empty()
         self.redis.close()
 
-    def _take(self) -> _Connection:
+    def _take(self, deadline: float) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
         if self._forks != _forks:
             raise errors.ForkedProcessError
+        if self._generation != self.endpoint.generation:
+            self._generation = self.endpoint.generation
+            self._empty()
+            self.redis.connection_pool.disconnect(inuse_connections=False)
         try:
             connection, used = self._idle.pop()
         except IndexError:
-            return cast("_Connection", self.redis.connection_pool.get_connection())
-        if time.monotonic() - used < _FRESH_S:
+            return self._from_pool(deadline)
+        rested_s = time.monotonic() - used
+        if rested_s < _FRESH_S or (rested_s >= _STALE_S and self._answers(connection, deadline)):
             return connection
         self.redis.connection_pool.release(connection)
-        return cast("_Connection", self.redis.connection_pool.get_connection())
+        return self._from_pool(deadline)
+
+    def _from_pool(self, deadline: float) -> _Connection:
+        _current.deadline = deadline
+        try:
+            return cast("_Connection", self.redis.connection_pool.get_connection())
+        finally:
+            _current.deadline = None
+
+    def _answers(self, connection: Any, deadline: float) -> bool:
+        """Whether a connection that rested for long leads anywhere; if not, none that rests does."""
+        now = time.monotonic()
+        until = min(now + _PROBE_S, now + (deadline - now) / 3)
+        _current.deadline = until
+        try:
+            connection.send_command("PING")
+            connection.read_response(timeout=max(0.001, until - time.monotonic()))
+        except redis.ResponseError:
+            return True
+        except (redis.RedisError, OSError):
+            self.failures["silent connection"] += 1
+            connection.disconnect()
+            self._empty()
+            self.redis.connection_pool.disconnect(inuse_connections=False)
+            return False
+        finally:
+            _current.deadline = None
+        return True
 
     def _put_back(self, connection: Any, *, healthy: bool) -> None:
         """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
@@ -232,37 +324,36 @@ class Client:
             with contextlib.suppress(IndexError):
                 self.redis.connection_pool.release(self._idle.pop()[0])
 
-    def _break(self) -> None:
-        opened = self.breaker.opened
-        self.breaker.fail()
-        if self.breaker.opened != opened:
+    def _break(self, breaker: Breaker) -> None:
+        opened = breaker.opened
+        breaker.fail()
+        if breaker.opened != opened:
             _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
 
-    def _failure(self, reason: str, message: str, *, broke: bool = False) -> errors.UnavailableError:
+    def _failure(self, reason: str, message: str) -> errors.UnavailableError:
         self.failures[reason] += 1
-        if broke:
-            self._break()
         return errors.UnavailableError(message)
 
-    def _refused(self, error: redis.ResponseError) -> errors.DistPrefixError:
+    def _refused(self, error: redis.ResponseError, breaker: Breaker) -> errors.DistPrefixError:
         code = str(error).split(" ", 1)[0]
         if code in _CODES:
-            self.breaker.succeed()
+            breaker.succeed()
             if code not in _HEALED:
                 self.failures[code] += 1
             return _CODES[code](str(error))
         if isinstance(error, OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
-            self.breaker.succeed()
+            breaker.succeed()
             return self._failure(
                 "out of memory", "Redis is at maxmemory: nothing more is published until there is room"
             )
-        if isinstance(error, BusyLoadingError) or code in ("BUSY", "LOADING", "CLUSTERDOWN"):
-            return self._failure(code.lower(), str(error), broke=True)
+        if code in ("BUSY", "CLUSTERDOWN"):
+            self._break(breaker)
+            return self._failure(code.lower(), str(error))
         self.failures["refused"] += 1
         if code in ("ERR", "WRONGTYPE"):  # one damaged key says nothing of the server
-            self.breaker.succeed()
+            breaker.succeed()
         else:
-            self._break()
+            self._break(breaker)
         return errors.ScriptError(f"the server refused the call: {error}")
 
 
@@ -271,7 +362,9 @@ def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
 
 
-def new_breaker(failures: int, reset_s: float) -> Breaker:
-    """A breaker on the real clock with probes spread by a quarter."""
-    spread = random.Random()  # noqa: S311 - not for secrets
-    return Breaker(failures, reset_s, time.monotonic, lambda: spread.uniform(0.75, 1.25))
+def _cause_of(error: Exception, otherwise: str) -> str:
+    """What a failure is counted by."""
+    for kind, cause in _CAUSES:
+        if isinstance(error, kind):
+            return cause
+    return otherwise

@@ -132,6 +132,8 @@ def read_stats(client: redis.Redis, keys: Keys) -> dict[str, Any]:
         "roots": len(children_of(client, keys, "")),
         "leaves": int(client.zcard(keys.leaves)),
         "bytes": int(meta.get(b"bytes", b"0")),
+        "warm_bytes": int(meta.get(b"warm", b"0")),
+        "cold_bytes": int(meta.get(b"cold", b"0")),
         "log": int(meta.get(b"log", b"0")),
         "hot": int(client.zcard(keys.hot)),
         "live": read_metrics(client, keys),

@@ -96,7 +96,7 @@ class RedisJournal:
 
     def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
         """Write changes, and the position with them once all of them are written."""
-        args: list[Any] = [SCHEMA, int(time.time() * 1000), self._max_run, self._member, self._number, epoch]
+        args: list[Any] = [SCHEMA, self._max_run, self._member, self._number, epoch]
         args += (position.seq, position.digest, repr(position.at)) if position else ("", "", "")
         args.append(state)
         for change in changes:

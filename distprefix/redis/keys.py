@@ -56,9 +56,13 @@ class Keys:
         """The radix node whose first chunk has the hash `head` (hex)."""
         return f"{self.base}n:{head}"
 
-    def payload(self, chunk: str, part: int = 0, *, cold: bool = False) -> str:
-        """The bytes of a chunk (hex), or the part of them behind so many parts."""
-        return f"{self.base}{'cold' if cold else 'kv'}:{chunk}" + (f":{part}" if part else "")
+    def payload(self, chunk: str, *, cold: bool = False) -> str:
+        """The bytes of a chunk (hex), or the first part of them."""
+        return f"{self.base}{'cold' if cold else 'kv'}:{chunk}"
+
+    def part(self, chunk: str, upload: str, number: int, *, cold: bool = False) -> str:
+        """Part `number`, 1 and more, of a long payload as one upload (hex) wrote it."""
+        return f"{self.payload(chunk, cold=cold)}:{upload}:{number}"
 
     def junction(self, last: str) -> str:
         """Where the children of the node hang whose last chunk is `last` (hex); "" for the roots."""

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import redis
 
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError, NotAttachedError, StaleEpochError, UnavailableError
+from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
 from distprefix.operations import Call
-from distprefix.redis.client import Client, connect, new_breaker, run
+from distprefix.redis.breaker import Breakers, new_breakers
+from distprefix.redis.client import Client, connect, run
 from distprefix.redis.embedded import EmbeddedServer
+from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register, retire
@@ -53,11 +55,17 @@ class Link:
             self._server = EmbeddedServer(url.removeprefix("embedded://"))
             url = self._server.url
         self.url = url
-        self.breaker = new_breaker(config.breaker_failures, config.breaker_reset_s)
-        own_breaker = new_breaker(1 << 30, config.breaker_reset_s)
-        self.lookups = Client(client or connect(url, config.lookup_timeout_s), self.breaker, self.failures)
-        self.publishes = Client(client or connect(url, config.publish_timeout_s), self.breaker, self.failures)
-        self.admin = Client(client or connect(url, _ADMIN_TIMEOUT_S), own_breaker, self.failures)
+        self.endpoint = Endpoint("url")
+        self.breakers: Breakers = new_breakers(config.breaker_failures, config.breaker_reset_s)
+        """Of the tree: walks and writes."""
+        self._role_is_given = client is None
+
+        def new_client(timeout_s: float, breakers: Breakers | None) -> Client:
+            return Client(client or connect(url, timeout_s, self.endpoint), breakers, self.failures, self.endpoint)
+
+        self.lookups = new_client(config.lookup_timeout_s, self.breakers)
+        self.publishes = new_client(config.publish_timeout_s, self.breakers)
+        self.admin = new_client(_ADMIN_TIMEOUT_S, None)
         try:
             self._attach(self.admin, time.monotonic() + _ADMIN_TIMEOUT_S)
         except BaseException:
@@ -141,6 +149,24 @@ class Link:
                 self.attach_again(seen_epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
+
+    def check_role(self) -> None:
+        """End all connections where the server has become a replica: they would go on reading what it had.
+
+        One call. Never raises.
+        """
+        if not self._role_is_given:
+            return
+        generation = self.endpoint.generation
+        try:
+            role: Any = self.publishes.command("ROLE", deadline=self.publish_deadline())
+        except ScriptError:  # not permitted, or renamed: new connections and refused writes show it as well
+            self._role_is_given = False
+            return
+        except DistPrefixError:
+            return
+        if role and role[0] == b"slave":
+            self.endpoint.renew("replica", generation)
 
     def _is_void(self, current: int, deadline: float) -> bool:
         """Whether nobody has this worker's epoch: neither this process nor a newer one. A call if not this one."""

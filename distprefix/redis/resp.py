@@ -11,6 +11,7 @@ import socket
 import ssl
 import struct
 import time
+from typing import Any
 
 __all__ = ["LONGEST_VALUE", "RefusedError", "Wire", "WireError", "bulk"]
 
@@ -31,6 +32,8 @@ _EXACT_S = 0.001
 """How far a time-out in the kernel may be off before it is set anew, which is a system call."""
 
 _LONGEST_WAIT_S = 1e6
+_MAX_DEPTH = 4
+"""Levels of a small reply, as of ROLE."""
 
 
 class WireError(Exception):
@@ -56,6 +59,10 @@ class Wire:
         self.begin(deadline)
         self.bytes_in = 0
         self.bytes_out = 0
+        self.used_at = time.monotonic()
+        """When a call ended on it last."""
+        self.generation = 0
+        """Of the connections to its server when it was made."""
         self._keep(b"")
         self.at_once, self.ahead = _UNIX if isinstance(address, str) else _TCP
         try:
@@ -74,10 +81,16 @@ class Wire:
         self._tls = tls is not None
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
+        self._poll_out = select.poll()
+        self._poll_out.register(self._socket, select.POLLOUT)
 
-    def begin(self, deadline: float) -> None:
-        """Set the deadline of what follows."""
+    def begin(self, deadline: float, first_byte_s: float = 0.0) -> None:
+        """Set the deadline of what follows.
+
+        `first_byte_s`: what follows is `silent` when no byte comes within that; 0 for until the deadline.
+        """
         self._deadline = deadline
+        self._first_byte_by = time.monotonic() + first_byte_s if first_byte_s else 0.0
         self._armed = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
     def close(self) -> None:
@@ -108,6 +121,7 @@ class Wire:
                     self._send_tls(part)
                 parts.clear()
             while parts:
+                self._await(self._poll_out)
                 self._arm(socket.SO_SNDTIMEO)
                 sent = self._socket.sendmsg(parts[:_PARTS])
                 self.bytes_out += sent
@@ -126,6 +140,20 @@ class Wire:
         if line.startswith(b"-"):
             raise RefusedError(line[1:].decode(errors="replace"))
         return line
+
+    def reply(self, depth: int = 0) -> Any:
+        """A small reply of any kind, values as bytes; raises RefusedError where it is an error."""
+        line = self.line()
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return rest
+        if kind == b"*" and depth < _MAX_DEPTH:
+            return [self.reply(depth + 1) for _ in range(_to_int(line, b"*"))]
+        if kind == b"$" and line not in _NONE:
+            value = bytearray(min(_to_int(line, b"$"), LONGEST_VALUE))
+            self.fill([memoryview(value)] if value else [], len(value))
+            return bytes(value)
+        return None if line in _NONE else _to_int(line, b":")
 
     def number(self) -> int:
         """A reply that is a whole number."""
@@ -226,17 +254,44 @@ class Wire:
     def read(self, views: list[memoryview], flags: int) -> int:
         """Read at least a byte straight into views, none of them empty; how many came."""
         try:
-            self._arm(socket.SO_RCVTIMEO)
             if self._tls:
-                got = self._socket.recv_into(views[0])
+                got = self._read_tls(views[0])
             else:
+                self._await(self._poll, self._first_byte_by)
+                self._arm(socket.SO_RCVTIMEO)
                 got = self._socket.recvmsg_into(views[:_PARTS], 0, flags)[0]
         except OSError as error:
             raise _failure("connection", error) from error
         if not got:
             raise WireError("connection", "the server closed the connection")
         self.bytes_in += got
+        self._first_byte_by = 0.0
         return got
+
+    def _await(self, poll: select.poll, until: float = 0.0) -> None:
+        """Wait until the socket is ready.
+
+        Python repeats a system call that a signal interrupted, and the kernel begins its time-out anew: only a wait
+        that knows its end, as this one, ends in time. What is ready moves at least a byte, whatever signals come.
+        """
+        left = self._left()
+        if until and until < self._deadline:
+            if not poll.poll(max(0.0, 1000 * (until - time.monotonic()))):
+                raise WireError("silent", "the connection leads nowhere any more")
+        elif not poll.poll(1000 * min(left, _LONGEST_WAIT_S)):
+            raise TimeoutError("the deadline passed")
+
+    def _read_tls(self, view: memoryview) -> int:
+        until = self._first_byte_by
+        if not until or until >= self._deadline:
+            self._arm(socket.SO_RCVTIMEO)
+            return self._socket.recv_into(view)
+        self._armed[socket.SO_RCVTIMEO] = 0.0
+        self._socket.settimeout(max(0.001, until - time.monotonic()))
+        try:
+            return self._socket.recv_into(view)
+        except TimeoutError as error:
+            raise WireError("silent", "the connection leads nowhere any more") from error
 
     def _send_tls(self, part: memoryview) -> None:
         while part:

@@ -10,10 +10,16 @@ from distprefix import errors
 from distprefix.redis.resp import LONGEST_VALUE, RefusedError, Wire, bulk
 from distprefix.redis.runs import read_run
 
-__all__ = ["Buffer", "Sink", "Value", "length_of", "read_values", "write_values"]
+__all__ = ["ABSENT", "REFUSED", "STOP", "Buffer", "Sink", "Value", "length_of", "read_values", "write_values"]
 
 Buffer = bytes | bytearray | memoryview
 Value = tuple[str, Sequence[Buffer]]
+ABSENT = -1
+"""Length of a value that is not there."""
+REFUSED = -2
+"""Length of a value that could not be read: the server answered with an error."""
+STOP = -3
+"""What is made of an error after which no other value can be read."""
 _AHEAD_BYTES = 4 * 1024 * 1024
 """Bytes of values asked for before they are read, at most, as far as one can know: the server copies all of them before
 it answers anybody else."""
@@ -40,27 +46,28 @@ class Sink(Protocol):
 
 
 def read_values(
-    wire: Wire, keys: Sequence[str], sink: Sink, expected: Sequence[int], refused: Callable[[RefusedError], bool]
+    wire: Wire, keys: Sequence[str], sink: Sink, expected: Sequence[int], refused: Callable[[RefusedError], int]
 ) -> list[int]:
     """Read values into what `sink` gives; their lengths, -1 where there is none. `expected`: their lengths, or nothing.
 
-    `refused` is told of errors, and whether they are those of a key alone; any other is raised when all that was asked
-    for has been read.
+    `refused` gets an error in place of a value and gives the length that counts: ABSENT where it says that there is no
+    such value, REFUSED where it says nothing of it, STOP where it says nothing of any: all that follow are REFUSED.
     """
     reading = _Reading(wire, keys, sink, expected)
-    failed: RefusedError | None = None
+    wanted = True
     while reading.ask():
         try:
-            if failed or not reading.read_expected():
-                reading.read_one(wanted=not failed)
+            if not wanted or not reading.read_expected():
+                reading.read_one(wanted=wanted)
+            if not wanted:
+                reading.lengths[-1] = REFUSED
         except RefusedError as error:
-            reading.lengths.append(-1)
-            if not refused(error):
-                failed = failed or error
+            length = refused(error) if wanted else REFUSED
+            if length == STOP:
+                wanted = False
                 reading.stop()
-    if failed:
-        raise failed
-    return reading.lengths
+            reading.lengths.append(max(length, REFUSED))
+    return reading.lengths + [REFUSED] * (len(keys) - len(reading.lengths))
 
 
 class _Reading:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Any
 
@@ -10,19 +9,33 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.redis.client import Client, run
 from distprefix.redis.journal import census
 from distprefix.redis.keys import Keys
+from distprefix.redis.metrics import read_metrics
 from distprefix.redis.replies import pairs
 from distprefix.redis.roster import Member, read_members, read_roster, retire
-from distprefix.roster import members_of
+from distprefix.roster import member_of, members_of
 
-__all__ = ["describe_workers", "retire_worker"]
+__all__ = ["FIGURES", "describe_workers", "retire_worker"]
+
+FIGURES = (
+    "lookups",
+    "tokens_hit",
+    "loads",
+    "tokens_loaded",
+    "payload_bytes_loaded",
+    "payload_bytes_loaded_cold",
+    "payload_bytes_stored",
+)
+"""What a worker says that it did, since it began."""
 
 
 def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[str, Any]]:
-    """Every rank that counts, or did: one dictionary each. One call for 100 nodes, and two for each rank.
+    """Every rank that counts, or did: one dictionary each. Three calls, one for 100 nodes, and two for each rank.
 
-    Ranks that hold neither a lease nor anything in the tree are left out.
+    Ranks that hold neither a lease nor anything in the tree, and report nothing, are left out.
     """
     members = read_members(client, keys, deadline)
+    reports = read_metrics(client.redis, keys)
+    server_s = int(client.command("TIME", deadline=deadline)[0])
     epochs = {member.name: member.epoch for member in members}
     chunks: dict[str, Counter[str]] = {}
     for _, _, holders in run(census(), client, keys.meta, deadline):
@@ -33,8 +46,11 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
     described: list[dict[str, Any]] = []
     for member in members:
         stream = pairs(client.command("HGETALL", keys.stream(member.name), deadline=deadline))
-        if member.lease_left_s is not None or member.name in chunks or stream:
-            described.append(_describe(member, dict(chunks.get(member.name, {})), stream))
+        figures = [figure for holder, figure in reports.items() if member_of(holder) == member.name]
+        if member.lease_left_s is not None or member.name in chunks or stream or figures:
+            one = _describe(member, dict(chunks.get(member.name, {})), stream, server_s)
+            one["figures"] = {name: sum(figure.get(name, 0) for figure in figures) for name in FIGURES}
+            described.append(one)
     return described
 
 
@@ -44,7 +60,7 @@ def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> i
     return retire(client, keys, dict.fromkeys(members_of(worker, epochs)), deadline)
 
 
-def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]) -> dict[str, Any]:
+def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes], server_s: float) -> dict[str, Any]:
     info = member.info
     ends = int(stream[b"u"]) / 1000 if stream.get(b"u", b"").isdigit() else 0.0
     return {
@@ -63,7 +79,7 @@ def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]
             "source": stream.get(b"w", b"").decode(errors="replace"),
             "sequence": int(stream[b"q"]) if stream.get(b"q", b"").isdigit() else None,
             "lag_s": info.load.get("lag_s"),
-            "followed": ends > time.time(),
+            "followed": ends > server_s,
         }
         if stream
         else None,

@@ -1,35 +1,38 @@
-"""Cold payloads on another server: telling it what to keep and what to drop, since no script reaches both servers.
+"""Cold payloads on another server: having it keep or drop them, since no script reaches both servers.
 
-A copy is written with an end. Once the tree says that it is cold, the other server is told to keep it; until then the
-tree says that this is still to be done, so that whoever comes by can do it. What the tree drops is named in `trash`.
+A copy is written with a TTL. Once the tree names it as cold, the other server is asked to keep it; until then the tree
+has a note that this is still to be done, so that any process can do it. What the tree drops is named in `trash`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
 import redis
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import UnavailableError
+from distprefix.errors import DamagedPayloadError, ScriptError, UnavailableError
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 from distprefix.tiers import operations
+from distprefix.tiers.envelope import HEADER_BYTES, read_header
 from distprefix.tiers.store import PART_BYTES
 
 __all__ = ["Elsewhere"]
 
-_GONE_S = 120
+_DROP_S = 120
 _A_TIME = 200
 
 
 class Elsewhere:
     """The other server's small commands. Every method raises UnavailableError when one of the two does not answer."""
 
-    def __init__(self, client: Client, keys: Keys, server: redis.Redis) -> None:
+    def __init__(self, client: Client, keys: Keys, server: Client, timeout_s: float) -> None:
         self._client = client
+        self._timeout_s = timeout_s
         self._keys = keys
         self._server = server
 
@@ -37,7 +40,7 @@ class Elsewhere:
         """Have it keep what became cold. Returns the nodes settled. A call, and some for each node."""
         waiting = pairs(self._client.command("HGETALL", self._keys.unsettled, deadline=deadline))
         for head, chunks in waiting.items():
-            self._each(chunks, "PERSIST")
+            self._each(chunks, deadline, "PERSIST")
             run(operations.settled(head, chunks), self._client, self._keys.meta, deadline)
         return len(waiting)
 
@@ -46,21 +49,24 @@ class Elsewhere:
         chunks: Any = self._client.command("SRANDMEMBER", self._keys.trash, _A_TIME, deadline=deadline)
         for chunk in chunks:
             packed = bytes.fromhex(chunk.decode())
-            self._each(packed, "EXPIRE", _GONE_S)
+            self._each(packed, deadline, "EXPIRE", _DROP_S)
             run(operations.dropped(packed), self._client, self._keys.meta, deadline)
         return len(chunks)
 
     def reclaim(self, deadline: float) -> int:
-        """Have it drop what the tree knows nothing of, as after the tree's server lost its data. Returns the chunks.
+        """Have it drop what the tree does not name, as after the tree's server lost its data. Returns the chunks.
 
         A scan of its keys, a call for each of this namespace and one for its chunk.
         """
-        found, base = 0, f"{self._keys.base}cold:"
+        found = 0
+        base = f"{self._keys.base}cold:"
         for name in self._scan(f"{base}*"):
-            chunk = name.removeprefix(base)
-            if ":" in chunk or self._ask("PTTL", name) != -1:
-                continue  # a part goes with the first; what has an end goes by itself, or is being moved
-            if not self._client.command("SISMEMBER", self._keys.kept, chunk, deadline=deadline):
+            chunk, _, part = name.removeprefix(base).partition(":")
+            if self._ask(deadline, "PTTL", name) != -1:
+                continue  # what has a TTL expires, or is being moved
+            if part:
+                self._drop_lone_part(name, chunk, deadline)
+            elif not self._client.command("SISMEMBER", self._keys.kept, chunk, deadline=deadline):
                 found += cast("int", self._client.command("SADD", self._keys.trash, chunk, deadline=deadline))
         while self.empty_trash(deadline):
             pass
@@ -70,33 +76,37 @@ class Elsewhere:
         """Close the connections."""
         self._server.close()
 
+    def _drop_lone_part(self, name: str, chunk: str, deadline: float) -> None:
+        """Remove a part whose first value is of another upload, or is not there."""
+        if name not in self._keys_of(bytes.fromhex(chunk), deadline):
+            self._ask(deadline, "UNLINK", name)
+
     def _scan(self, pattern: str) -> Iterator[str]:
         try:
-            for name in self._server.scan_iter(match=pattern, count=1000):
+            for name in self._server.redis.scan_iter(match=pattern, count=1000):
                 yield name.decode()
         except redis.RedisError as error:
-            raise _unavailable(error) from error
+            raise UnavailableError(f"the server of the cold tier does not answer: {error}") from error
 
-    def _each(self, chunks: bytes, command: str, *args: Any) -> None:
-        """Send a command for every part of some chunks."""
+    def _each(self, chunks: bytes, deadline: float, command: str, *args: Any) -> None:
+        """Send a command for every value of some chunks' payloads, the first value of each last."""
         for at in range(0, len(chunks), HASH_BYTES):
-            chunk, part = chunks[at : at + HASH_BYTES].hex(), 0
-            while True:
-                key = self._keys.payload(chunk, part, cold=True)
-                length = cast("int", self._ask("STRLEN", key))
-                self._ask(command, key, *args)
-                if length != PART_BYTES:
-                    break
-                part += 1
+            for key in reversed(self._keys_of(chunks[at : at + HASH_BYTES], deadline)):
+                self._ask(deadline, command, key, *args)
 
-    def _ask(self, *command: Any) -> Any:
+    def _keys_of(self, chunk: bytes, deadline: float) -> list[str]:
+        """Keys of a chunk's payload, as the header in the first value names them."""
+        first = self._keys.payload(chunk.hex(), cold=True)
+        header: Any = self._ask(deadline, "GETRANGE", first, 0, HEADER_BYTES - 1)
         try:
-            return self._server.execute_command(*command)
-        except redis.ResponseError:  # another hand wrote it: it has no parts
+            found = read_header(chunk, header or b"")
+        except DamagedPayloadError:
+            return [first]
+        parts = -(-(HEADER_BYTES + found.stored) // PART_BYTES)
+        return [first, *(self._keys.part(chunk.hex(), found.upload.hex(), n, cold=True) for n in range(1, parts))]
+
+    def _ask(self, deadline: float, *command: Any) -> Any:
+        try:
+            return self._server.command(*command, deadline=min(deadline, time.monotonic() + self._timeout_s))
+        except ScriptError:  # a key of another type: it has no parts
             return 0
-        except redis.RedisError as error:
-            raise _unavailable(error) from error
-
-
-def _unavailable(error: redis.RedisError) -> UnavailableError:
-    return UnavailableError(f"the server of the cold tier does not answer: {error}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from distprefix.errors import ConfigError, DamagedPayloadError
+from distprefix.errors import ConfigError, DamagedPayloadError, UnreadablePayloadError
 
 __all__ = ["OVERHEAD", "KeyRing"]
 
@@ -25,7 +25,7 @@ _FORMS = "write id:key pairs, the key as 32 or 64 hex digits, joined by commas; 
 class KeyRing:
     """Keys by id: one encrypts, all decrypt. Safe to share between threads; never shows a key."""
 
-    __slots__ = ("_ciphers", "active")
+    __slots__ = ("_ciphers", "_proven", "active")
 
     def __init__(self, keys: Mapping[int, bytes], active: int) -> None:
         """Keys have 16 or 32 bytes, ids lie in [1, 2^32); `active` is the id of the key that encrypts."""
@@ -41,6 +41,8 @@ class KeyRing:
         if active not in keys:
             raise ConfigError(f"encryption key {active} is to encrypt but is not among the keys")
         self.active = active
+        self._proven: set[int] = set()
+        """Ids of keys that have opened a payload."""
         self._ciphers: dict[int, Any] = {key_id: AESGCM(key) for key_id, key in keys.items()}
 
     @classmethod
@@ -71,18 +73,24 @@ class KeyRing:
         return body
 
     def decrypt(self, key_id: int, body: memoryview, associated: bytes, target: memoryview) -> None:
-        """Decrypt into a buffer of just the right size; DamagedPayloadError if there is no such key or it is wrong."""
+        """Decrypt into a buffer of just the right size.
+
+        Raises UnreadablePayloadError without the right key, DamagedPayloadError with it.
+        """
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - an extra, used only here
 
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            raise DamagedPayloadError(f"the payload is encrypted with key {key_id}, which is not configured")
+            raise UnreadablePayloadError(f"the payload is encrypted with key {key_id}, which is not configured")
         try:
             cipher.decrypt_into(bytes(body[:_NONCE]), body[_NONCE:], associated, target)
         except InvalidTag:
-            raise DamagedPayloadError(
+            # A key that has opened something is the right one; another one under the same id proves nothing.
+            kind = DamagedPayloadError if key_id in self._proven else UnreadablePayloadError
+            raise kind(
                 f"the payload cannot be decrypted with key {key_id}: it is another key's, or was changed"
             ) from None
+        self._proven.add(key_id)
 
     def __repr__(self) -> str:
         return f"<KeyRing of {', '.join(map(str, self.ids))}; {self.active} encrypts>"

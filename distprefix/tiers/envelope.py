@@ -1,10 +1,11 @@
 """The header before every stored payload, and what it proves. Pure: no Redis, no clock.
 
-32 bytes, little endian: magic ``DPKV`` · version u8 · codec u8 · zero u16 · key id u32 (0: not encrypted) · unpacked
-length u32 · stored length u32 · check u32, of the chunk's hash and all before · checksum u64, of the chunk's hash, all
-before and the stored bytes. Both are xxh3_64, the first cut to its low half. So a payload that was flipped, cut, given
-another codec or put under another chunk's key is found; the check finds what is wrong with the header alone, before its
-lengths are used. It takes encryption to find what somebody changed on purpose.
+40 bytes, little endian: magic ``DPKV`` · version u8 · codec u8 · zero u16 · key id u32 (0: not encrypted) · unpacked
+length u32 · stored length u32 · upload, 8 bytes that tell this writing of the payload from every other · check u32, of
+the chunk's hash and all before · checksum u64, of the chunk's hash, all before and the stored bytes. Both are xxh3_64,
+the first cut to its low half. So a payload that was flipped, cut, given another codec or put under another chunk's key
+is found; the check finds what is wrong with the header alone, before its lengths are used. It takes encryption to find
+what an attacker changed.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import DamagedPayloadError, InvalidInputError
+from distprefix.errors import DamagedPayloadError, InvalidInputError, UnreadablePayloadError
 from distprefix.tiers.codecs import RAW, Codec, codec_numbered
 from distprefix.tiers.encryption import OVERHEAD, KeyRing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["HEADER_BYTES", "MAX_PAYLOAD", "Header", "open_into", "read_header", "seal"]
+__all__ = ["HEADER_BYTES", "MAX_PAYLOAD", "UPLOAD_BYTES", "Header", "open_into", "read_header", "seal"]
 
 MAX_PAYLOAD = 512 << 20
-_MAGIC, _VERSION = b"DPKV", 1
-_FIELDS = struct.Struct("<4sBBHIII")
+_MAGIC = b"DPKV"
+_VERSION = 2
+UPLOAD_BYTES = 8
+_FIELDS = struct.Struct("<4sBBHIII8s")
 _CHECK, _CHECKSUM = struct.Struct("<I"), struct.Struct("<Q")
 _PROVEN = _FIELDS.size + _CHECK.size
 HEADER_BYTES = _PROVEN + _CHECKSUM.size
@@ -42,14 +45,19 @@ class Header(NamedTuple):
     length: int
     """Bytes of the payload."""
     stored: int
-    """Bytes behind the header."""
+    """Bytes that follow the header."""
+    upload: bytes
+    """Of which writing this is: parts of a long payload belong together only when they are of the same."""
     checksum: int
 
 
-def seal(chunk: bytes, payload: Buffer, codec: Codec, keys: KeyRing | None = None) -> tuple[bytes, Buffer]:
+def seal(
+    chunk: bytes, payload: Buffer, codec: Codec, keys: KeyRing | None = None, upload: bytes = bytes(UPLOAD_BYTES)
+) -> tuple[bytes, Buffer]:
     """Header and body to store for a chunk. The body is the caller's own memory if nothing is packed or encrypted.
 
-    What a codec cannot make smaller is stored raw. With `keys`, the active one encrypts.
+    What a codec cannot make smaller is stored raw. With `keys`, the active one encrypts. `upload` tells this writing
+    from every other.
     """
     _check_chunk(chunk)
     data = _bytes_of(payload, "a payload")
@@ -59,7 +67,7 @@ def seal(chunk: bytes, payload: Buffer, codec: Codec, keys: KeyRing | None = Non
     if codec is not RAW and len(body) >= len(data):
         codec, body = RAW, data
     stored, key_id = len(body) + (OVERHEAD if keys else 0), keys.active if keys else 0
-    fields = _FIELDS.pack(_MAGIC, _VERSION, codec.number, 0, key_id, len(data), stored)
+    fields = _FIELDS.pack(_MAGIC, _VERSION, codec.number, 0, key_id, len(data), stored, upload)
     proven = fields + _CHECK.pack(_check(chunk, fields))
     if keys:
         body = memoryview(keys.encrypt(body, chunk + proven))
@@ -75,7 +83,7 @@ def read_header(chunk: bytes, data: Buffer) -> Header:
     start = bytes(memoryview(data)[:HEADER_BYTES])
     if len(start) < HEADER_BYTES:
         raise DamagedPayloadError(f"the payload was cut: {len(start)} bytes are less than its header")
-    magic, version, number, zero, key_id, length, stored = _FIELDS.unpack_from(start)
+    magic, version, number, zero, key_id, length, stored, upload = _FIELDS.unpack_from(start)
     if magic != _MAGIC:
         raise DamagedPayloadError("the payload does not begin with a header")
     if version != _VERSION:
@@ -88,7 +96,7 @@ def read_header(chunk: bytes, data: Buffer) -> Header:
     packed = stored - OVERHEAD if key_id else stored
     if zero or not 0 < length <= MAX_PAYLOAD or not 0 < packed <= length or not codec.fits(length, packed):
         raise DamagedPayloadError(f"the payload's header is impossible: {length} bytes as {stored} by {codec.name!r}")
-    return Header(codec, key_id, length, stored, *_CHECKSUM.unpack_from(start, _PROVEN))
+    return Header(codec, key_id, length, stored, upload, *_CHECKSUM.unpack_from(start, _PROVEN))
 
 
 def open_into(
@@ -105,8 +113,8 @@ def open_into(
 
     `body` may already be the memory at the start of `target`: a raw payload is then only verified. Any other overlap
     of the two is refused with InvalidInputError, as is a target that is too small. Raises DamagedPayloadError for what
-    is not the payload that was stored for this chunk, and with `keys` for one that is not encrypted; what `target`
-    holds is undefined then. ConfigError says that the library of its codec is not installed.
+    is not the payload that was stored for this chunk; what `target` holds is undefined then. UnreadablePayloadError
+    says that it is, and cannot be opened with these `keys`; ConfigError that the library of its codec is not installed.
     """
     told = told or read_header(chunk, header)
     stored, filled = _bytes_of(body, "a body"), _bytes_of(target, "a target")
@@ -121,7 +129,7 @@ def open_into(
         raise DamagedPayloadError("the payload's checksum does not hold: it is damaged or that of another chunk")
     if bool(told.key_id) != bool(keys):
         kind = f"encrypted with key {told.key_id}, and no keys are" if told.key_id else "not encrypted, but keys are"
-        raise DamagedPayloadError(f"the payload is {kind} configured")
+        raise UnreadablePayloadError(f"the payload is {kind} configured")
     apart = 0 if body is target else _distance(stored, filled)
     if apart == 0 and told.codec is RAW and not told.key_id:
         return told.length

@@ -5,23 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
-from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, UnavailableError
-from distprefix.tiers.operations import Places
-from distprefix.tiers.payloads import ATTEMPTS, COLD, GONE, TIER_EPOCH, WARM, Payloads
-from distprefix.tiers.store import PayloadStore, Want, check_fits, groups
+from distprefix.tiers import operations
+from distprefix.tiers.operations import Evidence, Places
+from distprefix.tiers.payloads import ATTEMPTS, COLD, WARM, Payloads
+from distprefix.tiers.store import Flaw, PayloadStore, Want, check_fits, groups
 
 __all__ = ["Asked", "Loaded", "load"]
 
 _GROUP_BYTES = 64 * 1024 * 1024
 """As many are read at once: what is not received where it is wanted lies in memory meanwhile."""
 _NOWHERE = Places(array("I"), array("I"), ())
+_SUSPECT = ("missing", "damaged")
+"""Flaws that may mean that the tree is wrong, once they were seen twice."""
+_UNAVAILABLE = Flaw("unavailable")
 
 
 class Asked(NamedTuple):
@@ -54,8 +57,8 @@ class _Load:
     first: int
     places: Places = _NOWHERE
     good: list[memoryview] = field(default_factory=list[memoryview])
-    ended: str = ""
-    """What ended it; empty when nothing did."""
+    ended: Flaw | None = None
+    """What ended it; None when nothing did."""
 
     @property
     def stop(self) -> int:
@@ -70,7 +73,8 @@ class _Load:
 
     def wants(self) -> Iterator[_Wanted]:
         """All its payloads, from the first on, as nothing had been read yet."""
-        self.good, self.ended = [], ""
+        self.good = []
+        self.ended = None
         for at in range(self.first, self.places.chunks):
             chunk = self.hashes[at * HASH_BYTES : (at + 1) * HASH_BYTES]
             warm, cold = self.places.warm[at], self.places.cold[at]
@@ -87,13 +91,17 @@ class _Wanted(NamedTuple):
     want: Want
 
 
-def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
+def load(payloads: Payloads, asked: Sequence[Asked], *, as_one: bool = False) -> list[Loaded]:
     """See `PrefixCacheOptimizer.load_batch`."""
-    deadline, state = payloads.deadline(), payloads.state
+    state = payloads.state
+    deadline = payloads.deadline()
+    payloads.count("loads", 1 if as_one else len(asked))
     loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into, each.first) for each in asked]
     try:
-        for each, places in zip(loads, payloads.places([each.hashes for each in loads], deadline), strict=True):
-            each.places = places
+        places = payloads.places([each.hashes for each in loads], deadline)
+        for each, load, found in zip(asked, loads, places, strict=True):
+            load.places = found
+            payloads.touch(each.prompt, load.hashes, found)
     except DistPrefixError:
         payloads.count("loads_failed", len(loads))
         if state.config.strict:
@@ -101,31 +109,36 @@ def load(payloads: Payloads, asked: Iterable[Asked]) -> list[Loaded]:
     _read_all(payloads, loads, deadline)
     again = loads
     for attempt in range(ATTEMPTS + 1):
-        gone = [each for each in again if each.ended in GONE]
-        again = [each for each in gone if _has_moved(payloads, each, deadline) or not attempt]  # or went and came back
+        suspect = [each for each in again if each.ended is not None and each.ended.reason in _SUSPECT]
+        again = [
+            each for each in suspect if _has_moved(payloads, each, deadline) or not attempt
+        ]  # or left and returned
         if not again:
             break
         if attempt < ATTEMPTS:
             _read_all(payloads, again, deadline)
     for each in again:
-        each.ended = "unavailable"  # wherever it was looked for it had just left
+        each.ended = _UNAVAILABLE  # wherever it was looked for it had just left
     return [_finish(payloads, each) for each in loads]
 
 
 def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
-    """Whether what ended a load was moved, or evicted, meanwhile. Not so far as anybody knows when nobody answers."""
+    """Whether what ended a load was moved, or evicted, meanwhile. Where the tree does not answer, nothing is known."""
     before = load.place
     try:
         load.places = payloads.places([load.hashes], deadline)[0]
     except DistPrefixError:
+        load.ended = _UNAVAILABLE
         return False
     return load.place != before
 
 
 def _finish(payloads: Payloads, load: _Load) -> Loaded:
-    """Tell the tree what is wrong, have promoted what is cold, and count."""
-    if load.ended:
-        _give_up(payloads, load.hashes[: (load.stop + 1) * HASH_BYTES], load.ended)
+    """Trim what is proved to be gone, have promoted what is cold, and count."""
+    if load.ended is not None:
+        payloads.count(f"payloads_{load.ended.reason}", 1)
+        if load.ended.reason in _SUSPECT:
+            _disprove(payloads, load, load.ended)
     if any(load.places.cold[load.first : load.stop]):
         payloads.to_promote.append(load.hashes[: load.stop * HASH_BYTES])
         payloads.state.wake()
@@ -134,16 +147,33 @@ def _finish(payloads: Payloads, load: _Load) -> Loaded:
     return Loaded(len(load.good), tuple(load.good))
 
 
-def _give_up(payloads: Payloads, chain: bytes, reason: str) -> None:
-    """Count what ended a load. What is not there, or is damaged, goes from the tree with all behind it."""
-    payloads.count(f"payloads_{reason}", 1)
-    if reason not in GONE:
+def _disprove(payloads: Payloads, load: _Load, flaw: Flaw) -> None:
+    """Have the tree compare what was seen, twice, with what there is now; what is gone is trimmed with what follows.
+
+    Any failure on the way is no evidence: the tree stays as it is.
+    """
+    state, place = payloads.state, load.place
+    if place is None:
         return
+    warm, cold = place
+    store = payloads.warm if warm else payloads.cold
+    if store is None or not state.link.endpoint.is_settled:
+        return
+    chunk = load.hashes[load.stop * HASH_BYTES : (load.stop + 1) * HASH_BYTES]
+    head = max(start for start in load.places.starts if start <= load.stop)
+    run = load.hashes[head * HASH_BYTES : (load.stop + 1) * HASH_BYTES]
+    evidence = Evidence(WARM if warm else COLD, warm or cold, flaw.header, flaw.digest)
     try:
-        for tier in (COLD, WARM):
-            payloads.state.link.publish(operations.trim(chain, tier, TIER_EPOCH))
+        is_remote = store.cold and state.link.cold_is_elsewhere
+        if is_remote and flaw.reason == "missing" and not store.is_gone(Want(chunk, cold), payloads.deadline()):
+            payloads.count("evidence_refuted", 1)
+            return
+        disproved = state.link.publish(operations.disprove(run, evidence))
     except DistPrefixError:
-        payloads.count("loads_failed", 1)
+        payloads.count("trims_failed", 1)
+        return
+    payloads.count("evidence_refuted", int(not disproved.agreed))
+    payloads.count("payloads_trimmed", disproved.trimmed)
 
 
 def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> None:
@@ -152,13 +182,15 @@ def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> No
     for is_cold, run in groupby(every, lambda wanted: wanted.is_cold):
         store = payloads.cold if is_cold else payloads.warm
         for group in groups(run, lambda wanted: wanted.want.size, _GROUP_BYTES):
-            wanted, began, size = [each for each in group if not each.load.ended], time.perf_counter(), 0
+            wanted = [each for each in group if each.load.ended is None]
+            began = time.perf_counter()
+            size = 0
             found = _read(payloads, store, [each.want for each in wanted], deadline)
             spent_us = int(1e6 * (time.perf_counter() - began))
             for each, read in zip(wanted, found, strict=True):
-                if each.load.ended:
+                if each.load.ended is not None:
                     continue
-                if isinstance(read, str):
+                if isinstance(read, Flaw):
                     each.load.ended = read
                 else:
                     each.load.good.append(read)
@@ -171,26 +203,30 @@ def _read_all(payloads: Payloads, loads: Sequence[_Load], deadline: float) -> No
 
 def _read(
     payloads: Payloads, store: PayloadStore | None, wants: Sequence[Want], deadline: float
-) -> Sequence[memoryview | str]:
+) -> Sequence[memoryview | Flaw]:
     """As `PayloadStore.read`; all are unavailable when the server is."""
     if store is None:
-        return ["unavailable"] * len(wants)
+        return [_UNAVAILABLE] * len(wants)
     try:
-        return _read_through(payloads, store, wants, deadline) if payloads.cache.is_on else store.read(wants, deadline)
+        found = _read_through(payloads, store, wants, deadline) if payloads.cache.is_on else store.read(wants, deadline)
     except UnavailableError:
         if payloads.state.config.strict:
             raise
-        return ["unavailable"] * len(wants)
+        return [_UNAVAILABLE] * len(wants)
+    if payloads.state.config.strict and any(isinstance(each, Flaw) and each.reason == "unavailable" for each in found):
+        raise UnavailableError("the server answered with an error in place of a payload")
+    return found
 
 
 def _read_through(
     payloads: Payloads, store: PayloadStore, wants: Sequence[Want], deadline: float
-) -> list[memoryview | str]:
+) -> list[memoryview | Flaw]:
     """As `PayloadStore.read`, from L1 where it has it.
 
     What another thread is reading is waited for, after what this one reads.
     """
-    cache, found = payloads.cache, dict[int, memoryview | str]()
+    cache = payloads.cache
+    found: dict[int, memoryview | Flaw] = {}
     mine: list[int] = []
     others: list[tuple[int, threading.Event]] = []
     try:

@@ -9,7 +9,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import NotAttachedError
 from distprefix.tiers import operations
 from distprefix.tiers.payloads import COLD, WARM, Payloads
-from distprefix.tiers.store import PayloadStore, Want, groups
+from distprefix.tiers.store import Flaw, PayloadStore, Want, groups
 
 __all__ = ["demote", "promote"]
 
@@ -36,10 +36,10 @@ def demote(payloads: Payloads, deadline: float, idle_s: float | None = None) -> 
     state, moved, rank = payloads.state, 0, 0
     if payloads.cold is None:
         return 0
-    before = int(1000 * (time.time() - (state.config.cold_timeout_s if idle_s is None else idle_s)))
+    idle_ms = int(1000 * (state.config.cold_timeout_s if idle_s is None else idle_s))
     while rank >= 0 and time.monotonic() < deadline:
         try:
-            rank, found = state.link.publish(operations.idle(before, rank, 50), deadline)
+            rank, found = state.link.publish(operations.idle(idle_ms, rank, 50), deadline)
         except NotAttachedError:  # flushed: there is nothing to move
             break
         for each in found:
@@ -67,8 +67,8 @@ def _move(
     for group in groups(wants, lambda each: each[1].size, _GROUP_BYTES):
         found: list[tuple[bytes, memoryview]] = []
         for (_, want), read in zip(group, source.read([want for _, want in group], deadline), strict=True):
-            if isinstance(read, str):
-                payloads.count(f"payloads_{read}", 1)
+            if isinstance(read, Flaw):
+                payloads.count(f"payloads_{read.reason}", 1)
                 return 0
             found.append((want.chunk, read))
         packed = target.copy(found, deadline)

@@ -8,14 +8,26 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.operations import SCHEMA, WINDOW, Call, Usage, walk
+from distprefix.operations import SCHEMA, TRIMS_A_CALL, WINDOW, Call, Usage, walk
 
-__all__ = ["Idle", "Places", "dropped", "idle", "move", "settled", "store", "where"]
+__all__ = [
+    "Disproved",
+    "Evidence",
+    "Idle",
+    "Places",
+    "disprove",
+    "dropped",
+    "idle",
+    "move",
+    "settled",
+    "store",
+    "where",
+]
 
 CHAINS_A_CALL = 500
 
 
-def store(chain: bytes, start: int, *, now_ms: int, max_run: int) -> Generator[Call, Any, tuple[int, Usage]]:
+def store(chain: bytes, start: int, *, max_run: int) -> Generator[Call, Any, tuple[int, Usage]]:
     """Say that the chain's payloads, written before, are there. `start` as in `walk`. One call for 4,096 chunks.
 
     Returns how many leading chunks of the chain have payloads now, and what the shard holds.
@@ -23,7 +35,7 @@ def store(chain: bytes, start: int, *, now_ms: int, max_run: int) -> Generator[C
     total, pos = len(chain) // HASH_BYTES, 0
     while True:
         window = chain[pos * HASH_BYTES : (pos + WINDOW) * HASH_BYTES]
-        reply = yield Call("store", (SCHEMA, now_ms, max_run, start + pos, window))
+        reply = yield Call("store", (SCHEMA, max_run, start + pos, window))
         stored, usage = reply[0], Usage(*reply[1:5])
         if stored < len(window) // HASH_BYTES or pos + stored == total:
             return pos + stored, usage
@@ -76,6 +88,42 @@ def where(chains: Sequence[bytes]) -> Generator[Call, Any, list[Places]]:
     return found
 
 
+class Evidence(NamedTuple):
+    """What a reader saw of a payload that it could not use."""
+
+    tier: str
+    size: int
+    """As the tree names it."""
+    header: bytes = b""
+    """Of a value that failed its check; empty for one that is missing, or has another length."""
+    digest: str = ""
+    """SHA-1 of that value in hex; empty where it is too long to be read by a script."""
+
+
+class Disproved(NamedTuple):
+    """What became of the evidence."""
+
+    agreed: bool
+    """Whether the tree's server saw the same."""
+    trimmed: int
+    """Chunks of coverage that the shared tiers lost by it."""
+
+
+def disprove(run: bytes, evidence: Evidence) -> Generator[Call, Any, Disproved]:
+    """Remove the payload of the last chunk of `run`, and all that follows it, if the tree's server sees the same.
+
+    `run`: chunks of one node from its head on. One call; more where many branches follow.
+    """
+    seen = (evidence.size.to_bytes(4, "little"), evidence.header, evidence.digest)
+    agreed, trimmed = False, 0
+    while True:
+        holds, taken, done = yield Call("disprove", (SCHEMA, evidence.tier, run, *seen, TRIMS_A_CALL))
+        agreed = agreed or bool(holds)
+        trimmed += taken
+        if done:
+            return Disproved(agreed, trimmed)
+
+
 class Idle(NamedTuple):
     """A node whose warm payloads nobody has used for long."""
 
@@ -86,12 +134,12 @@ class Idle(NamedTuple):
     """Of their payloads, 4 bytes each."""
 
 
-def idle(before_ms: int, rank: int, leaves: int) -> Generator[Call, Any, tuple[int, list[Idle]]]:
-    """Nodes that nobody has used since, below so many leaves from a rank on. One call.
+def idle(idle_ms: int, rank: int, leaves: int) -> Generator[Call, Any, tuple[int, list[Idle]]]:
+    """Nodes last used so long ago or longer, among the ancestors of so many leaves from a rank on. One call.
 
     Returns the rank to go on with, -1 when there are no more, and the nodes.
     """
-    reply = yield Call("idle", (SCHEMA, before_ms, rank, leaves))
+    reply = yield Call("idle", (SCHEMA, idle_ms, rank, leaves))
     found = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
     return reply[0], [Idle(head.decode(), run, sizes) for head, run, sizes in found]
 

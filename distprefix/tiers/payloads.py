@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 
+from distprefix.chunking import Prompt
 from distprefix.errors import DistPrefixError, NotAttachedError
 from distprefix.state import State
 from distprefix.tiers import operations
@@ -14,13 +15,11 @@ from distprefix.tiers.cache import PayloadCache
 from distprefix.tiers.operations import Places
 from distprefix.tiers.store import PayloadStore
 
-__all__ = ["ATTEMPTS", "COLD", "GONE", "TIER_EPOCH", "WARM", "Payloads"]
+__all__ = ["ATTEMPTS", "COLD", "WARM", "Payloads"]
 
-WARM, COLD = "@warm", "@cold"
-TIER_EPOCH = 1
+WARM = "@warm"
+COLD = "@cold"
 ATTEMPTS = 3
-GONE = ("missing", "damaged")
-"""Why a payload counts for nothing."""
 
 
 class Payloads:
@@ -50,16 +49,49 @@ class Payloads:
             link.attach_again(link.epoch, deadline)
             return [Places(array("I"), array("I"), ()) for _ in chains]
 
-    def find_stored(self, chains: Sequence[bytes]) -> list[int]:
-        """How many leading chunks of each chain have payloads, by the deadline of a look-up. 0 on failing."""
+    def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False) -> list[int]:
+        """How many leading chunks of each prompt have payloads, by the deadline of a look-up. 0 on failing."""
+        state = self.state
+        deadline = time.monotonic() + state.config.lookup_timeout_s
+        chains = [state.chain(prompt) for prompt in prompts]
+        found = [0] * len(chains)
         try:
-            found = self.places(chains, time.monotonic() + self.state.config.lookup_timeout_s)
+            for i, places in enumerate(self.places(chains, deadline)):
+                found[i] = places.chunks
+                self.touch(prompts[i], chains[i], places)
         except DistPrefixError:
             self.count("loads_failed", 1)
-            if self.state.config.strict:
+            if state.config.strict:
                 raise
-            return [0] * len(chains)
-        return [places.chunks for places in found]
+        finally:
+            self._count_lookups([prompt.chunks for prompt in prompts], found, as_one=as_one)
+        return found
+
+    def touch(self, prompt: Prompt, chain: bytes, places: Places, hits: int = 1) -> None:
+        """Record a use of all nodes that a chain passes, here and, with the next batch, in Redis. No call."""
+        state = self.state
+        state.outbox.touches.add_chunks(chain, places.starts, hits)
+        with state.lock:
+            now = time.monotonic()
+            path = state.l1.find(prompt, now).path
+            if path:
+                state.l1.touch(path[-1], now)
+
+    def _count_lookups(self, asked: Sequence[int], found: Sequence[int], *, as_one: bool) -> None:
+        lookups = len(asked)
+        hits = sum(map(bool, found))
+        chunks = sum(asked)
+        if as_one:  # a chain, and perhaps some of its chunks once more, each by itself
+            lookups = 1
+            hits = min(hits, 1)
+            chunks = max(*asked, len(asked))
+        with self.state.lock:
+            counts = self.state.counts
+            counts["lookups"] += lookups
+            counts["hits"] += hits
+            counts["hits_stored"] += hits
+            counts["chunks"] += chunks
+            counts["chunks_hit"] += min(chunks, sum(found))
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""

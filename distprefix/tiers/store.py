@@ -1,28 +1,46 @@
-"""Where payloads lie: one server's values, sealed and opened by one codec. Knows keys and parts, not the tree."""
+"""The payloads of one tier: one server's values, sealed and opened by one codec. Knows keys and parts, not the tree.
+
+A payload of up to 8 MiB is one value, written only where there is none. A longer one is several, and all of them are of
+one upload: the parts are written first, under names that no other upload has, and the first value, which names the
+upload, last and only where there is none. So a reader that has the first value reads the parts of its writer; what a
+writer left half done is in nobody's way and expires; and the writer that comes second removes its own parts.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
-from distprefix.errors import ConfigError, DamagedPayloadError, InvalidInputError
+from distprefix.errors import (
+    ConfigError,
+    DamagedPayloadError,
+    InvalidInputError,
+    UnreadablePayloadError,
+)
 from distprefix.redis.data import DataPool
 from distprefix.redis.keys import Keys
-from distprefix.redis.transfers import Buffer
+from distprefix.redis.transfers import REFUSED, Buffer
 from distprefix.tiers.codecs import RAW, Codec, codec_named
 from distprefix.tiers.encryption import KeyRing
-from distprefix.tiers.envelope import HEADER_BYTES, open_into, read_header, seal
+from distprefix.tiers.envelope import HEADER_BYTES, UPLOAD_BYTES, Header, open_into, read_header, seal
 
-__all__ = ["PART_BYTES", "PayloadStore", "Want", "check_fits", "groups"]
+__all__ = ["PART_BYTES", "Flaw", "PayloadStore", "Want", "check_fits", "groups"]
 
 T = TypeVar("T")
 PART_BYTES = 8 * 1024 * 1024
-"""Longer payloads lie in several values: a server that copies one of 512 MiB answers nobody else."""
-_UNTOLD_MS = 600_000
-"""What the tree was never told of goes by itself after so long: nobody has to search for it."""
+"""Longer payloads are several values: a server that copies one of 512 MiB answers no other call meanwhile."""
+_FIRST_TTL_MS = 600_000
+"""What the tree does not come to name expires after so long: no process has to search for it."""
+_PART_TTL_MS = _FIRST_TTL_MS + 60_000
+"""Parts outlive the value that names them, so that a first value never stands alone."""
 _GROUP_BYTES = 64 * 1024 * 1024
+_MAX_DIGEST_BYTES = 1024 * 1024
+"""Longer values are compared by their header and length alone: a script must not read them."""
 
 
 class Want(NamedTuple):
@@ -35,26 +53,61 @@ class Want(NamedTuple):
     """Where it is wanted; None for memory of its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Why a payload cannot be used, and what was seen of it."""
+
+    reason: str
+    """missing, damaged, unreadable or unavailable."""
+    header: bytes = b""
+    """Of a value that came whole and failed its check."""
+    digest: str = ""
+    """SHA-1 of that value; empty where it is long."""
+
+
+_MISSING, _UNREADABLE, _UNAVAILABLE = Flaw("missing"), Flaw("unreadable"), Flaw("unavailable")
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A payload while it is being read."""
+
+    want: Want
+    header: memoryview
+    body: memoryview
+    flaw: Flaw | None = None
+
+    def views(self, part: int) -> Sequence[memoryview]:
+        """Where a part is received."""
+        at = part * PART_BYTES - HEADER_BYTES
+        size = self.length(part)
+        return (self.body[at : at + size],) if part else (self.header, self.body[: size - HEADER_BYTES])
+
+    def length(self, part: int) -> int:
+        """How long a part has to be."""
+        return min(PART_BYTES, self.want.size - part * PART_BYTES)
+
+    def seen(self) -> Flaw:
+        """That the payload came whole and failed its check."""
+        digest = ""
+        if self.want.size <= _MAX_DIGEST_BYTES:
+            value = hashlib.sha1(self.header, usedforsecurity=False)
+            value.update(self.body)
+            digest = value.hexdigest()
+        return Flaw("damaged", bytes(self.header), digest)
+
+
 class PayloadStore:
     """The payloads of one tier. Opens connections with the first of them. Thread-safe."""
 
-    def __init__(self, url: str, keys: Keys, codec: str, ring: KeyRing | None, *, cold: bool, timeout_s: float) -> None:
+    def __init__(self, keys: Keys, codec: str, ring: KeyRing | None, pool: DataPool, *, cold: bool) -> None:
         self.cold = cold
-        self._url = url
+        self.pool = pool
+        """The connections."""
         self._keys = keys
         self._codec = codec
         self._ring = ring
-        self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._pool: DataPool | None = None
-
-    @property
-    def pool(self) -> DataPool:
-        """The connections."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = DataPool(self._url, timeout_s=self._timeout_s)
-            return self._pool
 
     @cached_property
     def _packer(self) -> Codec:
@@ -63,11 +116,10 @@ class PayloadStore:
 
     def close(self) -> None:
         """Close the connections."""
-        if self._pool is not None:
-            self._pool.close()
+        self.pool.close()
 
     def write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> list[int]:
-        """Write payloads, by chunk; they go by themselves unless the tree is told of them. Returns their sizes.
+        """Write payloads, by chunk; they expire unless the tree comes to name them. Returns their sizes.
 
         What is there already stays. Raises UnavailableError and InvalidInputError.
         """
@@ -78,78 +130,142 @@ class PayloadStore:
         sizes, written = self._write(payloads, deadline)
         if not all(written):
             wants = [Want(chunk, size) for (chunk, _), size in zip(payloads, sizes, strict=True)]
-            if any(isinstance(read, str) for read in self.read(wants, deadline)):
+            if any(isinstance(read, Flaw) for read in self.read(wants, deadline)):
                 return None
         return sizes
 
-    def read(self, wants: Sequence[Want], deadline: float) -> list[memoryview | str]:
-        """For each a payload, or what is wrong with it: missing, damaged, unreadable. Raises UnavailableError.
+    def read(self, wants: Sequence[Want], deadline: float) -> list[memoryview | Flaw]:
+        """For each a payload, or why there is none. Raises UnavailableError.
 
         A payload that is stored as it is is received where it is wanted.
         """
-        headers = [memoryview(bytearray(HEADER_BYTES)) for _ in wants]
-        bodies = [_body_of(want) for want in wants]
-        places = [(i, part) for i, want in enumerate(wants) for part in range(_parts_in(want.size))]
+        readings = [_Reading(want, memoryview(bytearray(HEADER_BYTES)), _body_of(want)) for want in wants]
+        firsts = [(reading, self._keys.payload(reading.want.chunk.hex(), cold=self.cold), 0) for reading in readings]
+        self._receive(firsts, deadline)
+        long = [reading for reading in readings if reading.want.size > PART_BYTES and reading.flaw is None]
+        if long:
+            self._receive([place for reading in long for place in self._other_parts(reading)], deadline)
+        return [reading.flaw or self._open(reading) for reading in readings]
+
+    def is_gone(self, want: Want, deadline: float) -> bool:
+        """Whether the server says of its own, as a primary of some standing, that a payload is not there.
+
+        A key of another type is no payload. Two short calls. Raises UnavailableError.
+        """
+        kind = self.pool.ask([(b"TYPE", self._keys.payload(want.chunk.hex(), cold=self.cold).encode())], deadline)[0]
+        is_owner = self.pool.endpoint.identity.role in ("", "master") and self.pool.endpoint.is_settled
+        if not isinstance(kind, bytes) or not is_owner:
+            return False
+        if kind != b"string":
+            return True
+        if want.size <= PART_BYTES:
+            return False
+        again = self.read([want], deadline)[0]
+        return isinstance(again, Flaw) and again.reason == "missing"
+
+    def _other_parts(self, reading: _Reading) -> list[tuple[_Reading, str, int]]:
+        """The parts that follow the first, as its header names them."""
+        chunk = reading.want.chunk
+        try:
+            upload = read_header(chunk, reading.header).upload.hex()
+        except DamagedPayloadError:
+            reading.flaw = Flaw("damaged", bytes(reading.header))
+            return []
+        return [
+            (reading, self._keys.part(chunk.hex(), upload, number, cold=self.cold), number)
+            for number in range(1, -(-reading.want.size // PART_BYTES))
+        ]
+
+    def _receive(self, places: Sequence[tuple[_Reading, str, int]], deadline: float) -> None:
+        """Receive parts of payloads, by key and number; one that is not as it has to be is a flaw of its payload."""
+        expected = [reading.length(part) for reading, _, part in places]
 
         def sink(index: int, length: int) -> Sequence[memoryview] | None:
-            i, part = places[index]
-            if length != expected[index]:
-                return None
-            at = part * PART_BYTES - HEADER_BYTES
-            return (bodies[i][at : at + length],) if part else (headers[i], bodies[i][: length - HEADER_BYTES])
+            reading, _, part = places[index]
+            return reading.views(part) if length == expected[index] else None
 
-        keys = [self._keys.payload(wants[i].chunk.hex(), part, cold=self.cold) for i, part in places]
-        expected = [_part_size(wants[i].size, part) for i, part in places]
-        lengths = self.pool.get(keys, sink, deadline, expected)
-        wrong: dict[int, str] = {}
-        for (i, _), length, right in zip(places, lengths, expected, strict=True):
-            if length != right:
-                wrong[i] = "missing" if length < 0 else "damaged"
-        return [wrong.get(i) or self._open(want, headers[i], bodies[i]) for i, want in enumerate(wants)]
+        lengths = self.pool.get([key for _, key, _ in places], sink, deadline, expected)
+        for (reading, _, _), length, right in zip(places, lengths, expected, strict=True):
+            if length == REFUSED:
+                reading.flaw = _UNAVAILABLE
+            elif length != right and reading.flaw is None:
+                reading.flaw = _MISSING if length < 0 else Flaw("damaged")
 
     def _write(self, payloads: Sequence[tuple[bytes, Buffer]], deadline: float) -> tuple[list[int], list[bool]]:
-        """Their sizes, and which of their parts were not there before."""
+        """Their sizes, and which of them were not there before."""
         sizes: list[int] = []
         written: list[bool] = []
-        group: list[tuple[str, Sequence[Buffer]]] = []
-        waiting = 0
-        for chunk, payload in payloads:
-            header, body = seal(chunk, payload, self._packer, self._ring)
-            parts = list(self._parts(chunk.hex(), header, memoryview(body).cast("B")))
-            group += reversed(parts)  # the first one last: where it is, all are
-            sizes.append(len(header) + memoryview(body).nbytes)
-            waiting += sizes[-1]
-            if waiting >= _GROUP_BYTES:
-                written += self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
-                group, waiting = [], 0
-        if group:
-            written += self.pool.set(group, deadline, ttl_ms=_UNTOLD_MS, only_new=True)
+        for group in groups(self._seal(payloads), lambda each: each.size, _GROUP_BYTES):
+            sizes += [each.size for each in group]
+            written += self._write_group(group, deadline)
         return sizes, written
 
-    def _parts(self, chunk: str, header: bytes, body: memoryview) -> Iterator[tuple[str, Sequence[Buffer]]]:
-        at = PART_BYTES - len(header)
-        yield self._keys.payload(chunk, cold=self.cold), (header, body[:at])
-        for number in range(1, _parts_in(len(header) + len(body))):
-            yield self._keys.payload(chunk, number, cold=self.cold), (body[at : at + PART_BYTES],)
-            at += PART_BYTES
+    def _seal(self, payloads: Sequence[tuple[bytes, Buffer]]) -> Iterator[_Sealed]:
+        uploads = os.urandom(UPLOAD_BYTES * len(payloads))
+        for i, (chunk, payload) in enumerate(payloads):
+            upload = uploads[i * UPLOAD_BYTES : (i + 1) * UPLOAD_BYTES]
+            header, body = seal(chunk, payload, self._packer, self._ring, upload)
+            yield _Sealed(chunk, upload, header, memoryview(body).cast("B"))
 
-    def _open(self, want: Want, header: memoryview, body: memoryview) -> memoryview | str:
+    def _write_group(self, group: Sequence[_Sealed], deadline: float) -> list[bool]:
+        parts = [value for each in group for value in self._parts(each)]
+        if parts:
+            self.pool.set(parts, deadline, ttl_ms=_PART_TTL_MS)
+        firsts = [(self._keys.payload(each.chunk.hex(), cold=self.cold), each.first) for each in group]
+        written = self.pool.set(firsts, deadline, ttl_ms=_FIRST_TTL_MS, only_new=True)
+        for each, is_new in zip(group, written, strict=True):
+            if not is_new and each.size > PART_BYTES:
+                self.pool.delete([key for key, _ in self._parts(each)], deadline)
+        return written
+
+    def _parts(self, sealed: _Sealed) -> Iterator[tuple[str, Sequence[Buffer]]]:
+        """Keys and bytes of all parts but the first."""
+        at = PART_BYTES - len(sealed.header)
+        number = 1
+        while at < len(sealed.body):
+            key = self._keys.part(sealed.chunk.hex(), sealed.upload.hex(), number, cold=self.cold)
+            yield key, (sealed.body[at : at + PART_BYTES],)
+            at += PART_BYTES
+            number += 1
+
+    def _open(self, reading: _Reading) -> memoryview | Flaw:
+        want = reading.want
         try:
-            told = read_header(want.chunk, header)
+            header = read_header(want.chunk, reading.header)
             if want.target is not None:
-                check_fits(told.length, want.target)
-            if told.key_id not in (self._ring.ids if self._ring else (0,)):
-                return "unreadable"  # sealed with a key that others have: not damaged
-            target = want.target
-            if target is None:
-                is_plain = told.codec is RAW and not told.key_id
-                target = body if is_plain else memoryview(bytearray(told.length))
-            open_into(want.chunk, header, body, target, self._ring, told)
+                check_fits(header.length, want.target)
+            if header.key_id not in (self._ring.ids if self._ring else (0,)):
+                return _UNREADABLE  # sealed with a key that others have: not damaged
+            target = want.target if want.target is not None else self._memory_for(header, reading.body)
+            open_into(want.chunk, reading.header, reading.body, target, self._ring, header)
         except DamagedPayloadError:
-            return "damaged"
-        except ConfigError:
-            return "unreadable"
+            return reading.seen()
+        except (ConfigError, UnreadablePayloadError):
+            return _UNREADABLE
         return target
+
+    @staticmethod
+    def _memory_for(header: Header, body: memoryview) -> memoryview:
+        is_plain = header.codec is RAW and not header.key_id
+        return body if is_plain else memoryview(bytearray(header.length))
+
+
+class _Sealed(NamedTuple):
+    """A payload as it is written."""
+
+    chunk: bytes
+    upload: bytes
+    header: bytes
+    body: memoryview
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + len(self.body)
+
+    @property
+    def first(self) -> Sequence[Buffer]:
+        """The bytes of the first value."""
+        return (self.header, self.body[: PART_BYTES - len(self.header)])
 
 
 def check_fits(length: int, target: memoryview) -> None:
@@ -170,14 +286,6 @@ def groups(items: Iterable[T], size_of: Callable[[T], int], least: int) -> Itera
             group, size = [], 0
     if group:
         yield group
-
-
-def _parts_in(size: int) -> int:
-    return max(1, -(-size // PART_BYTES))
-
-
-def _part_size(size: int, part: int) -> int:
-    return min(PART_BYTES, size - part * PART_BYTES)
 
 
 def _body_of(want: Want) -> memoryview:

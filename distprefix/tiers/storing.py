@@ -1,4 +1,4 @@
-"""Storing the KV bytes of chunks: bytes first, then the tree says that they are there."""
+"""Storing the KV bytes of chunks: bytes first, then the tree names them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = ["store"]
 class _Prompt:
     """A prompt whose payloads are being stored."""
 
+    prompt: Prompt
     chunks: list[bytes]
     stored: int = 0
     """Leading chunks that are there."""
@@ -51,17 +52,18 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     state, deadline = payloads.state, payloads.deadline()
     prompts: list[_Prompt] = []
     given: dict[bytes, Buffer] = {}
-    told: set[bytes] = set()
+    named: set[bytes] = set()
     for prompt, buffers in wanted:
         hashes = state.chain(prompt)
         chunks = [hashes[at : at + HASH_BYTES] for at in range(0, len(buffers) * HASH_BYTES, HASH_BYTES)]
-        prompts.append(_Prompt(chunks))
+        prompts.append(_Prompt(prompt, chunks))
         given.update((chunk, buffer) for chunk, buffer in zip(chunks, buffers, strict=True) if buffer is not None)
     try:
         waiting = prompts
         for _ in range(ATTEMPTS):
             chains = [b"".join(each.chunks) for each in waiting]
             for each, hashes, places in zip(waiting, chains, payloads.places(chains, deadline), strict=True):
+                payloads.touch(each.prompt, hashes, places, hits=0)
                 each.look(places, given)
                 if each.fresh and any(places.cold):  # what is warm has only warm ones above it
                     promote(payloads, hashes[: each.stored * HASH_BYTES], deadline)
@@ -71,23 +73,23 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
             payloads.warm.write([(chunk, given[chunk]) for chunk in fresh], deadline)
             payloads.count("payload_store_us", int(1e6 * (time.perf_counter() - began)))
             for each in waiting:
-                told |= _tell(payloads, each, deadline)
+                named |= _name(payloads, each, deadline)
             waiting = [each for each in waiting if each.fresh]
     except DistPrefixError as error:
         payloads.count("stores_failed", 1)
         if state.config.strict or isinstance(error, InvalidInputError):
             raise
-    payloads.count("payloads_stored", len(told))
-    payloads.count("payload_bytes_stored", sum(memoryview(given[chunk]).nbytes for chunk in told))
+    payloads.count("payloads_stored", len(named))
+    payloads.count("payload_bytes_stored", sum(memoryview(given[chunk]).nbytes for chunk in named))
     return [each.stored for each in prompts]
 
 
-def _tell(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:
-    """Tell the tree what was written. Returns what it took of that."""
+def _name(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:
+    """Have the tree name what was written. Returns what it took of that."""
     state, before = payloads.state, prompt.stored
     while True:
-        chain, now_ms = b"".join(prompt.chunks[prompt.begin : prompt.wanted]), int(time.time() * 1000)
-        operation = operations.store(chain, prompt.begin, now_ms=now_ms, max_run=state.config.max_run)
+        chain = b"".join(prompt.chunks[prompt.begin : prompt.wanted])
+        operation = operations.store(chain, prompt.begin, max_run=state.config.max_run)
         try:
             stored, state.usage = state.link.publish(operation, deadline)
         except NoParentError:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from distprefix.budget import maintain_cold
 from distprefix.errors import DistPrefixError
-from distprefix.redis.client import connect
+from distprefix.redis.breaker import new_breakers
+from distprefix.redis.client import Client, connect
+from distprefix.redis.data import DataPool
+from distprefix.redis.endpoint import Endpoint
 from distprefix.tiers.elsewhere import Elsewhere
 from distprefix.tiers.encryption import KeyRing
 from distprefix.tiers.moving import demote, promote
@@ -24,24 +27,43 @@ _DEMOTE_TIMEOUT_S = 60.0
 
 
 class Tiers:
-    """The tiers of one cache. Opens no connection before the first payload. Thread-safe."""
+    """The tiers of one cache. Opens no connection before the first payload. Thread-safe.
+
+    Each server of payloads has breakers of its own, one for reads and one for writes.
+    """
 
     def __init__(self, state: State) -> None:
-        config, link = state.config, state.link
+        config = state.config
+        link = state.link
         ring = KeyRing.from_text(config.encryption_keys) if config.encryption_keys else None
         self._state = state
-        warm = PayloadStore(
-            link.url, link.keys, config.payload_codec, ring, cold=False, timeout_s=config.payload_timeout_s
-        )
+        warm_pool = self._new_pool(link.url, link.endpoint)
+        warm = PayloadStore(link.keys, config.payload_codec, ring, warm_pool, cold=False)
         cold = None
-        if config.cold_url or not link.cold_is_elsewhere:
-            url, codec = config.cold_url or link.url, config.cold_codec
-            cold = PayloadStore(url, link.keys, codec, ring, cold=True, timeout_s=config.payload_timeout_s)
-        self.payloads = Payloads(state, warm, cold)
         self._elsewhere: Elsewhere | None = None
         if config.cold_url:
-            server = connect(config.cold_url, config.payload_timeout_s)
-            self._elsewhere = Elsewhere(link.admin, link.keys, server)
+            endpoint = Endpoint("cold_url")
+            pool = self._new_pool(config.cold_url, endpoint)
+            cold = PayloadStore(link.keys, config.cold_codec, ring, pool, cold=True)
+            server = connect(config.cold_url, config.payload_timeout_s, endpoint)
+            client = Client(server, pool.breakers, pool.failures, endpoint)
+            self._elsewhere = Elsewhere(link.admin, link.keys, client, config.payload_timeout_s)
+        elif not link.cold_is_elsewhere:
+            pool = self._new_pool(link.url, link.endpoint)
+            cold = PayloadStore(link.keys, config.cold_codec, ring, pool, cold=True)
+        self.payloads = Payloads(state, warm, cold)
+
+    @property
+    def pools(self) -> dict[str, DataPool]:
+        """The connections of each tier, by its name."""
+        stores = {"warm": self.payloads.warm, "cold": self.payloads.cold}
+        return {name: store.pool for name, store in stores.items() if store is not None}
+
+    def probe_servers(self) -> None:
+        """Ask the servers of payloads that are off whether they are back. Never raises."""
+        for pool in self.pools.values():
+            pool.probes_itself = False
+            pool.probe()
 
     def demote(self, idle_s: float | None, timeout_s: float) -> int:
         """See `PrefixCacheOptimizer.demote`."""
@@ -77,6 +99,11 @@ class Tiers:
         self.payloads.close()
         if self._elsewhere is not None:
             self._elsewhere.close()
+
+    def _new_pool(self, url: str, endpoint: Endpoint) -> DataPool:
+        config = self._state.config
+        breakers = new_breakers(config.breaker_failures, config.breaker_reset_s)
+        return DataPool(url, timeout_s=config.payload_timeout_s, endpoint=endpoint, breakers=breakers)
 
     def _tidy(self, deadline: float) -> None:
         if self._elsewhere is not None:

@@ -1,11 +1,8 @@
--- Payloads: the bytes of a chunk lie in kv:<chunk> (warm) or cold:<chunk>, in parts of 8 MiB, the others in
--- kv:<chunk>:1 and so on. The columns "b:@warm" and "b:@cold" have the size of each, header and all parts together,
--- 4 bytes a chunk, little endian; 0 for a chunk that lies in the other tier.
-local part, tiers = 8388608, { ['@warm'] = 'kv:', ['@cold'] = 'cold:' }
-
-local function payload_key(tier, chunk, number)
-  return base .. tiers[tier] .. chunk .. (number > 0 and ':' .. number or '')
-end
+-- Payloads: the bytes of a chunk are in kv:<chunk> (warm) or cold:<chunk>: a header of 40 bytes, and at most 8 MiB
+-- with it. The rest of a longer one is in kv:<chunk>:<upload>:1 and so on, where the upload is in the header: parts of
+-- one upload belong together and to no other. The columns "b:@warm" and "b:@cold" have the size of each payload, header
+-- and all parts together, 4 bytes a chunk, little endian; 0 for a chunk that is in the other tier.
+local part, header_bytes, tiers = 8388608, 40, { ['@warm'] = 'kv:', ['@cold'] = 'cold:' }
 
 -- Size of the payload of chunk `at`, 0 behind the end.
 local function size_at(sizes, at)
@@ -22,54 +19,39 @@ local function sum_of(sizes, from)
   return sum
 end
 
--- The payloads of a run's chunks from `from` on go. Cold ones on another server are named in `trash`: somebody who
--- can reach it has to delete them.
-local function release(tier, run, sizes, from)
-  local keys, elsewhere = {}, tier == '@cold' and #sizes > 0 and redis.call('HGET', KEYS[1], 'elsewhere') == '1'
-  for at = from, #sizes / 4 - 1 do
-    local chunk, size = hex(run, at), size_at(sizes, at)
-    for number = 0, elsewhere and size > 0 and 0 or math.ceil(size / part) - 1 do
-      keys[#keys + 1] = elsewhere and chunk or payload_key(tier, chunk, number)
-    end
-  end
-  for i = 1, #keys, 1000 do
-    local last = math.min(i + 999, #keys)
-    if elsewhere then
-      redis.call('SADD', base .. 'trash', unpack(keys, i, last))
-      redis.call('SREM', base .. 'kept', unpack(keys, i, last))
-    else
-      redis.call('UNLINK', unpack(keys, i, last))
-    end
-  end
+-- Length of a value; 0 for one that is not there, or is no string.
+local function length_of(key)
+  local length = redis.pcall('STRLEN', key)
+  return type(length) == 'number' and length or 0
 end
 
--- All payloads of a node from chunk `from` on go.
-local function release_all(node, from)
-  for tier in pairs(tiers) do
-    release(tier, node.r or '', node['b:' .. tier] or '', from)
+-- All keys of a payload and their lengths, as the header in the first value names them; that one is always among them.
+local function values_of(tier, chunk)
+  local first = base .. tiers[tier] .. chunk
+  local keys, lengths = { first }, { length_of(first) }
+  if lengths[1] == part then
+    local header = redis.call('GETRANGE', first, 0, header_bytes - 1)
+    local upload, total = '', math.min(header_bytes + size_at(header, 4), 64 * part + header_bytes)
+    for at = 21, 28 do
+      upload = upload .. ('%02x'):format(header:byte(at))
+    end
+    for number = 1, math.ceil(total / part) - 1 do
+      keys[number + 1] = first .. ':' .. upload .. ':' .. number
+      lengths[number + 1] = length_of(keys[number + 1])
+      if lengths[number + 1] ~= math.min(part, total - number * part) then
+        lengths[1] = 0 -- a part is missing: nothing of it counts
+      end
+    end
   end
+  return keys, lengths
 end
 
--- Keeps what was written for a run's chunks, as far as it is there: it would have gone by itself. Returns the sizes.
--- With the sizes that are `expected` nothing else is kept, and nothing at all if there is anything else.
-local function keep_all(tier, run, expected)
-  local sizes, keys = {}, {}
-  for at = 0, #run / 16 - 1 do
-    local chunk, number, size, length = hex(run, at), 0, 0, part
-    while length == part do
-      keys[#keys + 1] = payload_key(tier, chunk, number)
-      length = redis.call('STRLEN', keys[#keys])
-      size, number = size + length, number + 1
-    end
-    if size == 0 then
-      break
-    end
-    local low, high = size % 65536, math.floor(size / 65536)
-    sizes[at + 1] = string.char(low % 256, math.floor(low / 256), high % 256, math.floor(high / 256) % 256)
+-- Size of a payload that is there as a whole, else 0; and its keys.
+local function whole_size(tier, chunk)
+  local keys, lengths = values_of(tier, chunk)
+  local size = lengths[1]
+  for number = 2, size > 0 and #keys or 0 do
+    size = size + lengths[number]
   end
-  sizes = table.concat(sizes)
-  for i = 1, (expected or sizes) == sizes and #keys or 0 do
-    redis.call('PERSIST', keys[i])
-  end
-  return sizes
+  return size, keys
 end

@@ -24,13 +24,21 @@ def found(cache: PrefixCacheOptimizer, *prompts: list[int]) -> list[int]:
 
 
 def publish_at(backend: Backend, cache: PrefixCacheOptimizer, tokens: list[int], now_ms: int) -> None:
-    """Publish with a clock of the test's own."""
+    """Publish, and date what was used by it as if the server's clock had been there."""
     view = cache._state.read(tokens)
     hashes = cache._state.hashes(view, cache._state.l1.find(view, 0.0))
     operation = operations.publish(
-        hashes, 0, cache.config.holder, cache._state.link.epoch, now_ms=now_ms, max_run=cache.config.max_run
+        hashes, 0, cache.config.holder, cache._state.link.epoch, max_run=cache.config.max_run
     )
-    cache._state.link.publish(operation)
+    admin: Any = backend.admin
+    for one in cache._state.link.publish(operation).views:
+        head = hashes[16 * one.start : 16 * one.start + 16].hex()
+        accessed = int(admin.hget(backend.keys.node(head), "a"))
+        if accessed > 1_000_000_000_000:  # dated by the server, not by this test before
+            admin.hset(backend.keys.node(head), "a", now_ms)
+            score = admin.zscore(backend.keys.leaves, head)
+            if score is not None:
+                admin.zadd(backend.keys.leaves, {head: score - accessed + now_ms})
 
 
 def test_the_tail_used_longest_ago_goes_first(any_server: Backend) -> None:

@@ -135,7 +135,8 @@ def test_the_breaker_opens_and_recovers(own_server: Server) -> None:
         for _ in range(2):
             cache.find_longest_cache_hit(prompt(3))
         metrics = cache.get_metrics()
-        assert (metrics["breaker"], metrics["breaker_opened"]) == ("open", 1)
+        assert (metrics["breakers"]["walk"], metrics["breakers"]["write"]) == ("open", "open")
+        assert metrics["breaker_opened"] == 2
         cache.find_longest_cache_hit(prompt(3))
         own_server.thaw()
         wait_until(lambda: cache.find_longest_cache_hit(prompt(3)).redis_calls > 0 and _state(cache) == "closed")
@@ -144,7 +145,7 @@ def test_the_breaker_opens_and_recovers(own_server: Server) -> None:
 
 
 def _state(cache: PrefixCacheOptimizer) -> str:
-    return str(cache.get_metrics()["breaker"])
+    return str(cache.get_metrics()["breakers"]["walk"])
 
 
 def test_an_open_breaker_asks_nobody(own_server: Server) -> None:
@@ -181,7 +182,7 @@ def test_a_full_server_still_answers(own_server: Server, cache: PrefixCacheOptim
         admin.config_set("maxmemory", "1mb")
         cache.cache_prefix([7] * 40)
         metrics = cache.get_metrics()
-        assert (metrics["publishes_dropped"], metrics["redis_failures"], metrics["breaker"]) == (
+        assert (metrics["publishes_dropped"], metrics["redis_failures"], metrics["breakers"]["write"]) == (
             1,
             {"out of memory": 1},
             "closed",
@@ -372,7 +373,7 @@ def test_one_damaged_key_does_not_open_the_breaker(own_server: Server) -> None:
         admin.set(damaged, "x")
         for tokens in (prompt(3), [9] * 12) * 3:
             cache.cache_prefix(tokens)
-        assert cache.get_metrics()["breaker"] == "closed"
+        assert set(cache.get_metrics()["breakers"].values()) == {"closed"}
         assert cache.get_metrics()["publishes_dropped"] >= 1
 
 

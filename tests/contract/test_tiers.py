@@ -11,6 +11,7 @@ import pytest
 from distprefix import PrefixCacheOptimizer, operations
 from distprefix.errors import UnavailableError
 from distprefix.tiers import moving
+from tests.contract.test_failures import wait_until
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
 from tests.payloads import ALWAYS, TIERS, data, demote, loaded, meta, metric, names, put, sound, where
@@ -225,7 +226,7 @@ def test_what_is_moved_during_a_load_is_found(
 
 def test_cold_server_down(own: Backend, third: Server) -> None:
     """Without the server of the cold tier warm goes on, a load ends at the first cold chunk, and nothing is trimmed."""
-    cache = own.open(cold_url=third.url, payload_timeout_s=1.0, strict=False)
+    cache = own.open(cold_url=third.url, payload_timeout_s=1.0, breaker_reset_s=0.05, strict=False)
     one, other = prompt(6), prompt(6, tail=3)
     for tokens in (one, other):
         cache.store(tokens, data(tokens))
@@ -243,7 +244,7 @@ def test_cold_server_down(own: Backend, third: Server) -> None:
         cache.demote(ALWAYS, timeout_s=0.5)
     assert time.monotonic() - begun < 3
     third.thaw()
-    assert loaded(cache, one) == data(one)
+    wait_until(lambda: loaded(cache, one) == data(one))
     third.restart()
     assert loaded(cache, one) == data(one)[:3]
     assert metric(cache, "payloads_missing") == 1
@@ -305,8 +306,8 @@ def test_trash_that_comes_back_while_it_is_emptied(
     other = real_server.open("w2", cold_url=second.url)
     todo = [True]
 
-    def hooked(run: bytes, command: str, *args: Any) -> None:
-        each(run, command, *args)
+    def hooked(run: bytes, deadline: float, command: str, *args: Any) -> None:
+        each(run, deadline, command, *args)
         if todo and command == "EXPIRE":
             todo.pop()
             demote(real_server, other)

@@ -79,14 +79,14 @@ def act(action: str, settings: dict[str, Any], last: int) -> None:
     steps, (command, ask, write, read) = Steps(last), (Client.command, Elsewhere._ask, DataPool.set, DataPool.get)
     scripts = {load_script(name, with_flags=True).sha: name for name in SCRIPTS}
 
-    def counted_command(self: Client, *args: Any, deadline: float) -> Any:
+    def counted_command(self: Client, *args: Any, deadline: float, reads: bool | None = None) -> Any:
         name = scripts[args[1]] if args[0].startswith("EVALSHA") else args[0]
         steps.take("SET NX" if "NX" in args[:4] else name)
-        return command(self, *args, deadline=deadline)
+        return command(self, *args, deadline=deadline, reads=reads)
 
-    def counted_ask(self: Elsewhere, *args: Any) -> Any:
+    def counted_ask(self: Elsewhere, deadline: float, *args: Any) -> Any:
         steps.take(args[0])
-        return ask(self, *args)
+        return ask(self, deadline, *args)
 
     def counted_write(self: DataPool, values: Sequence[Any], *args: Any, **options: Any) -> list[bool]:
         written: list[bool] = []

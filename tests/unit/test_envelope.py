@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprefix.errors import DamagedPayloadError, DistPrefixError, InvalidInputError
+from distprefix.errors import DamagedPayloadError, DistPrefixError, InvalidInputError, UnreadablePayloadError
 from distprefix.tiers import envelope
 from distprefix.tiers.codecs import CODECS, RAW, codec_named
 from distprefix.tiers.encryption import OVERHEAD, KeyRing
@@ -46,9 +46,9 @@ def opened(chunk: bytes, header: bytes, body: Any, size: int, keys: KeyRing | No
 
 def forged(header: bytes, body: bytes, **changes: int) -> bytes:
     """The header with other fields, and with both checks as one who knows how would make them."""
-    names = ("magic", "version", "codec", "zero", "key_id", "length", "stored")
-    fields = dict(zip(names, struct.unpack_from("<4sBBHIII", header), strict=True)) | {"stored": len(body)} | changes
-    start = struct.pack("<4sBBHIII", *fields.values())
+    names = ("magic", "version", "codec", "zero", "key_id", "length", "stored", "upload")
+    fields = dict(zip(names, struct.unpack_from("<4sBBHIII8s", header), strict=True)) | {"stored": len(body)} | changes
+    start = struct.pack("<4sBBHIII8s", *fields.values())
     start += struct.pack("<I", xxhash.xxh3_64_intdigest(_CHUNK + start) & 0xFFFFFFFF)
     return start + struct.pack("<Q", xxhash.xxh3_64_intdigest(_CHUNK + start + body))
 
@@ -68,7 +68,7 @@ def test_the_format_stays() -> None:
     """A header of today is byte for byte what other versions of this package read."""
     header, body = seal(_CHUNK, b"payload", RAW)
     assert header.hex() == "44504b56010000000000000007000000070000003b3ef8c6ac80d6bc7435123d"
-    assert (len(header), HEADER_BYTES, body) == (32, 32, b"payload")
+    assert (len(header), HEADER_BYTES, body) == (40, 40, b"payload")
 
 
 @pytest.mark.parametrize(("codec", "keys"), _KINDS)
@@ -121,17 +121,17 @@ def test_a_wrong_codec_byte_is_found(codec: Any) -> None:
 
 
 def test_keys_must_be_those_of_the_payload() -> None:
-    """Another key under the same id, an unknown id, no keys, and no encryption where there are keys: all damaged."""
+    """Another key under the same id, an unknown id, no keys, none where there have to be: this cannot be read."""
     header, body = sealed(_CHUNK, _PAYLOAD, _ZSTD, _KEYS)
     for keys, text in (
         (KeyRing.from_text(f"7:{'5b' * 16}"), "cannot be decrypted with key 7"),
         (KeyRing.from_text(f"8:{'5a' * 16}"), "key 7, which is not configured"),
         (None, "encrypted with key 7, and no keys are configured"),
     ):
-        with pytest.raises(DamagedPayloadError, match=text):
+        with pytest.raises(UnreadablePayloadError, match=text):
             opened(_CHUNK, header, body, len(_PAYLOAD), keys)
     plain = sealed(_CHUNK, _PAYLOAD, _ZSTD)
-    with pytest.raises(DamagedPayloadError, match="not encrypted, but keys are configured"):
+    with pytest.raises(UnreadablePayloadError, match="not encrypted, but keys are configured"):
         opened(_CHUNK, *plain, len(_PAYLOAD), _KEYS)
 
 
@@ -152,6 +152,8 @@ def test_encryption_covers_the_header(field: str) -> None:
     changes = {"codec": {"codec": 1, "length": 101}, "length": {"codec": 2, "length": 200}, "key_id": {"key_id": 8}}
     body = body[:-1] if field == "stored" else body
     changes["stored"] = {"length": 99}
+    opened(_CHUNK, *sealed(_CHUNK, b"any", RAW, keys), 300, keys)  # the keys are the right ones
+    opened(_CHUNK, *sealed(_CHUNK, b"any", RAW, KeyRing.from_text(f"8:{'5a' * 16}")), 300, keys)
     with pytest.raises(DamagedPayloadError, match="cannot be decrypted"):
         opened(_CHUNK, forged(header, body, **changes[field]), body, 300, keys)
 
@@ -167,7 +169,7 @@ def test_encryption_covers_the_header(field: str) -> None:
         {"stored": 0},
         {"key_id": 1},
         {"zero": 1},
-        {"version": 2},
+        {"version": 1},
         {"codec": 5},
         {"codec": 1, "length": 7},
         {"codec": 3},
@@ -278,7 +280,7 @@ def test_what_is_no_payload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InvalidInputError, match="16 bytes"):
             seal(chunk, b"payload", RAW)
         with pytest.raises(InvalidInputError, match="16 bytes"):
-            read_header(chunk, bytes(32))
+            read_header(chunk, bytes(HEADER_BYTES))
 
 
 @given(st.binary(max_size=80))

@@ -51,7 +51,7 @@ class Tree:
             if call.script == "walk":
                 reply = self.nodes(call.args[2])
             elif call.script == "insert":
-                reply = [1, len(call.args[6]) // 16, 50, 900, 9000, 5, *self.nodes(call.args[6])]
+                reply = [1, len(call.args[5]) // 16, 50, 900, 9000, 5, b"9", *self.nodes(call.args[5])]
             elif call.script == "trim":
                 reply = [2, 0, 0, int(len(self.calls) > 3)]
             elif call.script == "touch":
@@ -101,14 +101,14 @@ def test_a_publish_goes_in_windows(chunks: int, calls: int, run: int) -> None:
     """A publish is one call for every 4,096 chunks; each begins at a node's head, the last carries the metadata."""
     tree, blocks = Tree(chunks, run), b"".join(i.to_bytes(4, "little") for i in range(chunks))
     published = tree.run(
-        operations.publish(chain_of(chunks), 500, "w/0@gpu", 2, now_ms=9, max_run=run, blocks=blocks, metadata=b"m")
+        operations.publish(chain_of(chunks), 500, "w/0@gpu", 2, max_run=run, blocks=blocks, metadata=b"m")
     )
     assert len(tree.calls) == calls
     assert (published.nodes_made, published.usage) == (calls, (50, 900, 9000, 5))
     assert [view.start for view in published.views] == [500 + at for at in range(0, chunks, run)]
     for i, call in enumerate(tree.calls):
-        schema, now, max_run, holder, epoch, depth, window, ids, metadata = call.args
-        assert (schema, now, max_run, holder, epoch) == (SCHEMA, 9, run, "w/0@gpu", 2)
+        schema, max_run, holder, epoch, depth, window, ids, metadata = call.args
+        assert (schema, max_run, holder, epoch) == (SCHEMA, run, "w/0@gpu", 2)
         assert len(window) // 16 <= WINDOW + run
         assert (depth - 500) % run == 0
         assert window == chain_of(chunks)[16 * (depth - 500) :][: len(window)]
@@ -120,9 +120,7 @@ def test_a_publish_goes_in_windows(chunks: int, calls: int, run: int) -> None:
 def test_a_publish_knows_what_it_made(there: int, chunks: int) -> None:
     """What insert made, it does not tell: those nodes are as they were sent, the metadata is with the last."""
     tree = Tree(there, 100)
-    published = tree.run(
-        operations.publish(chain_of(chunks), 40, "w/0@gpu", 2, now_ms=9, max_run=100, metadata=b"of the prompt")
-    )
+    published = tree.run(operations.publish(chain_of(chunks), 40, "w/0@gpu", 2, max_run=100, metadata=b"of the prompt"))
     assert [(view.start, view.size, view.matched) for view in published.views] == [
         (40 + at, min(100, chunks - at), min(100, chunks - at)) for at in range(0, chunks, 100)
     ]

@@ -1,0 +1,66 @@
+#!lua flags=allow-oom
+-- disprove: a reader found the payload of a chain's last chunk missing or damaged. If this server agrees, that is if
+-- the tree still names what the reader looked for and the values still are what it saw, the payload is removed from the
+-- tree with all that follows it.
+--
+-- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
+-- ARGV[1]    schema version the caller speaks
+-- ARGV[2]    the tier: @warm or @cold
+-- ARGV[3]    the node's chunks up to that one, 16 bytes each, from its head on
+-- ARGV[4]    size of the payload as the reader knows it, 4 bytes
+-- ARGV[5]    header of a value that failed its check, "" for one that is missing or has another length
+-- ARGV[6]    SHA-1 of that value in hex, "" where it is too long to be read here
+-- ARGV[7]    the most nodes to change in this call
+-- returns    {1 when the evidence holds, chunks of coverage trimmed, 1 when done, 0 to be called again}
+-- errors     DPGONE, DPSCHEMA, DPSTALE, DPDAMAGED
+-- flags      allow-oom: it only makes room
+-- cost       an HMGET, a STRLEN for each part, a GET with a SHA-1; then what trim costs, twice
+-- @include guard
+-- @include keys
+-- @include walk
+-- @include path
+-- @include policies
+-- @include score
+-- @include payload
+-- @include release
+-- @include account
+-- @include tell
+-- @include fields
+-- @include discard
+-- @include unlink
+-- @include uncover
+-- @include withdraw
+local tier, chain, size, header, digest = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local at, budget = #chain / 16 - 1, tonumber(ARGV[7])
+local elsewhere = tier == '@cold' and redis.call('HGET', KEYS[1], 'elsewhere') == '1' -- the caller asked that server
+local run, sizes = unpack(redis.call('HMGET', node_key(hex(chain, 0)), 'r', 'b:' .. tier))
+
+-- Whether the values on this server are what the reader saw.
+local function is_as_seen()
+  local first = base .. tiers[tier] .. hex(chain, at)
+  if header == '' then
+    return whole_size(tier, hex(chain, at)) ~= size_at(size, 0)
+  elseif length_of(first) == 0 or redis.call('GETRANGE', first, 0, #header - 1) ~= header then
+    return false
+  end
+  return digest == '' or not redis.sha1hex or redis.sha1hex(redis.call('GET', first)) == digest
+end
+
+if not run or slice(run, 0, at + 1) ~= chain or (sizes or ''):sub(at * 4 + 1, at * 4 + 4) ~= size then
+  return { 0, 0, 1 }
+elseif not elsewhere and not is_as_seen() then
+  return { 0, 0, 1 }
+end
+local trimmed, done = 0, 1
+for _, each in ipairs({ '@cold', '@warm' }) do
+  local taken, problem, _, word = withdraw(chain, each, 1, budget)
+  if not taken then
+    return problem
+  end
+  trimmed, done = trimmed + taken, word == 'again' and 0 or done
+  if done == 0 then
+    break
+  end
+end
+settle()
+return { 1, trimmed, done }

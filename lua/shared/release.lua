@@ -1,0 +1,53 @@
+-- The payloads of a run's chunks from `from` on are removed. Cold ones on another server are named in `trash`: a
+-- process that reaches it has to delete them.
+local function release(tier, run, sizes, from)
+  local keys, elsewhere = {}, tier == '@cold' and #sizes > 0 and redis.call('HGET', KEYS[1], 'elsewhere') == '1'
+  for at = from, #sizes / 4 - 1 do
+    local chunk, size = hex(run, at), size_at(sizes, at)
+    if size > part and not elsewhere then
+      for _, key in ipairs((values_of(tier, chunk))) do
+        keys[#keys + 1] = key
+      end
+    elseif size > 0 then
+      keys[#keys + 1] = elsewhere and chunk or base .. tiers[tier] .. chunk
+    end
+  end
+  for i = 1, #keys, 1000 do
+    local last = math.min(i + 999, #keys)
+    if elsewhere then
+      redis.call('SADD', base .. 'trash', unpack(keys, i, last))
+      redis.call('SREM', base .. 'kept', unpack(keys, i, last))
+    else
+      redis.call('UNLINK', unpack(keys, i, last))
+    end
+  end
+end
+
+-- All payloads of a node from chunk `from` on are removed.
+local function release_all(node, from)
+  for tier in pairs(tiers) do
+    release(tier, node.r or '', node['b:' .. tier] or '', from)
+  end
+end
+
+-- Keeps what was written for a run's chunks, as far as it is there as a whole: it would have expired. Returns the
+-- sizes. With the sizes that are `expected` nothing else is kept, and nothing at all if there is anything else.
+local function keep_all(tier, run, expected)
+  local sizes, keys = {}, {}
+  for at = 0, #run / 16 - 1 do
+    local size, found = whole_size(tier, hex(run, at))
+    if size == 0 then
+      break
+    end
+    for _, key in ipairs(found) do
+      keys[#keys + 1] = key
+    end
+    local low, high = size % 65536, math.floor(size / 65536)
+    sizes[at + 1] = string.char(low % 256, math.floor(low / 256), high % 256, math.floor(high / 256) % 256)
+  end
+  sizes = table.concat(sizes)
+  for i = 1, (expected or sizes) == sizes and #keys or 0 do
+    redis.call('PERSIST', keys[i])
+  end
+  return sizes
+end
