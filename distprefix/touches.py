@@ -14,7 +14,7 @@ class Touches:
     """Hits and last use by node head. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._hits: dict[bytes, tuple[int, int]] = {}
         self.dropped = 0
         """Nodes whose touches were lost, because too many waited or Redis failed."""

@@ -135,7 +135,8 @@ class Client:
         self.calls = 0
         """Calls sent."""
         self._with_flags = True
-        self._count = threading.Lock()
+        self._closed = False
+        self._count = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._forks = _forks
         self._idle: list[tuple[Any, float]] = []
         """Connections taken from the pool and when they were used last; the last used is the last here."""
@@ -178,7 +179,7 @@ class Client:
         try:
             with self._count:
                 self.calls += 1
-            connection.send_command(*_split(args))
+            connection.send_command(*_words(args))
             reply = connection.read_response(timeout=max(0.001, deadline - time.monotonic()))
             healthy = True
         except NoScriptError:
@@ -201,9 +202,10 @@ class Client:
         return reply
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close the connections that rest, and log nothing more; those in use close when their call ends."""
+        self._closed = True
         self._empty()
-        self.redis.close()
+        self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _take(self) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
@@ -212,15 +214,25 @@ class Client:
         try:
             connection, used = self._idle.pop()
         except IndexError:
-            return cast("_Connection", self.redis.connection_pool.get_connection())
+            return self._connect()
         if time.monotonic() - used < _FRESH_S:
             return connection
         self.redis.connection_pool.release(connection)
-        return cast("_Connection", self.redis.connection_pool.get_connection())
+        return self._connect()
+
+    def _connect(self) -> _Connection:
+        pool = self.redis.connection_pool
+        try:
+            return cast("_Connection", pool.get_connection())
+        except (redis.RedisError, OSError):
+            raise
+        except BaseException:  # interrupted half-way: the pool would hand the connection out again as it is
+            pool.disconnect(inuse_connections=False)
+            raise
 
     def _put_back(self, connection: Any, *, healthy: bool) -> None:
         """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
-        if healthy:
+        if healthy and not self._closed:
             self._idle.append((connection, time.monotonic()))
             return
         connection.disconnect()
@@ -235,7 +247,7 @@ class Client:
     def _break(self) -> None:
         opened = self.breaker.opened
         self.breaker.fail()
-        if self.breaker.opened != opened:
+        if self.breaker.opened != opened and not self._closed:
             _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
 
     def _failure(self, reason: str, message: str, *, broke: bool = False) -> errors.UnavailableError:
@@ -266,9 +278,13 @@ class Client:
         return errors.ScriptError(f"the server refused the call: {error}")
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """redis-py packs a command of two words only when it gets two words."""
-    return ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
+def _words(args: tuple[Any, ...]) -> list[Any]:
+    """A command as it is sent: text and bytes only, and two words where redis-py needs two.
+
+    hiredis 3.5 crashes the process when a signal handler raises while it turns a number into text.
+    """
+    words = ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
+    return [repr(word).encode() if isinstance(word, (int, float)) else word for word in words]
 
 
 def new_breaker(failures: int, reset_s: float) -> Breaker:
