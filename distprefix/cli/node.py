@@ -10,7 +10,20 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, Json, Namespace, Url, age, errors, fail, opened, show
+from distprefix.cli.common import (
+    EXIT_MISS,
+    EXIT_USAGE,
+    Json,
+    Namespace,
+    Url,
+    age,
+    describe,
+    errors,
+    fail,
+    names_text,
+    opened,
+    show,
+)
 from distprefix.redis.inspect import NodeRecord, children_of, find_node
 from distprefix.redis.keys import Keys
 
@@ -28,9 +41,11 @@ def node(
         fail(f"{chunk_hash!r} is no chunk hash: it has 32 hex digits, or at least the first 8 of a head", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
+        describe(client, namespace, private=url is None)
         record = find_node(client, keys, chunk_hash.lower())
         if record is None:
-            fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}", EXIT_MISS)
+            there = f"namespaces of this server: {names_text(client)}"
+            fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}; {there}", EXIT_MISS)
         children = children_of(client, keys, record.last)
         metadata = msgpack.unpackb(record.metadata) if record.metadata else None
         value = {**record.as_dict(), "key": keys.node(record.head), "children": children, "metadata": metadata}
