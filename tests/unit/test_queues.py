@@ -40,7 +40,7 @@ def _takes_the_first(call: ast.Call) -> bool:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "distprefix").rglob("*.py")), ids=lambda path: path.name)
 def test_no_dict_or_list_is_used_as_a_queue(path: Path) -> None:
-    """The first key of a dict lies behind all deleted ones, and the first item of a list moves all others."""
+    """The first key of a dict follows all deleted ones, and the first item of a list moves all others."""
     name = str(path.relative_to(ROOT))
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     lines = [call.lineno for call in calls if _takes_the_first(call)]
