@@ -6,6 +6,7 @@ that is closed under prefix has the first chunks of a run and no others, so that
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -185,7 +186,7 @@ class Ghosts:
     """Runs that lost chunks, and how many, in the order they lost them."""
 
     def __init__(self) -> None:
-        self._lost: dict[int, int] = {}
+        self._lost: OrderedDict[int, int] = OrderedDict()
         self.size = 0
 
     def add(self, run: int, chunks: int) -> None:
@@ -202,7 +203,8 @@ class Ghosts:
     def shrink(self, size: float) -> None:
         """Forget the oldest until no more chunks than this are left."""
         while self.size > max(size, 0):
-            self.take(next(iter(self._lost)))
+            _, chunks = self._lost.popitem(last=False)
+            self.size -= chunks
 
 
 class Policy(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import sys
 import threading
 import time
 import weakref
@@ -31,16 +33,26 @@ class Schedule:
 
 
 class _Signals:
-    """What the thread waits for."""
+    """What the thread waits for. A signal handler or a finalizer may wake it in the middle of another wake."""
 
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
-        self.wake = threading.Event()
         self.ended = False
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put is reentrant, unlike an Event's set
+
+    def wake(self) -> None:
+        if self._woken.empty():
+            self._woken.put(None)
+
+    def wait(self) -> None:
+        try:
+            self._woken.get(timeout=self.interval_s)
+        except queue.Empty:
+            return
 
     def end(self, _: object = None) -> None:
         self.ended = True
-        self.wake.set()
+        self.wake()
 
 
 class Background:
@@ -55,23 +67,22 @@ class Background:
     def go_on_every(self, interval_s: float) -> None:
         """Call it every so often from now on."""
         self._signals.interval_s = interval_s
-        self._signals.wake.set()
+        self._signals.wake()
 
     def wake(self) -> None:
         """Begin a round now."""
-        self._signals.wake.set()
+        self._signals.wake()
 
     def stop(self) -> None:
-        """Begin no other round, and wait a second for the one that runs."""
+        """Begin no other round, and wait a second for the one that runs; an ending interpreter has no other threads."""
         self._signals.end()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not sys.is_finalizing():
             self._thread.join(timeout=1)
 
 
 def _work(reference: weakref.ref[Any], method: Callable[[Any], None], signals: _Signals) -> None:
     while True:
-        signals.wake.wait(signals.interval_s)
-        signals.wake.clear()
+        signals.wait()
         owner = reference()
         if signals.ended or owner is None:
             return

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
+import threading
 import time
 import weakref
 from array import array
@@ -75,6 +77,8 @@ class PrefixCacheOptimizer:
         self._has_reported = False
         self._instance = secrets.token_hex(4)
         """Tells this cache from others of the same worker, as an engine's scheduler and its workers have one each."""
+        self._closing = threading.Lock()
+        """Taken once, by the thread that closes."""
         self._background: Background | None = None
         self._begin_background()
         _open.add(self)
@@ -432,18 +436,23 @@ class PrefixCacheOptimizer:
 
         The tree keeps what was published, and it goes on to count, unless this worker holds a lease: that ends.
         """
-        if self._state.unusable:
+        if self._state.unusable or not self._closing.acquire(blocking=False):
             return
         if self._background is not None:
             self._background.stop()
-        self.flush()
-        if self._has_reported:
-            self._report_metrics(withdraw=True)
-        if self._state.link.lease_s:
-            self._state.link.end_lease()
-        self._state.unusable = "this cache is closed: open another one"
-        self._tiers.close()
-        self._state.link.close()
+        # Of an interpreter that ends modules are half gone: what waits may be lost.
+        last = contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext()
+        try:
+            with last:
+                self.flush()
+                if self._has_reported:
+                    self._report_metrics(withdraw=True)
+                if self._state.link.lease_s:
+                    self._state.link.end_lease()
+        finally:
+            self._state.unusable = "this cache is closed: open another one"
+            self._tiers.close()
+            self._state.link.close()
 
     def _work(self) -> None:
         try:

@@ -6,6 +6,7 @@ Kept by chunk hash, so that a prompt is the same one whether it comes as tokens 
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from distprefix.chunking import HASH_BYTES
@@ -39,7 +40,7 @@ class OwnBlocks:
         self._max_chunks = max_chunks
         self._references: dict[int, list[tuple[Node, int]]] = {}
         """Block to the nodes and depths that it was given to; what moved or went is skipped when it is read."""
-        self._leaves: dict[Node, None] = {}
+        self._leaves: OrderedDict[Node, None] = OrderedDict()
         """Longest ago published first."""
 
     def __len__(self) -> int:
@@ -74,8 +75,7 @@ class OwnBlocks:
         """Forget what is over the bound. Returns the chains whose last chunk, and all behind it, is forgotten."""
         lost: list[bytes] = []
         while len(self._tree) > self._max_chunks:
-            leaf = next(iter(self._leaves))
-            del self._leaves[leaf]
+            leaf, _ = self._leaves.popitem(last=False)
             if not leaf.gone and not leaf.children:
                 lost.append(self._cut(leaf, leaf.start))
         return lost

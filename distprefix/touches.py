@@ -29,7 +29,7 @@ class Touches:
     """Hits and last use by path. A use of a node is a use of every chunk that precedes it. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._uses: dict[bytes, _Use] = {}
         self.dropped = 0
         """Paths and nodes whose uses were lost, because too many waited or Redis failed."""

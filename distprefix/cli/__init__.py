@@ -1,4 +1,4 @@
-"""The command line: `distprefix demo`, `replay`, `stats`, `tree`, `node`, `lookup`."""
+"""The command line: `distprefix demo`, `replay`, `namespaces`, `stats`, `tree`, `node`, `lookup`."""
 
 from __future__ import annotations
 

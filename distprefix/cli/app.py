@@ -11,6 +11,7 @@ from distprefix.cli.demo import demo
 from distprefix.cli.ingest import ingest
 from distprefix.cli.lookup import lookup
 from distprefix.cli.maintain import maintain
+from distprefix.cli.namespaces import namespaces
 from distprefix.cli.node import node
 from distprefix.cli.replay import replay
 from distprefix.cli.stats import stats
@@ -44,5 +45,5 @@ def _main(
     del version
 
 
-for command in (demo, replay, stats, top, tree, node, lookup, workers, ingest, maintain):
+for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain):
     app.command()(command)

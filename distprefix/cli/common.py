@@ -17,7 +17,8 @@ from rich.text import Text
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
 from distprefix.redis.client import connect
 from distprefix.redis.embedded import EmbeddedServer
-from distprefix.redis.inspect import namespaces
+from distprefix.redis.inspect import namespaces, read_descriptor
+from distprefix.redis.keys import Keys
 from distprefix.tiers.codecs import codec_named
 
 __all__ = [
@@ -32,9 +33,13 @@ __all__ = [
     "age",
     "cold_tier",
     "console",
+    "describe",
     "errors",
     "fail",
     "holders_text",
+    "names_text",
+    "new_server_hint",
+    "note_empty",
     "opened",
     "server_ms",
     "show",
@@ -42,6 +47,7 @@ __all__ = [
 ]
 
 EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
+_MAX_NAMES = 8
 
 Url = Annotated[
     str | None,
@@ -128,11 +134,40 @@ def holders_text(holders: dict[str, tuple[int, int]], size: int, epochs: dict[st
     return (", ".join(parts) or "nobody") + more
 
 
+def describe(client: redis.Redis, namespace: str, *, private: bool) -> dict[str, str]:
+    """What the namespace was made with; ends the command where it is not there, and says which namespaces there are."""
+    keys = Keys(namespace)
+    found = read_descriptor(client, keys)
+    if not found:
+        absent(client, namespace, private=private)
+    whole = all(found.get(name) for name in ("schema", "hash_algorithm", "salt_check"))
+    if not whole or not all(found.get(name, "").isdigit() for name in ("chunk_size", "max_run")):
+        fail(f"{keys.descriptor} describes no namespace; there are: {names_text(client)}", EXIT_MISS)
+    return found
+
+
 def absent(client: redis.Redis, namespace: str, *, private: bool) -> NoReturn:
     """Say that there is no such namespace, which there are, and that a private server is a new one."""
-    there = ", ".join(namespaces(client)) or "none"
-    hint = "; this is a new private server, name yours with --url or DISTPREFIX_URL" if private else ""
-    fail(f"there is no namespace {namespace!r}; there are: {there}{hint}", EXIT_MISS)
+    there = f"there are: {names_text(client)}{new_server_hint(private=private)}"
+    fail(f"there is no namespace {namespace!r}; {there}", EXIT_MISS)
+
+
+def names_text(client: redis.Redis) -> str:
+    """The first namespaces of a server by name, and how to list all of them. One SCAN of the server."""
+    names = namespaces(client)
+    more = f" and {len(names) - _MAX_NAMES:,} more, see `distprefix namespaces`" if len(names) > _MAX_NAMES else ""
+    return (", ".join(names[:_MAX_NAMES]) or "none") + more
+
+
+def new_server_hint(*, private: bool) -> str:
+    """What to do where the command started a server of its own."""
+    return "; this is a new private server, name yours with --url or DISTPREFIX_URL" if private else ""
+
+
+def note_empty(client: redis.Redis, namespace: str, what: str) -> None:
+    """Say on standard error what the namespace does not have, and which namespaces there are."""
+    text = f"note: namespace {namespace!r} has {what}; namespaces of this server: {names_text(client)}"
+    Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
 
 
 def size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -126,14 +127,14 @@ def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) 
 
     def collect() -> None:
         for outcome in fleet.outcomes():
-            tokens = sizes[outcome.node].pop(0)
+            tokens = sizes[outcome.node].popleft()
             tallies[outcome.node].add(outcome, tokens)
             total.add(outcome, tokens)
             if restarted and outcome.node == 0:
                 after.append(outcome)
         screen.update(_board(title, tallies, len(work)))
 
-    sizes: list[list[int]] = [[] for _ in range(nodes)]
+    sizes: list[deque[int]] = [deque() for _ in range(nodes)]
     restarted = False
     with Live(console=console, refresh_per_second=12, transient=True, auto_refresh=live) as screen:
         if not live:

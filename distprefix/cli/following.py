@@ -77,22 +77,19 @@ def follow_file(
 ) -> dict[str, Any]:
     """Apply the messages of a file: JSON lines with `seq` and `payload_hex`, gzip or plain. Returns how it went.
 
+    The file is read whole before anything is written. Raises InvalidInputError for a file or line that makes no sense.
     The worker holds no lease: what the file says counts until the worker is dropped or registered again.
     """
+    frames = list(_messages(path))
     calls = Client(client)
     attach(calls, Keys(config.namespace), config, time.monotonic() + 5)
     engine = Engine(worker=worker, endpoint=str(path), kind=kind)
     follower, journal = follower_of(engine, config, calls, _NothingToReplay(), lease_s=0.0, engine_chains=engine_chains)
     if not follower.begin():
-        raise ConfigError(f"somebody else writes what {worker} says")
-    frames: list[Frame] = []
+        raise ConfigError(f"another ingester writes the events of {worker}")
     try:
-        for frame in _messages(path):
-            frames.append(frame)
-            if len(frames) >= _BATCH:
-                follower.take(frames)
-                frames = []
-        follower.take(frames)
+        for start in range(0, len(frames), _BATCH):
+            follower.take(frames[start : start + _BATCH])
     finally:
         journal.resign()
     return status_of(engine, follower, "done", Counter())

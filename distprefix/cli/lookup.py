@@ -13,12 +13,11 @@ import typer
 from rich.table import Table
 
 from distprefix.chunking import chain_hashes, chain_root, prompt_extras, read_prompt
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, opened, show
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, describe, errors, note_empty, opened, show
 from distprefix.errors import InvalidInputError, NamespaceError
 from distprefix.l1 import L1
 from distprefix.operations import walk
 from distprefix.redis.client import Client, run
-from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import salt_check
 from distprefix.redis.roster import read_roster
@@ -41,10 +40,10 @@ def lookup(
         tokens = _read_tokens(source)
         with opened(url) as (client, _):
             keys = Keys(namespace)
-            settings = read_descriptor(client, keys)
-            if not settings:
-                absent(client, namespace, private=url is None)
+            settings = describe(client, namespace, private=url is None)
             value = _look_up(client, keys, settings, tokens, salt.encode(), prompt_extras(lora_name, cache_salt))
+            if not value["hit"]:
+                note_empty(client, namespace, "nothing of this prompt")
         show(value, as_json=as_json, render=lambda: _table(value))
         if not value["hit"]:
             raise typer.Exit(EXIT_MISS)

@@ -15,7 +15,7 @@ from distprefix.cli.common import (
     Json,
     Namespace,
     Url,
-    absent,
+    describe,
     errors,
     fail,
     opened,
@@ -23,7 +23,6 @@ from distprefix.cli.common import (
 )
 from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.client import Client, connect, run
-from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.repair import repair as repair_shard
 from distprefix.tiers.elsewhere import Elsewhere
@@ -60,9 +59,7 @@ def maintain(
         fail("nothing to do: give --max-chunks, --max-bytes, --max-leaves, --max-cold-bytes or --repair", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
-        descriptor = read_descriptor(client, keys)
-        if not descriptor:
-            absent(client, namespace, private=url is None)
+        descriptor = describe(client, namespace, private=url is None)
         calls = Client(client)
         if repair:
             report, right = repair_shard(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)

@@ -17,8 +17,10 @@ from distprefix.cli.common import (
     Namespace,
     Url,
     age,
+    describe,
     errors,
     fail,
+    names_text,
     opened,
     server_ms,
     show,
@@ -40,9 +42,11 @@ def node(
         fail(f"{chunk_hash!r} is no chunk hash: it has 32 hex digits, or at least the first 8 of a head", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
+        describe(client, namespace, private=url is None)
         record = find_node(client, keys, chunk_hash.lower())
         if record is None:
-            fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}", EXIT_MISS)
+            there = f"namespaces of this server: {names_text(client)}"
+            fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}; {there}", EXIT_MISS)
         children = children_of(client, keys, record.last)
         metadata = msgpack.unpackb(record.metadata) if record.metadata else None
         value = {**record.as_dict(), "key": keys.node(record.head), "children": children, "metadata": metadata}

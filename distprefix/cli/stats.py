@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, absent, errors, opened, show, size
+from distprefix.cli.common import Json, Namespace, Url, describe, errors, note_empty, opened, show, size
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
 
@@ -17,10 +17,11 @@ __all__ = ["stats"]
 def stats(url: Url = None, namespace: Namespace = "default", as_json: Json = False) -> None:
     """Show what a namespace holds: nodes, chunks, workers, memory, settings."""
     with errors(), opened(url) as (client, _):
+        describe(client, namespace, private=url is None)
         found = read_stats(client, Keys(namespace))
-        if not found["descriptor"]:
-            absent(client, namespace, private=url is None)
         show(found, as_json=as_json, render=lambda: _table(namespace, found))
+        if not found["nodes"]:
+            note_empty(client, namespace, "an empty tree")
 
 
 def _table(namespace: str, found: dict[str, Any]) -> Table:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, absent, console, errors, opened, show, size
+from distprefix.cli.common import Json, Namespace, Url, console, describe, errors, note_empty, opened, show, size
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
 
@@ -34,8 +34,9 @@ def top(
     """Show what a namespace holds and how its workers do, again and again."""
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
-        if not read_stats(client, keys)["descriptor"]:
-            absent(client, namespace, private=url is None)
+        describe(client, namespace, private=url is None)
+        if not read_stats(client, keys)["nodes"]:
+            note_empty(client, namespace, "an empty tree")
         live = sys.stdout.isatty() and not as_json
         looks = count or (1 << 62 if live else 1)
         try:

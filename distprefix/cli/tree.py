@@ -9,8 +9,20 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from distprefix.cli.common import Json, Namespace, Url, absent, age, errors, holders_text, opened, server_ms, show
-from distprefix.redis.inspect import children_of, read_descriptor, read_node, read_stats
+from distprefix.cli.common import (
+    Json,
+    Namespace,
+    Url,
+    age,
+    describe,
+    errors,
+    holders_text,
+    note_empty,
+    opened,
+    server_ms,
+    show,
+)
+from distprefix.redis.inspect import children_of, read_node, read_stats
 from distprefix.redis.keys import Keys
 
 __all__ = ["tree"]
@@ -26,12 +38,13 @@ def tree(
     """Show the radix tree: runs, depth, holders (with what they lack), hits of a node and what follows it, age."""
     with errors(), opened(url) as (client, _):
         keys = Keys(namespace)
-        if not read_descriptor(client, keys):
-            absent(client, namespace, private=url is None)
+        describe(client, namespace, private=url is None)
         epochs = read_stats(client, keys)["workers"]
         found = _read(client, keys, "", depth, breadth)
         now_ms = server_ms(client)
         show(found, as_json=as_json, render=lambda: _draw(Tree(Text(namespace, "bold")), found, epochs, now_ms))
+        if not found["children"]:
+            note_empty(client, namespace, "an empty tree")
 
 
 def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int) -> dict[str, Any]:

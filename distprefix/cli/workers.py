@@ -8,9 +8,21 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, absent, errors, fail, opened, show, size
+from distprefix.cli.common import (
+    EXIT_MISS,
+    Json,
+    Namespace,
+    Url,
+    describe,
+    errors,
+    fail,
+    names_text,
+    note_empty,
+    opened,
+    show,
+    size,
+)
 from distprefix.redis.client import Client
-from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.workers import describe_workers, retire_worker
 
@@ -31,17 +43,19 @@ def workers(
     """
     with errors(), opened(url) as (client, _):
         keys, deadline = Keys(namespace), time.monotonic() + _DEADLINE_S
-        if not read_descriptor(client, keys):
-            absent(client, namespace, private=url is None)
+        describe(client, namespace, private=url is None)
         calls = Client(client)
         if drop is not None:
             ranks = retire_worker(calls, keys, drop, deadline)
             if not ranks:
-                fail(f"there is no worker {drop!r}", EXIT_MISS)
+                there = f"namespaces of this server: {names_text(client)}"
+                fail(f"there is no worker {drop!r} in namespace {namespace!r}; {there}", EXIT_MISS)
             show({"dropped": drop, "ranks": ranks}, as_json=as_json, render=lambda: f"dropped {drop}: {ranks} ranks")
             return
         found = describe_workers(calls, keys, deadline)
         show(found, as_json=as_json, render=lambda: _table(namespace, found))
+        if not found:
+            note_empty(client, namespace, "no workers")
 
 
 def _table(namespace: str, found: list[dict[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-__all__ = ["Identity", "weights_of"]
+__all__ = ["Identity", "read_fingerprint", "weights_of"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _SAMPLE = 64 * 1024
@@ -50,6 +50,14 @@ class Identity:
             value = str(getattr(self, spec.name))
             is_hidden = spec.name == "salt" and value
             yield spec.name, hashlib.sha256(value.encode()).hexdigest()[:16] if is_hidden or len(value) > 80 else value
+
+
+def read_fingerprint(fingerprint: str) -> dict[str, str]:
+    """The parts of an `Identity`'s fingerprint by name; empty for text that no `Identity` wrote."""
+    names = [spec.name for spec in fields(Identity)]
+    pattern = "; ".join(f"{name}=(?P<{name}>.*)" for name in names)
+    found = re.fullmatch(pattern, fingerprint, re.DOTALL)
+    return found.groupdict() if found else {}
 
 
 def weights_of(model: str, revision: str | None = None) -> str:

@@ -296,7 +296,7 @@ class Holdings:
 
     def _shrink(self) -> None:
         while len(self._blocks) > self._max_blocks:
-            leaf = next(iter(self._leaves))
+            leaf, _ = self._leaves.popitem(last=False)
             leaf.held = 0
             for medium in self._media:
                 if leaf.covered & self.mask(medium):

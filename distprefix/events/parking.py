@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from distprefix.events.frames import Removed, Stored
@@ -17,8 +17,8 @@ class Parking:
         self.blocks = 0
         self._max_blocks = max_blocks
         self._counts = counts
-        self._waiting: dict[int, list[Stored | Removed]] = {}
-        """By the block that they wait for."""
+        self._waiting: OrderedDict[int, list[Stored | Removed]] = OrderedDict()
+        """By the block that they wait for; longest waiting first."""
         self._place: dict[int, int] = {}
         """Block that waits to the one that it waits for."""
 
@@ -58,8 +58,7 @@ class Parking:
         self._waiting.setdefault(parent, []).append(event)
         self.blocks += len(event.keys)
         while self.blocks > self._max_blocks:
-            oldest = next(iter(self._waiting))
-            events = self._waiting.pop(oldest)
+            _, events = self._waiting.popitem(last=False)
             self._free(events)
             self._counts["parked_dropped"] += sum(len(dropped.keys) for dropped in events)
 

@@ -35,7 +35,7 @@ class Breaker:
         self._first_reset_s = self._reset_s = reset_s
         self._clock = clock
         self._jitter = jitter
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._failed = 0
         self._retry_at = 0.0
         self.state = BreakerState.CLOSED

@@ -184,7 +184,8 @@ class Client:
         self.calls = 0
         """Calls sent."""
         self._with_flags = True
-        self._count = threading.Lock()
+        self._closed = False
+        self._count = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._forks = _forks
         self._generation = self.endpoint.generation
         self._idle: list[tuple[Any, float]] = []
@@ -231,7 +232,7 @@ class Client:
         try:
             with self._count:
                 self.calls += 1
-            connection.send_command(*_split(args))
+            connection.send_command(*_words(args))
             reply = connection.read_response(timeout=max(0.001, deadline - time.monotonic()))
             healthy = True
         except NoScriptError:
@@ -261,9 +262,10 @@ class Client:
         return reply
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close the connections that rest, and log nothing more; those in use close when their call ends."""
+        self._closed = True
         self._empty()
-        self.redis.close()
+        self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _take(self, deadline: float) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
@@ -284,9 +286,15 @@ class Client:
         return self._from_pool(deadline)
 
     def _from_pool(self, deadline: float) -> _Connection:
+        pool = self.redis.connection_pool
         _current.deadline = deadline
         try:
-            return cast("_Connection", self.redis.connection_pool.get_connection())
+            return cast("_Connection", pool.get_connection())
+        except (redis.RedisError, OSError):
+            raise
+        except BaseException:  # interrupted half-way: the pool would hand the connection out again as it is
+            pool.disconnect(inuse_connections=False)
+            raise
         finally:
             _current.deadline = None
 
@@ -306,13 +314,16 @@ class Client:
             self._empty()
             self.redis.connection_pool.disconnect(inuse_connections=False)
             return False
+        except BaseException:  # interrupted: its answer may still come
+            connection.disconnect()
+            raise
         finally:
             _current.deadline = None
         return True
 
     def _put_back(self, connection: Any, *, healthy: bool) -> None:
         """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
-        if healthy:
+        if healthy and not self._closed:
             self._idle.append((connection, time.monotonic()))
             return
         connection.disconnect()
@@ -327,7 +338,7 @@ class Client:
     def _break(self, breaker: Breaker) -> None:
         opened = breaker.opened
         breaker.fail()
-        if breaker.opened != opened:
+        if breaker.opened != opened and not self._closed:
             _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
 
     def _failure(self, reason: str, message: str) -> errors.UnavailableError:
@@ -357,9 +368,13 @@ class Client:
         return errors.ScriptError(f"the server refused the call: {error}")
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """redis-py packs a command of two words only when it gets two words."""
-    return ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
+def _words(args: tuple[Any, ...]) -> list[Any]:
+    """A command as it is sent: text and bytes only, and two words where redis-py needs two.
+
+    hiredis 3.5 crashes the process when a signal handler raises while it turns a number into text.
+    """
+    words = ("SCRIPT", "LOAD", *args[1:]) if args[0] == "SCRIPT LOAD" else args
+    return [repr(word).encode() if isinstance(word, (int, float)) else word for word in words]
 
 
 def _cause_of(error: Exception, otherwise: str) -> str:

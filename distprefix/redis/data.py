@@ -92,7 +92,7 @@ class DataPool:
         self.bytes_out = 0
         self._timeout_s = timeout_s
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._idle: list[Wire] = []
         self._process = os.getpid()
         try:

@@ -1,7 +1,9 @@
 """A private server: found, started on a Unix socket in a private directory, known to be ours, gone when we are.
 
-It lives as long as somebody holds the lock on its directory's ``users`` file: a watcher process waits for an exclusive
-lock, which the kernel grants only when the last user is gone, be it by ``kill -9``, and then ends the server.
+It lives as long as a process holds the lock on its directory's ``users`` file: a watcher process waits for an exclusive
+lock, which the kernel grants only when the last user has ended, be it by ``kill -9``, and then ends the server. So a
+process that ends without `close` has the server to its last instruction: its threads, exit handlers and finalizers get
+answers.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import redis
 from redis.backoff import NoBackoff
@@ -74,43 +77,59 @@ def find_binary() -> str:
     )
 
 
+_held: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
+
+
 class EmbeddedServer:
     """One private server, shared by name (``embedded://NAME``) among processes of this user, or ours alone."""
 
     def __init__(self, name: str = "") -> None:
         if name and not _NAME.fullmatch(name):
             raise EmbeddedServerError(f"{name!r} cannot name a server: use letters, digits, dots, hyphens, underscores")
-        self._pid = os.getpid()
         self._shared = bool(name)
         self._folder = self._make_folder(name)
         self.socket = str(self._folder / "server.sock")
         self.url = f"unix://{self.socket}"
         self._watcher: subprocess.Popen[bytes] | None = None
-        self._users: IO[str] = (self._folder / "users").open("a")
+        users = os.open(self._folder / "users", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._users = [users]
+        """The file whose lock this process holds, as a descriptor; empty when it no longer uses the server."""
+        _held.add(self)
         try:
             with (self._folder / "start.lock").open("w") as start:
                 fcntl.flock(start, fcntl.LOCK_EX)
-                fcntl.flock(self._users, fcntl.LOCK_SH)
+                fcntl.flock(users, fcntl.LOCK_SH)
                 self.process_id = self._running() or self._start()
         except BaseException:
             self.close()
             raise
-        atexit.register(self.close)
+        atexit.register(self._leave)
 
     def close(self) -> None:
         """Stop using the server; it ends with its last user. Calling again, or in a forked child, does nothing."""
-        if self._users.closed or os.getpid() != self._pid:
+        try:
+            users = self._users.pop()
+        except IndexError:
             return
-        atexit.unregister(self.close)
-        fcntl.flock(self._users, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
-        self._users.close()
+        atexit.unregister(self._leave)
+        fcntl.flock(users, fcntl.LOCK_UN)  # closing is not enough where a process forked outside Python has it too
+        os.close(users)
         if self._shared:
-            if self._watcher is not None:
-                self._watcher.returncode = 0  # it may outlive us: others may use the server
+            self._leave()
             return
         if self._watcher is not None:
             self._watcher.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def disown(self) -> None:
+        """A forked child does not use its parent's server: with the file open it would keep the server running."""
+        while self._users:
+            os.close(self._users.pop())
+
+    def _leave(self) -> None:
+        """Leave the watcher to itself: it ends the server when the last user has ended, and outlives this process."""
+        if self._watcher is not None:
+            self._watcher.returncode = 0
 
     def __enter__(self) -> Self:
         return self
@@ -177,6 +196,15 @@ class EmbeddedServer:
         watcher.kill()
         watcher.wait()
         raise EmbeddedServerError(f"{binary} did not start: {log.read_text()[-500:].strip() or 'it said nothing'}")
+
+
+def _disown_after_fork() -> None:
+    for server in _held:
+        server.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_after_fork)
 
 
 def _parent_of(process_id: int) -> int | None:

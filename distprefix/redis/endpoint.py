@@ -51,7 +51,7 @@ class Endpoint:
         self.identity = Identity()
         """Of the server that the newest connection led to."""
         self._promoted_at = float("-inf")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
 
     def renew(self, cause: str, generation: int | None = None) -> None:
         """End every connection of this generation (by default the current one): each is replaced when it is needed."""

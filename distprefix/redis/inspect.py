@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from distprefix.redis.metrics import read_metrics
 from distprefix.redis.replies import pairs
 
 __all__ = ["NodeRecord", "children_of", "find_node", "namespaces", "read_descriptor", "read_node", "read_stats"]
+
+_NAME = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class NodeRecord(NamedTuple):
@@ -55,14 +58,16 @@ class NodeRecord(NamedTuple):
 
 
 def namespaces(client: redis.Redis) -> list[str]:
-    """Names of the namespaces on a server."""
-    prefix = NAMESPACES.removesuffix("*")
-    return sorted({name.decode().removeprefix(prefix) for name in client.scan_iter(match=NAMESPACES, count=1000)})
+    """Names of the namespaces on a server. One SCAN of its keys; what cannot name a namespace is passed over."""
+    prefix = NAMESPACES.removesuffix("*").encode()
+    names = {name.removeprefix(prefix) for name in client.scan_iter(match=NAMESPACES, count=1000, _type="hash")}
+    return sorted(name.decode() for name in names if _NAME.fullmatch(name))
 
 
 def read_descriptor(client: redis.Redis, keys: Keys) -> dict[str, str]:
     """What the namespace was made with; empty when there is none."""
-    return {name.decode(): value.decode() for name, value in _hash(client, keys.descriptor).items()}
+    fields = _hash(client, keys.descriptor)
+    return {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
 
 
 def read_node(client: redis.Redis, keys: Keys, head: str) -> NodeRecord | None:

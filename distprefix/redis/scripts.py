@@ -60,6 +60,7 @@ class Script(NamedTuple):
     reads_only: bool
 
 
+@cache
 def _folder() -> Traversable:
     inside = files("distprefix") / "lua"  # in a wheel
     return inside if inside.is_dir() else Path(__file__).parents[2] / "lua"  # in a checkout

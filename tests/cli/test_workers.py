@@ -168,6 +168,19 @@ def test_wrong_files_are_named(real_server: Backend, tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_nothing_is_written_for_a_wrong_file(real_server: Backend, tmp_path: Path, content: str | None) -> None:
+    """A file that is not there, or has a line that makes no sense, leaves neither a namespace nor a worker."""
+    path = tmp_path / "messages"
+    if content is not None:
+        path.write_text(f"{content}\n7\n")
+    result = run_cli("ingest", "--file", str(path), *where(real_server))
+    assert result.returncode == 2
+    assert str(path) in result.stderr
+    written: Any = real_server.admin.scan_iter(match=f"dp:*{real_server.namespace}*")
+    assert list(written) == []
+
+
 @pytest.mark.parametrize(
     ("reason", "engines", "replays", "workers", "addresses"),
     [

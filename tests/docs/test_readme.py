@@ -27,7 +27,7 @@ def test_commands_run(real_server: Backend, tmp_path: Path) -> None:
     trace = tmp_path / "TRACE.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 1024, "hash_ids": [0, 1]}')
     commands = [line for block in _blocks("sh")[2:] for line in block.splitlines() if line]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "distprefix"

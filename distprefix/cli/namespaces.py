@@ -1,0 +1,71 @@
+"""`distprefix namespaces`: what a server has, so that the other commands can be pointed at it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from distprefix.cli.common import (
+    EXIT_MISS,
+    Json,
+    Url,
+    age,
+    errors,
+    fail,
+    new_server_hint,
+    opened,
+    server_ms,
+    show,
+    size,
+)
+from distprefix.engines.identity import read_fingerprint
+from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
+
+__all__ = ["namespaces"]
+
+
+def namespaces(url: Url = None, as_json: Json = False) -> None:
+    """List the namespaces of a server: model, block size, chunks, bytes, workers, last use. Exit code 1 without any."""
+    with errors(), opened(url) as (client, _):
+        found = summarize_namespaces(client)
+        if not found and not as_json:
+            fail(f"this server has no namespaces{new_server_hint(private=url is None)}", EXIT_MISS)
+        now_ms = server_ms(client)
+        show([_as_dict(each) for each in found], as_json=as_json, render=lambda: _table(found, now_ms))
+        if not found:
+            raise typer.Exit(EXIT_MISS)
+
+
+def _as_dict(summary: NamespaceSummary) -> dict[str, Any]:
+    parts = read_fingerprint(summary.fingerprint)
+    return {**asdict(summary), "model": _model(summary.fingerprint), "dtype": parts.get("dtype")}
+
+
+def _model(fingerprint: str) -> str:
+    """What an engine's fingerprint says; else the fingerprint as its writer chose it."""
+    return read_fingerprint(fingerprint).get("model", fingerprint)
+
+
+def _table(found: list[NamespaceSummary], now_ms: int) -> Table:
+    table = Table(show_header=True)
+    table.add_column("namespace", overflow="fold")
+    table.add_column("model", overflow="fold")
+    table.add_column("dtype")
+    for name in ("block size", "chunks", "bytes", "cold bytes", "workers"):
+        table.add_column(name, justify="right")
+    table.add_column("last use")
+    for one in found:
+        used = "never" if one.last_used_ms is None else f"{age(one.last_used_ms, now_ms)} ago"
+        table.add_row(
+            Text(one.name),
+            Text(_model(one.fingerprint)),
+            Text(read_fingerprint(one.fingerprint).get("dtype", "")),
+            *(f"{one.chunk_size:,}", f"{one.chunks:,}", size(one.bytes), size(one.cold_bytes)),
+            f"{one.live_workers:,} of {one.known_workers:,}",
+            used,
+        )
+    return table
