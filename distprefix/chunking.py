@@ -106,18 +106,19 @@ class Prompt(NamedTuple):
     """Tokens in the prompt, the trailing partial chunk included."""
 
 
-def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int) -> Prompt:
+def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int | None = None) -> Prompt:
     """Read a prompt in any accepted form; buffers of unsigned 32-bit integers are not copied.
 
     At most the first `max_tokens` tokens count. Raises InvalidInputError and names the offending position.
     """
+    max_chunks = sys.maxsize if max_tokens is None else max_tokens // chunk_size
     if isinstance(token_ids, Chain):
-        chunks = min(len(token_ids), max_tokens // chunk_size)
+        chunks = min(len(token_ids), max_chunks)
         view = memoryview(token_ids.data)[: chunks * HASH_BYTES]
         return Prompt(view, HASH_BYTES, chunks, token_ids, 1, True, len(token_ids) * chunk_size)
     view = _token_bytes(token_ids)
     length, stride = len(view) // _TOKEN_BYTES, chunk_size * _TOKEN_BYTES
-    chunks = min(length, max_tokens) // chunk_size
+    chunks = min(length // chunk_size, max_chunks)
     unit = chunk_size
     if isinstance(token_ids, _BUFFERS) and memoryview(token_ids).itemsize == 1:
         unit = stride

@@ -34,6 +34,7 @@ def metrics_of(state: State) -> dict[str, Any]:
         "chunks_looked_up": counts["chunks"],
         "chunks_hit": counts["chunks_hit"],
         "chunks_hit_l1": counts["chunks_hit_l1"],
+        "tokens_cut": counts["tokens_cut"],
         "publishes": counts["publishes"],
         "publishes_dropped": counts["publishes_dropped"],
         "publishes_dropped_by": dict(state.drops),

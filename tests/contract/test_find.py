@@ -200,11 +200,28 @@ def test_short_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None
     assert cache.cache_prefix([*prompt(3), 1], [1, 2, 3, 4])
 
 
-def test_prompts_are_cut_at_their_bound(any_server: Backend) -> None:
-    """Tokens behind max_prefix_length are neither published nor looked up."""
+def test_prompts_have_no_limit_by_default(any_server: Backend) -> None:
+    """A prompt of 20,000 tokens is published and found whole, and nothing is counted as cut."""
+    writer = any_server.open("w1")
+    writer.cache_prefix(prompt(5000))
+    assert any_server.open("w2").find_longest_cache_hit(prompt(5000)).matched_tokens == 20_000
+    assert writer.get_metrics()["tokens_cut"] == 0
+
+
+def test_prompts_are_cut_at_their_limit(any_server: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens beyond max_prefix_length are not published nor looked up; they are counted, and one warning says so."""
     cache = any_server.open(max_prefix_length=18)
+    cache.cache_prefix([*prompt(4), 1, 2, 3])  # as without the limit
+    assert (cache.get_metrics()["tokens_cut"], caplog.messages) == (0, [])
     cache.cache_prefix(prompt(8), range(8))
+    assert cache.get_metrics()["tokens_cut"] == 16
     assert any_server.open("w2").find_longest_cache_hit(prompt(8)).matched_chunks == 4
+    assert cache.find_longest_cache_hit(Chain.packed(bytes(16 * 9))).remaining_tokens == Chain.packed(bytes(16 * 9))
+    assert cache.get_metrics()["tokens_cut"] == 16 + 20
+    (warning,) = caplog.messages
+    assert "max_prefix_length is 18, and a prompt has 32 tokens" in warning
+    any_server.open("w3", max_prefix_length=18).find_longest_cache_hit(prompt(8))
+    assert len(caplog.messages) == 2  # each cache warns
 
 
 def test_closed_caches_refuse(any_server: Backend) -> None:
