@@ -36,6 +36,7 @@ def metrics_of(state: State) -> dict[str, Any]:
         "chunks_hit_l1": counts["chunks_hit_l1"],
         "tokens_cut": counts["tokens_cut"],
         "publishes": counts["publishes"],
+        "publishes_short": counts["publishes_short"],
         "publishes_dropped": counts["publishes_dropped"],
         "publishes_dropped_by": dict(state.drops),
         "redis_calls_lookup": link.lookups.calls,

@@ -107,6 +107,10 @@ class CacheHitResult:
     _prompt: Prompt | None = field(default=None, repr=False, compare=False)
     _again: Callable[[], CacheHitResult] | None = field(default=None, repr=False, compare=False)
 
+    def __bool__(self) -> bool:
+        """Whether it is a hit."""
+        return self.hit
+
     @property
     def block_ids(self) -> tuple[int, ...]:
         """Block ids of the matched chunks, in order, as far as the worker that was asked for (this one) has them.

@@ -139,21 +139,21 @@ class PrefixCacheOptimizer:
     ) -> str:
         """Say that this worker has the KV of a prompt's full chunks. Returns the prefix's hash (hex).
 
+        A prompt without a full chunk, or of less than `min_prefix_length` tokens, is not published, which is counted:
+        the hash is then empty.
         `block_ids`: one a full chunk. `metadata`: up to 4 KiB as msgpack; who matches just this prompt gets it.
         Redis calls: 1 for every 4,096 chunks that this worker has not just published. When Redis fails, this process
         knows the prefix, the others do not, and it is counted as dropped. Raises InvalidInputError, and when `strict`
         what went wrong with Redis.
         """
         prompt = self._state.read(token_ids)
-        least = max(self.config.min_prefix_length, self.config.chunk_size)
-        if prompt.length < least or not prompt.chunks:
-            raise InvalidInputError(
-                f"the prompt has {prompt.length} tokens, and the shortest prefix that is cached has {least} "
-                f"(chunk_size {self.config.chunk_size}, min_prefix_length {self.config.min_prefix_length}, "
-                f"max_prefix_length {self.config.max_prefix_length}): publish longer prompts only, or change these"
-            )
         blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
-        return self._publisher.publish(prompt, blocks, pack_metadata(metadata))
+        packed = pack_metadata(metadata)
+        if prompt.length < self.config.min_prefix_length or not prompt.chunks:
+            with self._state.lock:
+                self._state.counts["publishes_short"] += 1
+            return ""
+        return self._publisher.publish(prompt, blocks, packed)
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
         """The KV of a prefix that this process published lies in other blocks now. Redis calls as `cache_prefix`.

@@ -74,11 +74,14 @@ class State:
             raise (ForkedProcessError() if self.unusable == "forked" else DistPrefixError(self.unusable))
 
     def read(self, token_ids: Any) -> Prompt:
-        """A prompt with at least one token. What `max_prefix_length` cuts is counted. Raises InvalidInputError."""
+        """A prompt with at least one token; a chain may be empty, as that of a prompt shorter than a chunk is.
+
+        What `max_prefix_length` cuts is counted. Raises InvalidInputError.
+        """
         self.check_usable()
         limit = self.config.max_prefix_length
         prompt = read_prompt(token_ids, self.config.chunk_size, limit)
-        if not prompt.length:
+        if not prompt.length and not prompt.is_chain:
             raise InvalidInputError("an empty prompt has no prefix: pass at least one token")
         if limit is not None and prompt.length > limit:
             self._count_cut(prompt, limit)

@@ -24,6 +24,7 @@ def test_one_worker_publishes_and_another_finds(any_server: Backend) -> None:
     assert (result.hit, result.matched_chunks, result.matched_tokens) == (True, 10, 40)
     assert (result.tier, result.holders) == (CacheTier.WARM, (Holder("w1/0@gpu", 10),))
     assert (result.remaining_tokens, result.block_ids) == ([7, 7], ())
+    assert bool(result) is True
     assert result.entry is not None
     assert (result.entry.prefix_hash, result.entry.num_tokens) == (hash_of_ten, 40)
 
@@ -45,6 +46,7 @@ def test_a_miss_is_a_result(any_server: Backend) -> None:
     result = cache.find_longest_cache_hit(prompt(3))
     assert (result.hit, result.matched_chunks, result.holders, result.tier, result.entry) == (False, 0, (), None, None)
     assert result.remaining_tokens == prompt(3)
+    assert not result
     assert not cache.find_longest_cache_hit([1, 2]).hit
 
 
@@ -187,11 +189,32 @@ def test_a_new_epoch_is_learned_from_replies(any_server: Backend) -> None:
     assert not reader.find_longest_cache_hit([7] * 16).hit
 
 
-def test_short_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None:
-    """Empty prompts, prompts below a chunk and block ids that do not fit raise and change nothing."""
+def test_short_prompts_are_not_published(any_server: Backend) -> None:
+    """A prompt below a chunk, or below min_prefix_length, publishes nothing, returns no hash and is counted."""
+    cache = any_server.open(min_prefix_length=10)
+    before = any_server.dump()
+    hashes = [cache.cache_prefix(tokens) for tokens in ([1, 2, 3], cache.chain_of([1, 2, 3]), prompt(2))]
+    assert hashes == ["", "", ""]
+    assert cache.cache_prefix([1, 2, 3], [7]) == ""  # a trailing partial chunk may have a block
+    assert not cache.update_prefix_state("", [])
+    metrics = cache.get_metrics()
+    assert (metrics["publishes_short"], metrics["publishes"], metrics["publishes_dropped"]) == (4, 0, 0)
+    for tokens in ([1, 2, 3], cache.chain_of([1, 2, 3])):
+        assert not cache.find_longest_cache_hit(tokens)
+        assert (
+            cache.store(tokens, []) == cache.find_stored(tokens) == cache.pin(tokens) == cache.load(tokens).chunks == 0
+        )
+    assert any_server.dump() == before
+    assert cache.cache_prefix([*prompt(2), 1, 2])  # 10 tokens
+
+
+def test_empty_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None:
+    """Empty prompts, and blocks and metadata that do not fit, raise and change nothing, for short prompts as well."""
     cache = any_server.open()
     before = any_server.dump()
-    for tokens, blocks in (([], None), ([1, 2, 3], None), (prompt(3), [1]), (prompt(3), [1, 2, 3, 4, 5])):
+    with pytest.raises(InvalidInputError, match="metadata"):
+        cache.cache_prefix([1], metadata={"a": object()})
+    for tokens, blocks in (([], None), ([1, 2, 3], [1, 2]), (prompt(3), [1]), (prompt(3), [1, 2, 3, 4, 5])):
         with pytest.raises(InvalidInputError):
             cache.cache_prefix(tokens, blocks)
     with pytest.raises(InvalidInputError, match="empty"):
