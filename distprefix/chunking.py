@@ -105,6 +105,18 @@ class Prompt(NamedTuple):
     length: int
     """Tokens in the prompt, the trailing partial chunk included."""
 
+    def leading(self, chunks: int) -> Prompt:
+        """The prompt as if only so many of its chunks were full; `tokens` and `length` stay whole."""
+        return self if chunks >= self.chunks else self._replace(view=self.view[: chunks * self.stride], chunks=chunks)
+
+    def within(self, max_tokens: int | None, chunk_size: int) -> Prompt:
+        """As `leading`, for the full chunks within so many tokens; None for all. Raises InvalidInputError."""
+        if max_tokens is None:
+            return self
+        if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__") or max_tokens < 0:
+            raise InvalidInputError(f"max_cache_hit_length is {max_tokens!r}: it is a number of tokens, 0 or more")
+        return self.leading(int(max_tokens) // chunk_size)
+
 
 def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int | None = None) -> Prompt:
     """Read a prompt in any accepted form; buffers of unsigned 32-bit integers are not copied.

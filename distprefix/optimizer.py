@@ -90,18 +90,25 @@ class PrefixCacheOptimizer:
 
     # Look up
 
-    def find_longest_cache_hit(self, token_ids: Any, *, blocks_of: str | None = None) -> CacheHitResult:
+    def find_longest_cache_hit(
+        self, token_ids: Any, *, max_cache_hit_length: int | None = None, blocks_of: str | None = None
+    ) -> CacheHitResult:
         """The longest prefix of a prompt that some live holder has, in whole chunks.
 
+        `max_cache_hit_length`: the most tokens to match, of bytes and chains too. Engines have to compute one token at
+        least: with the prompt's tokens less one, `remaining_tokens` is never empty. None: a prompt may match whole.
         `blocks_of` names a holder whose block ids are wanted, and asks Redis for them; by default this worker's own.
         Redis calls: 0 when L1 answers, else 1 for every 4,096 chunks. Redis failing gives a miss, or what L1 has.
         Raises InvalidInputError for what is no prompt, and what went wrong with Redis only when `strict`.
         """
-        return look_up(self._state, token_ids, blocks_of)
+        return look_up(self._state, token_ids, blocks_of, max_cache_hit_length)
 
-    def get_computed_blocks(self, token_ids: Any) -> list[int]:
-        """This worker's own block ids for the leading chunks that it holds itself. No Redis call."""
-        prompt = self._state.read(token_ids)
+    def get_computed_blocks(self, token_ids: Any, *, max_cache_hit_length: int | None = None) -> list[int]:
+        """This worker's own block ids for the leading chunks that it holds itself. No Redis call.
+
+        `max_cache_hit_length` as for `find_longest_cache_hit`.
+        """
+        prompt = self._state.read(token_ids).within(max_cache_hit_length, self.config.chunk_size)
         return list(own_blocks(self._state, prompt, prompt.chunks))
 
     def get_prewarm_candidates(self, limit: int = 10) -> list[PrefixEntry]:

@@ -140,7 +140,7 @@ class Reservations:
     def lease(self, prompt: Prompt, chunks: int, ttl_s: float) -> Lease:
         """See `CacheHitResult.lease`."""
         self._state.counts["leases"] += 1
-        return Lease(self, _leading(prompt, chunks), _checked(ttl_s))
+        return Lease(self, prompt.leading(chunks), _checked(ttl_s))
 
     def mark(self, prompt: Prompt, name: str, ttl_s: float) -> int:
         """Write or remove a lease. Returns how many leading chunks it protects."""
@@ -204,14 +204,10 @@ class Reservations:
                 self._claims.pop(chunk, None)
 
     def _hash_at(self, prompt: Prompt, depth: int) -> bytes:
-        cut = _leading(prompt, depth + 1)
+        cut = prompt.leading(depth + 1)
         with self._state.lock:
             found = self._state.l1.find(cut, time.monotonic())
         return self._state.hashes(cut, found)[-HASH_BYTES:]
-
-
-def _leading(prompt: Prompt, chunks: int) -> Prompt:
-    return prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
 
 
 def _checked(ttl_s: float) -> float:

@@ -50,6 +50,43 @@ def test_a_miss_is_a_result(any_server: Backend) -> None:
     assert not cache.find_longest_cache_hit([1, 2]).hit
 
 
+@pytest.mark.parametrize("length", [4, 5, 8, 9, 40])
+def test_an_exact_hit_leaves_a_token_to_compute(any_server: Backend, length: int) -> None:
+    """With the prompt's tokens less one as limit, a prompt that is cached whole leaves something, in every form."""
+    tokens = prompt(10)[:length]
+    any_server.open("w1").cache_prefix(tokens, range(length // 4))
+    wanted = (length - 1) // 4
+    chain = any_server.open("w2").chain_of(tokens)
+    for form in (tokens, tuple(tokens), np.array(tokens, np.uint32), array("I", tokens).tobytes()):
+        reader = any_server.open("w2")
+        for _ in range(2):  # Redis answers, then L1
+            result = reader.find_longest_cache_hit(form, max_cache_hit_length=length - 1)
+            assert (result.hit, result.matched_chunks, result.matched_tokens) == (wanted > 0, wanted, 4 * wanted)
+            assert len(result.remaining_tokens) == len(form) - 4 * wanted * (len(form) // length) > 0
+            assert result.prompt is form
+    result = reader.find_longest_cache_hit(chain, max_cache_hit_length=length - 1)
+    assert (result.matched_chunks, result.remaining_tokens) == (wanted, chain[wanted:])
+    assert reader.find_longest_cache_hit(tokens).matched_chunks == length // 4
+    assert reader.find_longest_cache_hit(tokens, max_cache_hit_length=10**9).matched_chunks == length // 4
+
+
+def test_a_limit_on_hits_is_kept(any_server: Backend) -> None:
+    """Looking up again, waiting for a claim, and this worker's own blocks go by the limit too; 0 makes a miss."""
+    cache = any_server.open("w1")
+    hit = cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=15)
+    claim = hit.claim(30)
+    cache.cache_prefix(prompt(4), [5, 6, 7, 8])
+    assert (hit.again().matched_chunks, claim.wait(0).matched_chunks) == (3, 3)
+    assert (hit.again().again().block_ids, hit.again().remaining_tokens) == ((5, 6, 7), prompt(4)[12:])
+    assert cache.get_computed_blocks(prompt(4)) == [5, 6, 7, 8]
+    assert cache.get_computed_blocks(prompt(4), max_cache_hit_length=15) == [5, 6, 7]
+    assert not cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=0)
+    assert hit.again().claim(30).mine  # what is left to all is for all to compute
+    for wrong in (-1, True, 1.5, "3"):
+        with pytest.raises(InvalidInputError, match="max_cache_hit_length is"):
+            cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_shared_prefix_that_was_never_published_hits(any_server: Backend) -> None:
     """Two prompts that share a prefix which itself was never cached still hit on the shared full chunks."""
     writer = any_server.open("w1")
