@@ -105,6 +105,13 @@ class Prompt(NamedTuple):
     length: int
     """Tokens in the prompt, the trailing partial chunk included."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is what the caller gave, read again."""
+        size = self.stride // _TOKEN_BYTES
+        if self.is_chain:
+            size = self.length // max(1, len(self.tokens)) or 1
+        return read_prompt, (_without_view(self.tokens), size, self.chunks * size)
+
     def leading(self, chunks: int) -> Prompt:
         """The prompt as if only so many of its chunks were full; `tokens` and `length` stay whole."""
         return self if chunks >= self.chunks else self._replace(view=self.view[: chunks * self.stride], chunks=chunks)
@@ -135,6 +142,19 @@ def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int | None = None) 
     if isinstance(token_ids, _BUFFERS) and memoryview(token_ids).itemsize == 1:
         unit = stride
     return Prompt(view[: chunks * stride], stride, chunks, token_ids, unit, False, length)
+
+
+def _without_view(tokens: Any) -> Any:
+    """A prompt that can be pickled and that slices alike: bytes for a view of bytes, an array of uint32 for others."""
+    if not isinstance(tokens, memoryview):
+        return tokens
+    data = _token_bytes(tokens)
+    if tokens.itemsize == 1:
+        return data.tobytes()
+    copied = array("I", data.tobytes())
+    if sys.byteorder == "big":
+        copied.byteswap()
+    return copied
 
 
 def _token_bytes(tokens: Any) -> memoryview:

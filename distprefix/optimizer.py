@@ -10,7 +10,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import redis
 
@@ -82,6 +82,12 @@ class PrefixCacheOptimizer:
     def __repr__(self) -> str:
         where, epoch = self.config.namespace, self._state.link.epoch
         return f"<PrefixCacheOptimizer {self.config.holder} in {where!r}, epoch {epoch}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a cache cannot be pickled or copied: pickle cache.config, and open another with it, "
+            "PrefixCacheOptimizer(replace(config, url=cache.url, worker_id=...)), under a worker_id of its own"
+        )
 
     @property
     def url(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt
@@ -37,6 +37,12 @@ class Lease:
         self._name = owner.new_name()
         self._ends = 0.0
         self.renew(ttl_s)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a lease cannot be pickled or copied: it is renewed and released by the process that took it. Where the "
+            "prefix is used, look the prompt up in a cache of that process, and lease the result"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -73,6 +79,12 @@ class Claim:
         self._ttl_s = ttl_s
         self._depth = result.matched_chunks
         self._claimed = owner.ask(prompt, self._depth, ttl_s)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a claim cannot be pickled or copied: it is of the worker that made it. Where the prompt is computed, look "
+            "it up in a cache of that process, and claim the result"
+        )
 
     @property
     def mine(self) -> bool:

@@ -38,6 +38,9 @@ class WriteError(errors.UnavailableError):
         super().__init__(message)
         self.written = written
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.written), self.__dict__
+
 
 class DataPool:
     """Reads and writes values; opens connections when they are needed and keeps up to `size`. Thread-safe.
