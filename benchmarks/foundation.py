@@ -169,7 +169,6 @@ def _open(url: str, namespace: str, max_run: int = 256) -> PrefixCacheOptimizer:
             chunk_size=_CHUNK,
             max_run=max_run,
             max_cached_sequences=10**9,
-            max_prefix_length=1 << 30,
             lookup_timeout_s=10,
             publish_timeout_s=10,
             touch_interval_s=0,

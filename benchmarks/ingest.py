@@ -389,7 +389,6 @@ def _cache(url: str, namespace: str, worker: str, **settings: Any) -> PrefixCach
                 "namespace": namespace,
                 "worker_id": worker,
                 "chunk_size": _BLOCK,
-                "max_prefix_length": 1 << 30,
                 "max_cached_sequences": 10**9,
                 "lookup_timeout_s": 10,
                 "publish_timeout_s": 10,

@@ -494,7 +494,6 @@ def _open(url: str, name: str, **settings: Any) -> PrefixCacheOptimizer:
                 "worker_id": name,
                 "chunk_size": _CHUNK,
                 "max_run": _RUN,
-                "max_prefix_length": 1 << 30,
                 "max_cached_sequences": 10**9,
                 "lookup_timeout_s": 10,
                 "publish_timeout_s": 10,

@@ -23,7 +23,6 @@ def open_cache(url: str, name: str, **settings: Any) -> PrefixCacheOptimizer:
                 "url": url,
                 "namespace": name.partition("-")[0],
                 "worker_id": name,
-                "max_prefix_length": 1 << 30,
                 "max_cached_sequences": 10**9,
                 "lookup_timeout_s": 10,
                 "publish_timeout_s": 10,

@@ -177,7 +177,6 @@ def _reader(url: str) -> PrefixCacheOptimizer:
             namespace="restart",
             worker_id="reader",
             chunk_size=_BLOCK,
-            max_prefix_length=1 << 30,
             max_cached_sequences=10**9,
             lookup_timeout_s=10,
             publish_timeout_s=10,

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from distprefix.chunking import Chain, pack_extra
 from distprefix.config import PrefixCacheConfig
-from distprefix.errors import DistPrefixError
+from distprefix.errors import (
+    ConfigError,
+    DistPrefixError,
+    EmbeddedServerError,
+    ForkedProcessError,
+    InvalidInputError,
+    NamespaceError,
+    SchemaError,
+    ScriptError,
+    StaleEpochError,
+    UnavailableError,
+)
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.radix import PrefixTree, RadixTreeNode
@@ -13,13 +24,22 @@ __all__ = [
     "CacheHitResult",
     "CacheTier",
     "Chain",
+    "ConfigError",
     "DistPrefixError",
+    "EmbeddedServerError",
+    "ForkedProcessError",
     "Holder",
+    "InvalidInputError",
+    "NamespaceError",
     "PrefixCacheConfig",
     "PrefixCacheOptimizer",
     "PrefixEntry",
     "PrefixTree",
     "RadixTreeNode",
+    "SchemaError",
+    "ScriptError",
+    "StaleEpochError",
+    "UnavailableError",
     "__version__",
     "pack_extra",
 ]

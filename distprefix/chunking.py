@@ -105,23 +105,56 @@ class Prompt(NamedTuple):
     length: int
     """Tokens in the prompt, the trailing partial chunk included."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is what the caller gave, read again."""
+        size = self.stride // _TOKEN_BYTES
+        if self.is_chain:
+            size = self.length // max(1, len(self.tokens)) or 1
+        return read_prompt, (_without_view(self.tokens), size, self.chunks * size)
 
-def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int) -> Prompt:
+    def leading(self, chunks: int) -> Prompt:
+        """The prompt as if only so many of its chunks were full; `tokens` and `length` stay whole."""
+        return self if chunks >= self.chunks else self._replace(view=self.view[: chunks * self.stride], chunks=chunks)
+
+    def within(self, max_tokens: int | None, chunk_size: int) -> Prompt:
+        """As `leading`, for the full chunks within so many tokens; None for all. Raises InvalidInputError."""
+        if max_tokens is None:
+            return self
+        if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__") or max_tokens < 0:
+            raise InvalidInputError(f"max_cache_hit_length is {max_tokens!r}: it is a number of tokens, 0 or more")
+        return self.leading(int(max_tokens) // chunk_size)
+
+
+def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int | None = None) -> Prompt:
     """Read a prompt in any accepted form; buffers of unsigned 32-bit integers are not copied.
 
     At most the first `max_tokens` tokens count. Raises InvalidInputError and names the offending position.
     """
+    max_chunks = sys.maxsize if max_tokens is None else max_tokens // chunk_size
     if isinstance(token_ids, Chain):
-        chunks = min(len(token_ids), max_tokens // chunk_size)
+        chunks = min(len(token_ids), max_chunks)
         view = memoryview(token_ids.data)[: chunks * HASH_BYTES]
         return Prompt(view, HASH_BYTES, chunks, token_ids, 1, True, len(token_ids) * chunk_size)
     view = _token_bytes(token_ids)
     length, stride = len(view) // _TOKEN_BYTES, chunk_size * _TOKEN_BYTES
-    chunks = min(length, max_tokens) // chunk_size
+    chunks = min(length // chunk_size, max_chunks)
     unit = chunk_size
     if isinstance(token_ids, _BUFFERS) and memoryview(token_ids).itemsize == 1:
         unit = stride
     return Prompt(view[: chunks * stride], stride, chunks, token_ids, unit, False, length)
+
+
+def _without_view(tokens: Any) -> Any:
+    """A prompt that can be pickled and that slices alike: bytes for a view of bytes, an array of uint32 for others."""
+    if not isinstance(tokens, memoryview):
+        return tokens
+    data = _token_bytes(tokens)
+    if tokens.itemsize == 1:
+        return data.tobytes()
+    copied = array("I", data.tobytes())
+    if sys.byteorder == "big":
+        copied.byteswap()
+    return copied
 
 
 def _token_bytes(tokens: Any) -> memoryview:

@@ -35,8 +35,8 @@ class PrefixCacheConfig:
     still name by their hash (`update_prefix_state`)."""
     min_prefix_length: int = 1
     """Shorter matches (tokens) count as misses, shorter prompts are not published."""
-    max_prefix_length: int = 4096
-    """Tokens of a prompt that are looked at; what lies behind is never cached. Raise it: real ones reach 1,000,000."""
+    max_prefix_length: int | None = None
+    """Leading tokens of a prompt that are looked up and published; None: all of them. What a limit cuts is counted."""
     enable_prewarm: bool = True
     prewarm_threshold: int = 3
     """Hits that make a node a candidate for pre-warming."""
@@ -185,7 +185,7 @@ class PrefixCacheConfig:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> PrefixCacheConfig:
-        """DISTPREFIX_URL, DISTPREFIX_CHUNK_SIZE, ...; keyword arguments win."""
+        """DISTPREFIX_URL, DISTPREFIX_CHUNK_SIZE, ...; keyword arguments win. What is None by default is left out."""
         values: dict[str, Any] = {}
         for key, text in (os.environ if env is None else env).items():
             if key.startswith(_ENV_PREFIX):
@@ -207,7 +207,7 @@ class PrefixCacheConfig:
         return cls.from_mapping({**cast("dict[str, Any]", chosen), **overrides})
 
     def _check_order(self) -> None:
-        if self.min_prefix_length > self.max_prefix_length:
+        if self.max_prefix_length is not None and self.min_prefix_length > self.max_prefix_length:
             raise ConfigError(
                 f"min_prefix_length is {self.min_prefix_length}: it must not be above "
                 f"max_prefix_length ({self.max_prefix_length})"
@@ -256,7 +256,9 @@ def _parse(name: str, text: str) -> Any:
             return text.lower() in _TRUE
         return int(text) if int in allowed else float(text) if float in allowed else text
     except ValueError:
-        raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {text!r}: it must be {_describe(allowed)}") from None
+        values = tuple(kind for kind in allowed if kind is not type(None))
+        hint = "; for None, leave it out" if len(values) < len(allowed) else ""
+        raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {text!r}: it must be {_describe(values)}{hint}") from None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

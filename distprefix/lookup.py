@@ -23,10 +23,13 @@ _HASHING_SHARE = 0.6
 """Of a look-up's deadline: a prompt so long that hashing takes longer is looked up in part."""
 
 
-def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResult:
+def look_up(
+    state: State, token_ids: Any, blocks_of: str | None = None, max_cache_hit_length: int | None = None
+) -> CacheHitResult:
     """See `PrefixCacheOptimizer.find_longest_cache_hit`."""
     began = time.perf_counter_ns()
-    prompt, now = state.read(token_ids), time.monotonic()
+    prompt = state.read(token_ids).within(max_cache_hit_length, state.config.chunk_size)
+    now = time.monotonic()
     deadline = now + state.config.lookup_timeout_s
     with state.lock:
         found, coverage = _trusted(state, prompt, now)
@@ -42,7 +45,7 @@ def look_up(state: State, token_ids: Any, blocks_of: str | None) -> CacheHitResu
         start = found.resume if blocks_of is None else 0
         generation = state.feed.generation
     hashes = hashes[start * HASH_BYTES :]
-    views, calls = _ask(state, operations.walk(hashes, start, blocks_of or ""), deadline)
+    views, calls = _ask(state, operations.walk(hashes, start, blocks_of or "", in_part=True), deadline)
     blocks = None if blocks_of is None else b""
     learned: list[Node] = []
     with state.lock:
@@ -155,7 +158,7 @@ def _conclude(
         _make_blocks=make_blocks,
         _reservations=state.reservations,
         _prompt=prompt,
-        _again=partial(look_up, state, prompt.tokens, None),
+        _again=partial(look_up, state, prompt.tokens, max_cache_hit_length=prompt.chunks * size),
     )
 
 
@@ -163,8 +166,7 @@ def own_blocks(state: State, prompt: Prompt, chunks: int) -> tuple[int, ...]:
     """This worker's own block ids for a prompt's leading chunks, as many as it has. No Redis call."""
     if not len(state.own):
         return ()
-    prompt = prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
-    hashes = state.chain(prompt)
+    hashes = state.chain(prompt.leading(chunks))
     with state.lock:
         return state.own.ids(hashes)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -72,6 +73,25 @@ class PrefixEntry:
         if self._on_touch is not None:
             self._on_touch()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it keeps its values; touching it then counts in it alone."""
+        return PrefixEntry, (
+            self.prefix_hash,
+            self.num_tokens,
+            self.block_ids,
+            self.tier,
+            self.access_count,
+            self.created_at,
+            self.last_access,
+            self.metadata,
+        )
+
+    def __copy__(self) -> PrefixEntry:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixEntry:
+        return replace(self, metadata=deepcopy(self.metadata, memo))
+
 
 class Reserving(Protocol):
     """Where leases and claims of a result come from."""
@@ -87,7 +107,11 @@ class Reserving(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheHitResult:
-    """The longest prefix of a prompt that a live worker or a shared tier holds."""
+    """The longest prefix of a prompt that a live worker or a shared tier holds.
+
+    Pickled, it keeps its values, the prompt among them, and loses its tie to the cache: `lease`, `claim` and `again`
+    then raise InvalidInputError. A copy in the same process keeps both.
+    """
 
     hit: bool
     matched_tokens: int
@@ -106,6 +130,10 @@ class CacheHitResult:
     _reservations: Reserving | None = field(default=None, repr=False, compare=False)
     _prompt: Prompt | None = field(default=None, repr=False, compare=False)
     _again: Callable[[], CacheHitResult] | None = field(default=None, repr=False, compare=False)
+
+    def __bool__(self) -> bool:
+        """Whether it is a hit."""
+        return self.hit
 
     @property
     def block_ids(self) -> tuple[int, ...]:
@@ -154,10 +182,43 @@ class CacheHitResult:
         return reservations.claim(prompt, self, ttl_s)
 
     def again(self) -> CacheHitResult:
-        """Look the same prompt up again. Redis calls as a look-up."""
-        return self._again() if self._again is not None else self
+        """Look the same prompt up again, with the same limit. Redis calls as a look-up."""
+        if self._again is None:
+            raise InvalidInputError(_UNTIED)
+        return self._again()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: getattr(self, name) for name in _VALUES}
+        return _restored, (values, self.block_ids, self.entry, self._prompt)
+
+    def __copy__(self) -> CacheHitResult:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheHitResult:
+        restore, parts = self.__reduce__()
+        copied = restore(*deepcopy(parts, memo))
+        object.__setattr__(copied, "_reservations", self._reservations)
+        object.__setattr__(copied, "_again", self._again)
+        return copied
 
     def _made_by(self) -> tuple[Reserving, Prompt]:
         if self._reservations is None or self._prompt is None:
-            raise InvalidInputError("this result was not made by a cache: look the prompt up")
+            raise InvalidInputError(_UNTIED)
         return self._reservations, self._prompt
+
+
+_VALUES = tuple(spec.name for spec in fields(CacheHitResult) if not spec.name.startswith("_"))
+_UNTIED = (
+    "this result has no tie to a cache, since it was pickled or made by hand: look its prompt up again, "
+    "with cache.find_longest_cache_hit(result.prompt)"
+)
+
+
+def _restored(
+    values: dict[str, Any], blocks: tuple[int, ...], entry: PrefixEntry | None, prompt: Prompt | None
+) -> CacheHitResult:
+    """A result that was pickled."""
+    result = CacheHitResult(**values, _prompt=prompt)
+    object.__setattr__(result, "_blocks", blocks)
+    object.__setattr__(result, "_entry", entry)
+    return result

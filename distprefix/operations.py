@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import DamagedNodeError
+from distprefix.errors import DamagedNodeError, UnavailableError
 from distprefix.nodes import NodeView
 
 __all__ = [
@@ -216,16 +216,23 @@ def _made(
         yield NodeView(at, size, size, now_ms, 0, now_ms, ending, b"", {holder: (epoch, end)})
 
 
-def walk(chain: bytes, start: int, blocks_of: str = "") -> Generator[Call, Any, list[NodeView]]:
+def walk(
+    chain: bytes, start: int, blocks_of: str = "", *, in_part: bool = False
+) -> Generator[Call, Any, list[NodeView]]:
     """The nodes that a chain passes; its first chunk lies at depth `start` and is a node's head (or in no tree).
 
-    One call for every 4,096 chunks that are there.
+    One call for every 4,096 chunks that are there. `in_part`: when a later call fails, the nodes of those before count.
     """
     views: list[NodeView] = []
     total, pos, limit = len(chain) // HASH_BYTES, 0, WINDOW
     while True:
         window = chain[pos * HASH_BYTES : limit * HASH_BYTES]
-        reply = yield Call("walk", (SCHEMA, blocks_of, window))
+        try:
+            reply = yield Call("walk", (SCHEMA, blocks_of, window))
+        except UnavailableError:
+            if in_part and views:
+                return views
+            raise
         views += parse_nodes(reply, start + pos)
         reached = views[-1].start + views[-1].matched - start if views else 0
         if reached < min(limit, total) or reached >= total:

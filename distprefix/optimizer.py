@@ -13,7 +13,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import redis
 
@@ -93,6 +93,12 @@ class PrefixCacheOptimizer:
         where, epoch = self.config.namespace, self._state.link.epoch
         return f"<PrefixCacheOptimizer {self.config.holder} in {where!r}, epoch {epoch}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a cache cannot be pickled or copied: pickle cache.config, and open another with it, "
+            "PrefixCacheOptimizer(replace(config, url=cache.url, worker_id=...)), under a worker_id of its own"
+        )
+
     @property
     def url(self) -> str:
         """Where the shared tree is; a private server's socket too."""
@@ -100,18 +106,25 @@ class PrefixCacheOptimizer:
 
     # Look up
 
-    def find_longest_cache_hit(self, token_ids: Any, *, blocks_of: str | None = None) -> CacheHitResult:
+    def find_longest_cache_hit(
+        self, token_ids: Any, *, max_cache_hit_length: int | None = None, blocks_of: str | None = None
+    ) -> CacheHitResult:
         """The longest prefix of a prompt that some live holder has, in whole chunks.
 
+        `max_cache_hit_length`: the most tokens to match, of bytes and chains too. Engines have to compute one token at
+        least: with the prompt's tokens less one, `remaining_tokens` is never empty. None: a prompt may match whole.
         `blocks_of` names a holder whose block ids are wanted, and asks Redis for them; by default this worker's own.
         Redis calls: 0 when L1 answers, else 1 for every 4,096 chunks. Redis failing gives a miss, or what L1 has.
         Raises InvalidInputError for what is no prompt, and what went wrong with Redis only when `strict`.
         """
-        return look_up(self._state, token_ids, blocks_of)
+        return look_up(self._state, token_ids, blocks_of, max_cache_hit_length)
 
-    def get_computed_blocks(self, token_ids: Any) -> list[int]:
-        """This worker's own block ids for the leading chunks that it holds itself. No Redis call."""
-        prompt = self._state.read(token_ids)
+    def get_computed_blocks(self, token_ids: Any, *, max_cache_hit_length: int | None = None) -> list[int]:
+        """This worker's own block ids for the leading chunks that it holds itself. No Redis call.
+
+        `max_cache_hit_length` as for `find_longest_cache_hit`.
+        """
+        prompt = self._state.read(token_ids).within(max_cache_hit_length, self.config.chunk_size)
         blocks = own_blocks(self._state, prompt, prompt.chunks)
         if blocks:
             touch(self._state, prompt, len(blocks))
@@ -152,21 +165,21 @@ class PrefixCacheOptimizer:
     ) -> str:
         """Say that this worker has the KV of a prompt's full chunks. Returns the prefix's hash (hex).
 
+        A prompt without a full chunk, or of less than `min_prefix_length` tokens, is not published, which is counted:
+        the hash is then empty.
         `block_ids`: one a full chunk. `metadata`: up to 4 KiB as msgpack; who matches just this prompt gets it.
         Redis calls: 1 for every 4,096 chunks that this worker has not just published. When Redis fails, this process
         knows the prefix, the others do not, and it is counted as dropped. Raises InvalidInputError, and when `strict`
         what went wrong with Redis.
         """
         prompt = self._state.read(token_ids)
-        least = max(self.config.min_prefix_length, self.config.chunk_size)
-        if prompt.length < least or not prompt.chunks:
-            raise InvalidInputError(
-                f"the prompt has {prompt.length} tokens, and the shortest prefix that is cached has {least} "
-                f"(chunk_size {self.config.chunk_size}, min_prefix_length {self.config.min_prefix_length}, "
-                f"max_prefix_length {self.config.max_prefix_length}): publish longer prompts only, or change these"
-            )
         blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
-        return self._publisher.publish(prompt, blocks, pack_metadata(metadata))
+        packed = pack_metadata(metadata)
+        if prompt.length < self.config.min_prefix_length or not prompt.chunks:
+            with self._state.lock:
+                self._state.counts["publishes_short"] += 1
+            return ""
+        return self._publisher.publish(prompt, blocks, packed)
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
         """The KV of a prefix that this process published lies in other blocks now. Redis calls as `cache_prefix`.

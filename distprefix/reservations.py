@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES, Prompt
@@ -37,6 +37,12 @@ class Lease:
         self._name = owner.new_name()
         self._ends = 0.0
         self.renew(ttl_s)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a lease cannot be pickled or copied: it is renewed and released by the process that took it. Where the "
+            "prefix is used, look the prompt up in a cache of that process, and lease the result"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -73,6 +79,12 @@ class Claim:
         self._ttl_s = ttl_s
         self._depth = result.matched_chunks
         self._claimed = owner.ask(prompt, self._depth, ttl_s)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a claim cannot be pickled or copied: it is of the worker that made it. Where the prompt is computed, look "
+            "it up in a cache of that process, and claim the result"
+        )
 
     @property
     def mine(self) -> bool:
@@ -140,7 +152,7 @@ class Reservations:
     def lease(self, prompt: Prompt, chunks: int, ttl_s: float) -> Lease:
         """See `CacheHitResult.lease`."""
         self._state.counts["leases"] += 1
-        return Lease(self, _leading(prompt, chunks), _checked(ttl_s))
+        return Lease(self, prompt.leading(chunks), _checked(ttl_s))
 
     def mark(self, prompt: Prompt, name: str, ttl_s: float) -> int:
         """Write or remove a lease. Returns how many leading chunks it protects."""
@@ -204,14 +216,10 @@ class Reservations:
                 self._claims.pop(chunk, None)
 
     def _hash_at(self, prompt: Prompt, depth: int) -> bytes:
-        cut = _leading(prompt, depth + 1)
+        cut = prompt.leading(depth + 1)
         with self._state.lock:
             found = self._state.l1.find(cut, time.monotonic())
         return self._state.hashes(cut, found)[-HASH_BYTES:]
-
-
-def _leading(prompt: Prompt, chunks: int) -> Prompt:
-    return prompt._replace(view=prompt.view[: chunks * prompt.stride], chunks=chunks)
 
 
 def _checked(ttl_s: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +24,7 @@ from distprefix.reservations import Reservations
 
 __all__ = ["State"]
 
+_log = logging.getLogger("distprefix")
 _BLIND_TTL_S = 1.0
 
 
@@ -53,6 +55,7 @@ class State:
         self.wake: Callable[[], object] = lambda: None
         """Has the background begin a round now."""
         self.reservations = Reservations(self)
+        self._warned_of_cut = False
         self._root = config.root
 
     def find(self, prompt: Prompt, now: float) -> Found:
@@ -71,12 +74,36 @@ class State:
             raise (ForkedProcessError() if self.unusable == "forked" else DistPrefixError(self.unusable))
 
     def read(self, token_ids: Any) -> Prompt:
-        """A prompt with at least one token. Raises InvalidInputError."""
+        """A prompt with at least one token; a chain may be empty, as that of a prompt shorter than a chunk is.
+
+        What `max_prefix_length` cuts is counted. Raises InvalidInputError.
+        """
         self.check_usable()
-        prompt = read_prompt(token_ids, self.config.chunk_size, self.config.max_prefix_length)
-        if not prompt.length:
+        limit = self.config.max_prefix_length
+        prompt = read_prompt(token_ids, self.config.chunk_size, limit)
+        if not prompt.length and not prompt.is_chain:
             raise InvalidInputError("an empty prompt has no prefix: pass at least one token")
+        if limit is not None and prompt.length > limit:
+            self._count_cut(prompt, limit)
         return prompt
+
+    def _count_cut(self, prompt: Prompt, limit: int) -> None:
+        """Count the tokens of full chunks that the limit leaves out, and warn of the first."""
+        size = self.config.chunk_size
+        cut = (prompt.length // size - prompt.chunks) * size
+        if not cut:
+            return
+        with self.lock:
+            self.counts["tokens_cut"] += cut
+            is_first = not self._warned_of_cut
+            self._warned_of_cut = True
+        if is_first:
+            _log.warning(
+                "max_prefix_length is %d, and a prompt has %d tokens: those that follow the limit are neither looked "
+                "up nor published; raise the limit, or leave it out. Warned of once; tokens_cut counts them all",
+                limit,
+                prompt.length,
+            )
 
     def chain(self, prompt: Prompt) -> bytes:
         """All of a prompt's chunk hashes, as far as L1 knows them without computing."""

@@ -203,7 +203,6 @@ class Backend:
             "namespace": self.namespace,
             "worker_id": worker_id,
             "chunk_size": 4,
-            "max_prefix_length": 1_000_000,
             "lookup_timeout_s": 20.0,
             "publish_timeout_s": 20.0,
             "l1_ttl_s": 600.0,

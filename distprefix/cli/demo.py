@@ -100,7 +100,7 @@ def demo(
             for title, space in modes.items():
                 settings: dict[str, Any] = {
                     **{"url": address, "namespace": space, "chunk_size": _CHUNK_SIZE},
-                    **{"max_prefix_length": 2**31, "lookup_timeout_s": 5.0, "publish_timeout_s": 5.0},
+                    **{"lookup_timeout_s": 5.0, "publish_timeout_s": 5.0},
                 }
                 if title == _SMALL:  # a third of what the sessions need
                     room = max(1, len(work[-1].tokens) // 4 // _CHUNK_SIZE * sessions // 3)

@@ -75,7 +75,7 @@ def _look_up(
     root = chain_root(algorithm, salt)
     if settings.get("salt_check") != salt_check(root):
         raise NamespaceError("the namespace has another salt: pass it with --salt or DISTPREFIX_SALT")
-    prompt = read_prompt(tokens, chunk_size, 1 << 31)
+    prompt = read_prompt(tokens, chunk_size)
     chain = chain_hashes(algorithm, root, prompt.view, prompt.stride, extras)
     calls = Client(client)
     deadline = time.monotonic() + 5

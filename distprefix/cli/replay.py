@@ -85,7 +85,7 @@ def replay(
                     f"namespace {name!r} is there already: name another one, so that the figures are right", EXIT_USAGE
                 )
             settings: dict[str, Any] = {
-                **{"url": address, "namespace": name, "chunk_size": block_size, "max_prefix_length": 2**31},
+                **{"url": address, "namespace": name, "chunk_size": block_size},
                 **{"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "strict": True},
                 # The bare policy is measured, to the chunk: nothing else bounds or spares.
                 **{"max_cached_sequences": 2**31, "hot_threshold": 2**31, "policy": policy},

@@ -27,10 +27,8 @@ _ALONE = b"alone"
 _REOPEN_S = 5.0
 REST_S = 0.002
 """So much later an engine may see that it has something to compute after all."""
-_DEFAULTS: dict[str, Any] = {
-    **{"max_prefix_length": 2**31, "publish_timeout_s": 1.0, "lookup_timeout_s": 0.25, "feed_interval_s": 0.0},
-}
-"""Prompts are as long as the engine takes; nobody waits for publishes; L1 is not asked what is stored."""
+_DEFAULTS: dict[str, Any] = {"publish_timeout_s": 1.0, "lookup_timeout_s": 0.25, "feed_interval_s": 0.0}
+"""No engine waits for publishes; L1 is not asked what is stored."""
 
 
 def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheConfig:

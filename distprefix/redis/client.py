@@ -150,9 +150,10 @@ def run(
 ) -> T:
     """Drive an operation over a blocking client until `deadline` (time.monotonic); `sent` gets the scripts called."""
     reply: Any = None
+    failed: errors.UnavailableError | None = None
     while True:
         try:
-            call = operation.send(reply)
+            call = operation.send(reply) if failed is None else operation.throw(failed)
         except StopIteration as done:
             return cast("T", done.value)
         except errors.DamagedNodeError:
@@ -160,7 +161,11 @@ def run(
             raise
         if sent is not None:
             sent.append(call.script)
-        reply = client.call(call.script, meta, call.args, deadline)
+        failed = None
+        try:
+            reply = client.call(call.script, meta, call.args, deadline)
+        except errors.UnavailableError as error:
+            failed = error  # for the operation to say what counts of what came before
 
 
 class Client:

@@ -57,6 +57,9 @@ class WriteError(errors.UnavailableError):
         super().__init__(message)
         self.written = written
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.written), self.__dict__
+
 
 class _SilentError(errors.UnavailableError):
     """A connection that was used before leads nowhere: nothing came of the call."""

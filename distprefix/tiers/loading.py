@@ -8,7 +8,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from operator import index
+from pickle import PickleBuffer
+from typing import Any, NamedTuple, SupportsIndex
 
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.errors import DistPrefixError, UnavailableError
@@ -21,6 +23,7 @@ __all__ = ["Asked", "Loaded", "load"]
 
 _GROUP_BYTES = 64 * 1024 * 1024
 """As many are read at once: what is not received where it is wanted lies in memory meanwhile."""
+_PROTOCOL_WITH_BUFFERS = 5
 _NOWHERE = Places(array("I"), array("I"), ())
 _SUSPECT = ("missing", "damaged")
 """Flaws that may mean that the tree is wrong, once they were seen twice."""
@@ -46,6 +49,19 @@ class Loaded(NamedTuple):
     """Chunks whose payloads are good, from the first that was wanted on."""
     payloads: tuple[memoryview, ...]
     """One for each; those given in `into`, where there were any."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Pickled, it has the bytes; out of band where the pickler takes buffers."""
+        pack = PickleBuffer if index(protocol) >= _PROTOCOL_WITH_BUFFERS else bytes
+        return _restored, (self.chunks, tuple(map(pack, self.payloads)))
+
+    def __copy__(self) -> Loaded:
+        return self
+
+
+def _restored(chunks: int, payloads: tuple[bytes | bytearray, ...]) -> Loaded:
+    """What was pickled."""
+    return Loaded(chunks, tuple(map(memoryview, payloads)))
 
 
 @dataclass(slots=True)

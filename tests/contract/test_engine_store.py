@@ -158,7 +158,7 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTPREFIX_URL", "redis://env:1")
     config = config_for(IDENTITY, {})
     assert (config.url, config.chunk_size, config.fingerprint) == ("redis://env:1", 32, IDENTITY.fingerprint)
-    assert config.max_prefix_length == 2**31
+    assert config.max_prefix_length is None
     (tmp_path / "d.toml").write_text('[distprefix]\nurl = "redis://file:1"\nlookup_timeout_s = 0.5\n')
     config = config_for(IDENTITY, {"config": str(tmp_path / "d.toml"), "namespace": "team"})
     assert (config.url, config.lookup_timeout_s, config.namespace[:5]) == ("redis://file:1", 0.5, "team-")

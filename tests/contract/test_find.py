@@ -24,6 +24,7 @@ def test_one_worker_publishes_and_another_finds(any_server: Backend) -> None:
     assert (result.hit, result.matched_chunks, result.matched_tokens) == (True, 10, 40)
     assert (result.tier, result.holders) == (CacheTier.WARM, (Holder("w1/0@gpu", 10),))
     assert (result.remaining_tokens, result.block_ids) == ([7, 7], ())
+    assert bool(result) is True
     assert result.entry is not None
     assert (result.entry.prefix_hash, result.entry.num_tokens) == (hash_of_ten, 40)
 
@@ -45,7 +46,45 @@ def test_a_miss_is_a_result(any_server: Backend) -> None:
     result = cache.find_longest_cache_hit(prompt(3))
     assert (result.hit, result.matched_chunks, result.holders, result.tier, result.entry) == (False, 0, (), None, None)
     assert result.remaining_tokens == prompt(3)
+    assert not result
     assert not cache.find_longest_cache_hit([1, 2]).hit
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 9, 40])
+def test_an_exact_hit_leaves_a_token_to_compute(any_server: Backend, length: int) -> None:
+    """With the prompt's tokens less one as limit, a prompt that is cached whole leaves something, in every form."""
+    tokens = prompt(10)[:length]
+    any_server.open("w1").cache_prefix(tokens, range(length // 4))
+    wanted = (length - 1) // 4
+    chain = any_server.open("w2").chain_of(tokens)
+    for form in (tokens, tuple(tokens), np.array(tokens, np.uint32), array("I", tokens).tobytes()):
+        reader = any_server.open("w2")
+        for _ in range(2):  # Redis answers, then L1
+            result = reader.find_longest_cache_hit(form, max_cache_hit_length=length - 1)
+            assert (result.hit, result.matched_chunks, result.matched_tokens) == (wanted > 0, wanted, 4 * wanted)
+            assert len(result.remaining_tokens) == len(form) - 4 * wanted * (len(form) // length) > 0
+            assert result.prompt is form
+    result = reader.find_longest_cache_hit(chain, max_cache_hit_length=length - 1)
+    assert (result.matched_chunks, result.remaining_tokens) == (wanted, chain[wanted:])
+    assert reader.find_longest_cache_hit(tokens).matched_chunks == length // 4
+    assert reader.find_longest_cache_hit(tokens, max_cache_hit_length=10**9).matched_chunks == length // 4
+
+
+def test_a_limit_on_hits_is_kept(any_server: Backend) -> None:
+    """Looking up again, waiting for a claim, and this worker's own blocks go by the limit too; 0 makes a miss."""
+    cache = any_server.open("w1")
+    hit = cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=15)
+    claim = hit.claim(30)
+    cache.cache_prefix(prompt(4), [5, 6, 7, 8])
+    assert (hit.again().matched_chunks, claim.wait(0).matched_chunks) == (3, 3)
+    assert (hit.again().again().block_ids, hit.again().remaining_tokens) == ((5, 6, 7), prompt(4)[12:])
+    assert cache.get_computed_blocks(prompt(4)) == [5, 6, 7, 8]
+    assert cache.get_computed_blocks(prompt(4), max_cache_hit_length=15) == [5, 6, 7]
+    assert not cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=0)
+    assert hit.again().claim(30).mine  # what is left to all is for all to compute
+    for wrong in (-1, True, 1.5, "3"):
+        with pytest.raises(InvalidInputError, match="max_cache_hit_length is"):
+            cache.find_longest_cache_hit(prompt(4), max_cache_hit_length=wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_shared_prefix_that_was_never_published_hits(any_server: Backend) -> None:
@@ -187,11 +226,32 @@ def test_a_new_epoch_is_learned_from_replies(any_server: Backend) -> None:
     assert not reader.find_longest_cache_hit([7] * 16).hit
 
 
-def test_short_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None:
-    """Empty prompts, prompts below a chunk and block ids that do not fit raise and change nothing."""
+def test_short_prompts_are_not_published(any_server: Backend) -> None:
+    """A prompt below a chunk, or below min_prefix_length, publishes nothing, returns no hash and is counted."""
+    cache = any_server.open(min_prefix_length=10)
+    before = any_server.dump()
+    hashes = [cache.cache_prefix(tokens) for tokens in ([1, 2, 3], cache.chain_of([1, 2, 3]), prompt(2))]
+    assert hashes == ["", "", ""]
+    assert cache.cache_prefix([1, 2, 3], [7]) == ""  # a trailing partial chunk may have a block
+    assert not cache.update_prefix_state("", [])
+    metrics = cache.get_metrics()
+    assert (metrics["publishes_short"], metrics["publishes"], metrics["publishes_dropped"]) == (4, 0, 0)
+    for tokens in ([1, 2, 3], cache.chain_of([1, 2, 3])):
+        assert not cache.find_longest_cache_hit(tokens)
+        assert (
+            cache.store(tokens, []) == cache.find_stored(tokens) == cache.pin(tokens) == cache.load(tokens).chunks == 0
+        )
+    assert any_server.dump() == before
+    assert cache.cache_prefix([*prompt(2), 1, 2])  # 10 tokens
+
+
+def test_empty_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None:
+    """Empty prompts, and blocks and metadata that do not fit, raise and change nothing, for short prompts as well."""
     cache = any_server.open()
     before = any_server.dump()
-    for tokens, blocks in (([], None), ([1, 2, 3], None), (prompt(3), [1]), (prompt(3), [1, 2, 3, 4, 5])):
+    with pytest.raises(InvalidInputError, match="metadata"):
+        cache.cache_prefix([1], metadata={"a": object()})
+    for tokens, blocks in (([], None), ([1, 2, 3], [1, 2]), (prompt(3), [1]), (prompt(3), [1, 2, 3, 4, 5])):
         with pytest.raises(InvalidInputError):
             cache.cache_prefix(tokens, blocks)
     with pytest.raises(InvalidInputError, match="empty"):
@@ -200,11 +260,28 @@ def test_short_prompts_and_unfit_blocks_are_refused(any_server: Backend) -> None
     assert cache.cache_prefix([*prompt(3), 1], [1, 2, 3, 4])
 
 
-def test_prompts_are_cut_at_their_bound(any_server: Backend) -> None:
-    """Tokens behind max_prefix_length are neither published nor looked up."""
+def test_prompts_have_no_limit_by_default(any_server: Backend) -> None:
+    """A prompt of 20,000 tokens is published and found whole, and nothing is counted as cut."""
+    writer = any_server.open("w1")
+    writer.cache_prefix(prompt(5000))
+    assert any_server.open("w2").find_longest_cache_hit(prompt(5000)).matched_tokens == 20_000
+    assert writer.get_metrics()["tokens_cut"] == 0
+
+
+def test_prompts_are_cut_at_their_limit(any_server: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens beyond max_prefix_length are not published nor looked up; they are counted, and one warning says so."""
     cache = any_server.open(max_prefix_length=18)
+    cache.cache_prefix([*prompt(4), 1, 2, 3])  # as without the limit
+    assert (cache.get_metrics()["tokens_cut"], caplog.messages) == (0, [])
     cache.cache_prefix(prompt(8), range(8))
+    assert cache.get_metrics()["tokens_cut"] == 16
     assert any_server.open("w2").find_longest_cache_hit(prompt(8)).matched_chunks == 4
+    assert cache.find_longest_cache_hit(Chain.packed(bytes(16 * 9))).remaining_tokens == Chain.packed(bytes(16 * 9))
+    assert cache.get_metrics()["tokens_cut"] == 16 + 20
+    (warning,) = caplog.messages
+    assert "max_prefix_length is 18, and a prompt has 32 tokens" in warning
+    any_server.open("w3", max_prefix_length=18).find_longest_cache_hit(prompt(8))
+    assert len(caplog.messages) == 2  # each cache warns
 
 
 def test_closed_caches_refuse(any_server: Backend) -> None:

@@ -144,7 +144,7 @@ def test_many_prompts_are_found_in_one_call(real_server: Backend) -> None:
 
 def test_long_prompts_are_found_window_by_window(real_server: Backend) -> None:
     """A prompt of many chunks is found whole, wherever its nodes begin and windows end, with prompts beside it."""
-    cache = real_server.open(max_run=100, publish_timeout_s=5, payload_timeout_s=20, max_prefix_length=1 << 30)
+    cache = real_server.open(max_run=100, publish_timeout_s=5, payload_timeout_s=20)
     long, body = Chain.packed(Random(5).randbytes(9000 * HASH_BYTES)), b"x"
     assert cache.store(long, [body] * 8500) == 8500
     assert cache.store(prompt(2), [body] * 2) == 2

@@ -111,7 +111,7 @@ def test_under_pressure_nothing_is_wrong_and_the_budget_holds(real_server: Backe
     """Four processes at full speed: no exception, no holder or block id that never was, and a shard within bounds."""
     settings: dict[str, Any] = {
         **{"url": real_server.url, "namespace": real_server.namespace, "strict": True, "max_run": 16},
-        **{"lookup_timeout_s": 20, "publish_timeout_s": 20, "max_prefix_length": 10**6},
+        **{"lookup_timeout_s": 20, "publish_timeout_s": 20},
         **{
             "l2_max_chunks": BUDGET,
             "high_watermark": 1.0,

@@ -169,7 +169,7 @@ def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, t
     """A node that stores and loads what another one evicts and moves: no error, right bytes, leases kept, no leak."""
     settings: dict[str, Any] = {
         **{"url": real_server.url, "namespace": real_server.namespace, "strict": True, "max_run": 6, "chunk_size": 4},
-        **{"lookup_timeout_s": 20, "publish_timeout_s": 20, "payload_timeout_s": 20, "max_prefix_length": 10**6},
+        **{"lookup_timeout_s": 20, "publish_timeout_s": 20, "payload_timeout_s": 20},
         **{"l2_max_chunks": BUDGET, "high_watermark": 1.0, "low_watermark": 0.5, "l1_ttl_s": 5},
         **{"feed_interval_s": 0.02, "touch_interval_s": 0.05, "cold_timeout_s": 0.0, "demote_interval_s": 0.1},
         **({"cold_url": second.url} if tier == "elsewhere" else {}),

@@ -55,7 +55,6 @@ def test_concurrent_publishers_leave_the_models_tree(real_server: Backend) -> No
         "url": real_server.url,
         "namespace": real_server.namespace,
         "strict": True,
-        "max_prefix_length": 10**6,
     }
     settings |= {"lookup_timeout_s": 20, "publish_timeout_s": 20}
     root = str(Path(__file__).parents[2])

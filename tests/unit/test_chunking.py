@@ -89,6 +89,7 @@ def test_what_is_no_prompt_is_refused(tokens: Any, message: str) -> None:
 
 def test_prompts_are_bounded_in_tokens() -> None:
     """Only full chunks within the bound count; the length is the whole prompt's."""
+    assert read_prompt(list(range(20)), 4).chunks == read_prompt(list(range(20)), 4, 20).chunks == 5
     prompt = read_prompt(list(range(20)), 4, 14)
     assert (prompt.chunks, prompt.length, len(prompt.view)) == (3, 20, 48)
     chain = read_prompt(Chain([b"x" * 16] * 9), 4, 14)

@@ -89,12 +89,23 @@ def test_bounds_must_be_in_order() -> None:
     """A least prefix longer than the longest is refused."""
     with pytest.raises(ConfigError, match=r"min_prefix_length is 10: it must not be above max_prefix_length \(9\)"):
         PrefixCacheConfig(min_prefix_length=10, max_prefix_length=9)
+    assert PrefixCacheConfig(min_prefix_length=10, max_prefix_length=None).min_prefix_length == 10
+
+
+def test_a_limit_of_prompts_is_set_or_left_out(tmp_path: Path) -> None:
+    """A limit comes from a variable or a TOML file; where the setting is left out there is none."""
+    file = tmp_path / "a.toml"
+    for text, limit in (("max_prefix_length = 100", 100), ("", None)):
+        file.write_text(f"[distprefix]\n{text}\n")
+        assert PrefixCacheConfig.from_toml(file).max_prefix_length == limit
+    assert PrefixCacheConfig.from_env({"DISTPREFIX_MAX_PREFIX_LENGTH": "100"}).max_prefix_length == 100
+    assert PrefixCacheConfig.from_env({}).max_prefix_length is None
 
 
 def test_defaults_are_the_original_ones() -> None:
     """The original's fields keep their defaults, the new ones have those that the requirements give."""
     config = PrefixCacheConfig()
-    assert (config.max_cached_sequences, config.min_prefix_length, config.max_prefix_length) == (10_000, 1, 4096)
+    assert (config.max_cached_sequences, config.min_prefix_length, config.max_prefix_length) == (10_000, 1, None)
     assert (config.enable_prewarm, config.prewarm_threshold, config.hot_threshold) == (True, 3, 10)
     assert (config.cold_timeout_s, config.eviction_batch_size) == (300.0, 100)
     assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "xxh3_128", 256, 1)
@@ -134,7 +145,12 @@ def test_the_environment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
-    [("CHUNK_SIZE", "many", "a whole number"), ("STRICT", "perhaps", "True or False"), ("L1_TTL_S", "", "a number")],
+    [
+        ("CHUNK_SIZE", "many", "a whole number"),
+        ("STRICT", "perhaps", "True or False"),
+        ("L1_TTL_S", "", "a number"),
+        ("MAX_PREFIX_LENGTH", "None", "a whole number; for None, leave it out"),
+    ],
 )
 def test_wrong_text_in_the_environment(name: str, text: str, allowed: str) -> None:
     """Text that cannot be read names the variable, the text and what is allowed."""
