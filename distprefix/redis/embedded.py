@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import IO, Self
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -84,7 +85,7 @@ class EmbeddedServer:
         self._shared = bool(name)
         self._folder = self._make_folder(name)
         self.socket = str(self._folder / "server.sock")
-        self.url = f"unix://{self.socket}"
+        self.url = f"unix://{quote(self.socket)}"
         self._watcher: subprocess.Popen[bytes] | None = None
         self._users: IO[str] = (self._folder / "users").open("a")
         try:
