@@ -14,10 +14,12 @@ import redis
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, NotAttachedError, StaleEpochError, UnavailableError
 from distprefix.operations import Call
+from distprefix.redis.address import embedded_name
 from distprefix.redis.client import Client, connect, new_breaker, run
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
+from distprefix.redis.proof import prove_servers
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register, retire
 from distprefix.roster import Roster
 
@@ -49,8 +51,9 @@ class Link:
         """What this worker says of itself while it holds a lease."""
         self._server: EmbeddedServer | None = None
         url = config.url or ""
-        if client is None and (not url or url.startswith("embedded://")):
-            self._server = EmbeddedServer(url.removeprefix("embedded://"))
+        name = embedded_name(url) if url else ""
+        if client is None and name is not None:
+            self._server = EmbeddedServer(name)
             url = self._server.url
         self.url = url
         self.breaker = new_breaker(config.breaker_failures, config.breaker_reset_s)
@@ -59,6 +62,7 @@ class Link:
         self.publishes = Client(client or connect(url, config.publish_timeout_s), self.breaker, self.failures)
         self.admin = Client(client or connect(url, _ADMIN_TIMEOUT_S), own_breaker, self.failures)
         try:
+            prove_servers(config, _ADMIN_TIMEOUT_S, with_url=client is None and self._server is None)
             self._attach(self.admin, time.monotonic() + _ADMIN_TIMEOUT_S)
         except BaseException:
             self.close()
