@@ -13,15 +13,15 @@ from typing import Any, cast, get_type_hints
 
 from distprefix.chunking import chain_root
 from distprefix.errors import ConfigError
+from distprefix.redis.address import embedded_name, parse_address
 from distprefix.redis.scripts import policy_names
 from distprefix.tiers.codecs import CODECS
 
-__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "check_name", "without_password"]
+__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "check_name"]
 
 SHORTEST_LEASE_S = 3.0
 """Readers look at the ends of leases every second, and a lease is renewed three times before it ends."""
 _ENV_PREFIX = "DISTPREFIX_"
-_SCHEMES = ("redis://", "rediss://", "unix://", "embedded://")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -60,7 +60,7 @@ class PrefixCacheConfig:
     maintain_interval_s: float = 0.0
     """How often a background thread looks after the budgets; 0: only publishes do."""
     url: str | None = field(default=None, repr=False)
-    """redis://, rediss://, unix:// or embedded://NAME; None starts a private server."""
+    """redis://, rediss://, valkey://, valkeys://, unix:// or embedded://NAME; None starts a private server."""
     namespace: str = "default"
     """What makes KV interchangeable has a namespace of its own: one model, KV layout, tokenizer, tenant."""
     worker_id: str = ""
@@ -149,9 +149,10 @@ class PrefixCacheConfig:
         for name in ("namespace", "worker_id", "medium"):
             if getattr(self, name) or name != "worker_id":
                 check_name(name, getattr(self, name))
-        for name, url, schemes in (("url", self.url, _SCHEMES), ("cold_url", self.cold_url, _SCHEMES[:3])):
-            if url is not None and not url.startswith(schemes):
-                raise ConfigError(f"{name} is {without_password(url)!r}: it must begin with {', '.join(schemes)}")
+        if self.url is not None and embedded_name(self.url) is None:
+            parse_address(self.url, "url")
+        if self.cold_url is not None:
+            parse_address(self.cold_url, "cold_url")
 
     def with_worker_id(self) -> PrefixCacheConfig:
         """These settings with a worker id: the one given, else host name and id of the process that asks."""
@@ -235,11 +236,6 @@ def check_name(name: str, value: str) -> None:
     """Raise ConfigError when `value` cannot be part of a key."""
     if not _NAME.fullmatch(value):
         raise ConfigError(f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed")
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    return re.sub(r"//[^@/]*@", "//***@", url)
 
 
 def _describe(allowed: tuple[type, ...]) -> str:

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
+from distprefix.redis.address import embedded_name, parse_address
 from distprefix.redis.client import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys
+from distprefix.redis.proof import prove
 from distprefix.tiers.codecs import codec_named
 
 __all__ = [
@@ -48,11 +50,13 @@ __all__ = [
 
 EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
 _MAX_NAMES = 8
+_TIMEOUT_S = 5.0
 
 Url = Annotated[
     str | None,
     typer.Option(
-        envvar="DISTPREFIX_URL", help="redis://, rediss://, unix://, embedded://NAME; default: a private server."
+        envvar="DISTPREFIX_URL",
+        help="redis://, rediss://, valkey://, unix://, embedded://NAME; default: a private server.",
     ),
 ]
 Namespace = Annotated[str, typer.Option(envvar="DISTPREFIX_NAMESPACE", help="The namespace.")]
@@ -92,10 +96,14 @@ def errors() -> Generator[None]:
 def opened(url: str | None) -> Generator[tuple[redis.Redis, str]]:
     """A client on the server that `--url` names, or on a private one; and its url."""
     server = None
-    if url is None or url.startswith("embedded://"):
-        server = EmbeddedServer((url or "").removeprefix("embedded://"))
+    name = "" if url is None else embedded_name(url)
+    if url is None or name is not None:
+        server = EmbeddedServer(name or "")
         url = server.url
-    client = connect(url, 5.0)
+    address = parse_address(url)
+    if server is None:
+        prove(address, _TIMEOUT_S, "url")
+    client = connect(address, _TIMEOUT_S)
     try:
         client.ping()
         yield client, url

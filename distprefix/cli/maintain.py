@@ -22,14 +22,17 @@ from distprefix.cli.common import (
     show,
 )
 from distprefix.operations import Bounds, Evicted, evict
+from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client, connect, run
 from distprefix.redis.keys import Keys
+from distprefix.redis.proof import prove
 from distprefix.redis.repair import repair as repair_shard
 from distprefix.tiers.elsewhere import Elsewhere
 
 __all__ = ["maintain"]
 
 _DEADLINE_S = 600.0
+_COLD_TIMEOUT_S = 5.0
 _NONE = Bounds(None, None, None)
 
 
@@ -81,7 +84,9 @@ def maintain(
 
 
 def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:
-    elsewhere = Elsewhere(calls, keys, Client(connect(cold_url, 5.0)), 5.0)
+    address = parse_address(cold_url, "cold_url")
+    prove(address, _COLD_TIMEOUT_S, "cold_url")
+    elsewhere = Elsewhere(calls, keys, Client(connect(address, _COLD_TIMEOUT_S)), _COLD_TIMEOUT_S)
     try:
         return elsewhere.reclaim(time.monotonic() + _DEADLINE_S)
     finally:

@@ -220,7 +220,7 @@ class EngineStore:
                 try:
                     self._opened = PrefixCacheOptimizer(self.config)
                     _log.info("KV is shared in namespace %s", self.config.namespace)
-                except (UnavailableError, NamespaceError) as error:
+                except (ConfigError, UnavailableError, NamespaceError) as error:
                     self._next_try = time.monotonic() + _REOPEN_S
                     self._warn(error)
             return self._opened

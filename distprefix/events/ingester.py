@@ -19,11 +19,13 @@ from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.holdings import Holdings
+from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client, connect
 from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
+from distprefix.redis.proof import prove
 from distprefix.redis.roster import WorkerInfo
 from distprefix.sweep import sweep
 
@@ -128,6 +130,8 @@ class Ingester:
         if lease_s < SHORTEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s}: at least {SHORTEST_LEASE_S:g} seconds are needed")
         self.config = config
+        if client is None and config.url is not None:
+            prove(parse_address(config.url), _TIMEOUT_S)
         endpoint = Endpoint("url")
         self.client = Client(client or connect(config.url or "", _TIMEOUT_S, endpoint), endpoint=endpoint)
         """The way to Redis that the streams share."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import DefaultParser
+from redis.connection import Connection, DefaultParser, UnixDomainSocketConnection
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -30,11 +30,12 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from distprefix import errors
-from distprefix.config import without_password
 from distprefix.operations import Call
+from distprefix.redis.address import KEEPALIVE, Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.scripts import load_script
+from distprefix.redis.tls import Tls
 
 __all__ = ["Client", "connect", "run"]
 
@@ -108,27 +109,53 @@ class _Connection(Protocol):
     def disconnect(self) -> None: ...
 
 
-def connect(url: str, timeout_s: float, endpoint: Endpoint | None = None) -> redis.Redis:
+class _TlsConnection(Connection):
+    """A connection with the TLS context that the data path has: renewed certificates are read when it connects."""
+
+    def __init__(self, *, tls: Tls, **options: Any) -> None:
+        super().__init__(**options)
+        self._tls = tls
+
+    def _connect(self) -> Any:
+        plain: Any = super()._connect()
+        try:
+            return self._tls.context().wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise
+
+
+def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = None) -> redis.Redis:
     """A redis-py client that never retries and never waits longer than `timeout_s` for one read. Does not connect.
 
-    With an `endpoint` each new connection is asked what it leads to, and a replica is refused.
+    With an `endpoint` each new connection is asked what it leads to, and a replica is refused. Raises ConfigError for a
+    URL that is none.
     """
-    try:
-        return redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            protocol=3,
-            parser_class=_Parser,
-            legacy_responses=False,
-            decode_responses=False,
-            maint_notifications_config=None,
-            driver_info=None,
-            redis_connect_func=None if endpoint is None else partial(_admit, endpoint),
-        )
-    except (ValueError, redis.RedisError) as error:
-        raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
+    address = address_of(where)
+    options: dict[str, Any] = {
+        "db": address.database,
+        "username": address.username or None,
+        "password": address.password or None,
+        "client_name": address.client_name or None,
+        "protocol": address.protocol,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "parser_class": _Parser,
+        "legacy_responses": False,
+        "decode_responses": False,
+        "maint_notifications_config": None,
+        "driver_info": None,
+        "redis_connect_func": None if endpoint is None else partial(_admit, endpoint),
+    }
+    if address.path:
+        options |= {"connection_class": UnixDomainSocketConnection, "path": address.path}
+    else:
+        options |= {"host": address.host, "port": address.port}
+        options |= {"socket_keepalive": True, "socket_keepalive_options": KEEPALIVE}
+    if address.tls is not None:
+        options |= {"connection_class": _TlsConnection, "tls": address.tls}
+    return redis.Redis.from_pool(redis.ConnectionPool(**options))
 
 
 def _admit(endpoint: Endpoint, connection: Any) -> None:

@@ -8,19 +8,15 @@ connection leads nowhere any more is repeated once, on a new one.
 from __future__ import annotations
 
 import os
-import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit
-
-from redis.connection import parse_url
 
 from distprefix import errors
-from distprefix.config import without_password
+from distprefix.redis.address import Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.resp import RefusedError, Wire, WireError
@@ -75,7 +71,7 @@ class DataPool:
 
     def __init__(
         self,
-        url: str,
+        where: Address | str,
         *,
         timeout_s: float,
         size: int = 4,
@@ -87,7 +83,7 @@ class DataPool:
         """Whether each new connection is asked what it leads to."""
         self.breakers = breakers or new_breakers()
         self.probes_itself = True
-        """Whether a call that meets a server that is off probes it when the time has come; else somebody else does."""
+        """Whether a call that meets a server that is off probes it when the time has come; else the background does."""
         self.failures: Counter[str] = Counter()
         """Failed calls, and values that could not be read, by reason."""
         self.calls = 0
@@ -98,10 +94,7 @@ class DataPool:
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._idle: list[Wire] = []
         self._process = os.getpid()
-        try:
-            self._target = _read_url(url) if url else None
-        except (ValueError, OSError) as error:  # of ssl too
-            raise errors.ConfigError(f"url is {without_password(url)!r}: {error}") from error
+        self._address = address_of(where) if where else None
 
     def get(self, keys: Sequence[str], sink: Sink, deadline: float, expected: Sequence[int] | None = None) -> list[int]:
         """Read values into what `sink` gives for each; returns their lengths, -1 where there is none.
@@ -253,12 +246,11 @@ class DataPool:
                 wire.begin(deadline, _FIRST_BYTE_S if reads else 0.0)
                 return wire
             wire.close()
-        if self._target is None:
+        if self._address is None:
             raise errors.ConfigError("payloads need a url: a client that was passed in carries none")
-        address, tls, greeting = self._target
-        wire = Wire(address, tls, min(deadline, time.monotonic() + self._timeout_s))
+        wire = Wire(self._address, min(deadline, time.monotonic() + self._timeout_s))
         try:
-            for command in greeting:
+            for command in self._address.greeting():
                 wire.request(*command)
                 wire.line()
             if self._admits:
@@ -332,44 +324,3 @@ class DataPool:
     def _count(self, reason: str) -> None:
         with self._lock:
             self.failures[reason] += 1
-
-
-def _read_url(url: str) -> tuple[tuple[str, int] | str, ssl.SSLContext | None, list[tuple[bytes, ...]]]:
-    """Where to connect, how to encrypt, and what to say first."""
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("it must begin with redis://, rediss:// or unix://")
-    options: dict[str, Any] = parse_url(url)
-    path = urlsplit(url).path.strip("/")
-    greeting: list[tuple[bytes, ...]] = []
-    if "password" in options:
-        user = [options["username"].encode()] if "username" in options else []
-        greeting.append((b"AUTH", *user, options["password"].encode()))
-    if options.get("db"):
-        greeting.append((b"SELECT", b"%d" % options["db"]))
-    if url.startswith("unix"):
-        if not path:
-            raise ValueError("it names no socket")
-        return options["path"], None, greeting
-    if path and not path.isdigit():
-        raise ValueError(f"the database is {path!r}: it must be a number")
-    address = (options.get("host", "localhost"), options.get("port", 6379))
-    return address, _tls_context(options) if url.startswith("rediss") else None, greeting
-
-
-def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
-    given = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
-    required = given.pop("cert_reqs", "required")
-    if required not in ("required", "optional", "none"):
-        raise ValueError(f"ssl_cert_reqs is {required!r}: it must be required, optional or none")
-    context = ssl.create_default_context()
-    context.check_hostname = given.pop("check_hostname", True) and required != "none"
-    context.verify_mode = ssl.VerifyMode[f"CERT_{required.upper()}"]
-    certificate, key = given.pop("certfile", None), given.pop("keyfile", None)
-    if certificate or key:
-        context.load_cert_chain(certificate or key, key)
-    authorities = given.pop("ca_certs", None)
-    if authorities:
-        context.load_verify_locations(authorities)
-    if given:
-        raise ValueError(f"the data path does not know ssl_{min(given)}")
-    return context

@@ -22,6 +22,7 @@ import time
 import weakref
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 import redis
 from redis.backoff import NoBackoff
@@ -89,7 +90,7 @@ class EmbeddedServer:
         self._shared = bool(name)
         self._folder = self._make_folder(name)
         self.socket = str(self._folder / "server.sock")
-        self.url = f"unix://{self.socket}"
+        self.url = f"unix://{quote(self.socket)}"
         self._watcher: subprocess.Popen[bytes] | None = None
         users = os.open(self._folder / "users", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._users = [users]

@@ -14,12 +14,14 @@ import redis
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
 from distprefix.operations import Call
+from distprefix.redis.address import embedded_name
 from distprefix.redis.breaker import Breakers, new_breakers
 from distprefix.redis.client import Client, connect, run
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
+from distprefix.redis.proof import prove_servers
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register, retire
 from distprefix.roster import Roster
 
@@ -51,8 +53,9 @@ class Link:
         """What this worker says of itself while it holds a lease."""
         self._server: EmbeddedServer | None = None
         url = config.url or ""
-        if client is None and (not url or url.startswith("embedded://")):
-            self._server = EmbeddedServer(url.removeprefix("embedded://"))
+        name = embedded_name(url) if url else ""
+        if client is None and name is not None:
+            self._server = EmbeddedServer(name)
             url = self._server.url
         self.url = url
         self.endpoint = Endpoint("url")
@@ -67,6 +70,7 @@ class Link:
         self.publishes = new_client(config.publish_timeout_s, self.breakers)
         self.admin = new_client(_ADMIN_TIMEOUT_S, None)
         try:
+            prove_servers(config, _ADMIN_TIMEOUT_S, with_url=client is None and self._server is None)
             self._attach(self.admin, time.monotonic() + _ADMIN_TIMEOUT_S)
         except BaseException:
             self.close()

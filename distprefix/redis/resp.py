@@ -13,6 +13,8 @@ import struct
 import time
 from typing import Any
 
+from distprefix.redis.address import KEEPALIVE, Address
+
 __all__ = ["LONGEST_VALUE", "RefusedError", "Wire", "WireError", "bulk"]
 
 LONGEST_VALUE = 512 * 1024 * 1024
@@ -55,7 +57,7 @@ class RefusedError(Exception):
 class Wire:
     """A socket that speaks RESP2. Everything ends with the deadline (time.monotonic) of the last `begin`."""
 
-    def __init__(self, address: tuple[str, int] | str, tls: ssl.SSLContext | None, deadline: float) -> None:
+    def __init__(self, address: Address, deadline: float) -> None:
         self.begin(deadline)
         self.bytes_in = 0
         self.bytes_out = 0
@@ -64,13 +66,14 @@ class Wire:
         self.generation = 0
         """Of the connections to its server when it was made."""
         self._keep(b"")
-        self.at_once, self.ahead = _UNIX if isinstance(address, str) else _TCP
+        self.at_once, self.ahead = _UNIX if address.path else _TCP
         try:
-            self._socket: socket.socket = self._connect(address)
+            tls = address.tls_context()
+            self._socket: socket.socket = self._connect(address.target)
             try:
                 if tls is not None:
                     self._socket.settimeout(self._left())
-                    self._socket = tls.wrap_socket(self._socket, server_hostname=address[0])
+                    self._socket = tls.wrap_socket(self._socket, server_hostname=address.host)
                 else:
                     self._socket.settimeout(None)
             except BaseException:
@@ -326,18 +329,19 @@ class Wire:
         failed: OSError | None = None
         for family, *_, found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
             try:
-                connected = self._reach(family, found)
+                return self._reach(family, found)
             except OSError as error:
                 failed = error
-                continue
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return connected
         raise failed or OSError(f"{address[0]} has no address")
 
     def _reach(self, family: int, address: object) -> socket.socket:
         reached = socket.socket(family, socket.SOCK_STREAM)
         try:
+            if family != socket.AF_UNIX:
+                reached.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                reached.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in KEEPALIVE.items():
+                    reached.setsockopt(socket.IPPROTO_TCP, option, value)
             reached.settimeout(self._left())
             reached.connect(address)  # pyright: ignore[reportArgumentType]
         except BaseException:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distprefix.errors import ConfigError, ForkedProcessError, InvalidInputError, UnavailableError
 from distprefix.redis.data import REFUSED, DataPool, WriteError
-from tests.servers import Server, absent, find_server
+from tests.servers import Server, find_server
 from tests.values import MIB, Into, fake, noise, read, saying, skip_all, soon
 
 MARGIN_S = 0.3
@@ -472,8 +469,6 @@ def test_memory(own_server: Server, pool: DataPool, skipped: bool) -> None:
         ),
         *(("unix://", "socket"), ("redis://h/abc", "database"), ("redis://h?db=x", "db")),
         ("rediss://h?ssl_cert_reqs=perhaps", "ssl_cert_reqs"),
-        *(("rediss://h?ssl_ca_certs=/nowhere", "No such file"), ("rediss://h?ssl_certfile=/nowhere", "No such file")),
-        ("rediss://h?ssl_ciphers=NULL", "ssl_ciphers"),
     ],
 )
 def test_wrong_urls(url: str, message: str) -> None:
@@ -481,88 +476,3 @@ def test_wrong_urls(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         DataPool(url.replace("//h", "//u:hidden@h"), timeout_s=1)
     assert "hidden" not in str(raised.value)
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and what it signed for a server and a client."""
-    if shutil.which("openssl") is None:
-        absent("openssl is not on PATH")
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-    for name in ("ca", "other"):
-        key = ("-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.crt")
-        openssl("req", "-x509", *key, "-days", "2", "-subj", f"/CN={name}")
-    for name, more in (("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")):
-        (folder / "ext").write_text(more)
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", "csr", "-subj", f"/CN={name}")
-        signing = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "ext")
-        openssl("x509", "-req", "-in", "csr", "-out", f"{name}.crt", "-days", "2", *signing)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tls_server(certificates: Path) -> Iterator[tuple[Server, str]]:
-    """A server that wants certificates of its clients, and where it is: the one binary here that was built with TLS."""
-    binary = find_server("redis-7.0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    options = ["--tls-port", str(port), "--tls-cert-file", f"{certificates}/server.crt"]
-    options += ["--tls-key-file", f"{certificates}/server.key", "--tls-ca-cert-file", f"{certificates}/ca.crt"]
-    server = Server(binary, *options).start()
-    yield server, f"127.0.0.1:{port}"
-    server.stop()
-
-
-def test_tls(tls_server: tuple[Server, str], certificates: Path) -> None:
-    """Over TLS, with certificates on both sides, bytes come back, on one connection, and deadlines hold."""
-    server, where = tls_server
-    client = f"ssl_certfile={certificates}/client.crt&ssl_keyfile={certificates}/client.key"
-    for trust in (f"ssl_ca_certs={certificates}/ca.crt", "ssl_cert_reqs=none"):
-        pool = DataPool(f"rediss://{where}/1?{trust}&{client}", timeout_s=5)
-        values = [(f"k{size}", [noise(size)[:size]]) for size in (0, 1, 70_000, 9 * MIB + 1)]
-        assert all(pool.set(values, soon()))
-        for _ in range(2):
-            assert read(pool, *(key for key, _ in values), "missing") == [*(parts[0] for _, parts in values), None]
-        assert pool.get([key for key, _ in values], skip_all, soon()) == [0, 1, 70_000, 9 * MIB + 1]
-        assert len(pool._idle) == 1
-        server.freeze()
-        began = time.monotonic()
-        with pytest.raises(UnavailableError, match="in time"):
-            read(pool, "k1", seconds=0.2)
-        assert time.monotonic() - began < 0.2 + MARGIN_S
-        server.thaw()
-        assert (pool.failures, pool._idle) == ({"timeout": 1}, [])
-        pool.close()
-
-
-@pytest.mark.parametrize("authority", ["other", ""])
-def test_tls_refused(tls_server: tuple[Server, str], certificates: Path, authority: str) -> None:
-    """A server whose authority nobody named, or another than was named, is not talked to."""
-    trust = f"?ssl_ca_certs={certificates}/{authority}.crt" if authority else ""
-    pool = DataPool(f"rediss://{tls_server[1]}{trust}", timeout_s=5)
-    with pytest.raises(UnavailableError, match="certificate verify failed"):
-        read(pool, "a")
-    assert pool.failures == {"connect": 1}
-
-
-def test_tls_host_name(tls_server: tuple[Server, str], certificates: Path) -> None:
-    """A certificate for another host is refused unless the URL says not to look."""
-    client = f"ssl_certfile={certificates}/client.crt&ssl_keyfile={certificates}/client.key"
-    url = f"rediss://{tls_server[1].replace('127.0.0.1', 'localhost')}?ssl_ca_certs={certificates}/ca.crt&{client}"
-    with pytest.raises(UnavailableError, match="certificate verify failed"):
-        read(DataPool(url, timeout_s=5), "a")
-    pool = DataPool(f"{url}&ssl_check_hostname=false", timeout_s=5)
-    assert read(pool, "a") == [None]
-    pool.close()
-
-
-def test_tls_without_a_client_certificate(tls_server: tuple[Server, str], certificates: Path) -> None:
-    """A server that wants a certificate and gets none ends the call, not the program."""
-    pool = DataPool(f"rediss://{tls_server[1]}?ssl_ca_certs={certificates}/ca.crt", timeout_s=5)
-    with pytest.raises(UnavailableError):
-        read(pool, "a")

@@ -115,6 +115,20 @@ def test_a_server_that_comes_later(own_server: Server, caplog: pytest.LogCapture
     assert store.look_up(CHAIN).result() == 0
 
 
+def test_a_password_that_is_corrected_later(own_server: Server) -> None:
+    """A password that the server refuses makes misses, tried again every few seconds and not with each call."""
+    store = EngineStore(config_for(IDENTITY, {"url": f"redis://engine:secret@127.0.0.1:{own_server.port}"}))
+    with own_server.client() as admin:
+        assert [store.look_up(CHAIN).result(), store.look_up(CHAIN).result()] == [0, 0]
+        assert store._next_try > time.monotonic()
+        refused: Any = admin.acl_log()
+        assert sum(int(entry["count"]) for entry in refused) == 1
+        admin.execute_command("ACL", "SETUSER", "engine", "on", ">secret", "~*", "+@all")
+    store._next_try = 0.0
+    assert store.store(CHAIN, BODIES, 0).result() == 6
+    store.close()
+
+
 def test_another_identity_in_the_same_namespace_is_refused_in_words(
     real_server: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
