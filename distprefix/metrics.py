@@ -7,6 +7,7 @@ from typing import Any
 from distprefix.config import PrefixCacheConfig
 from distprefix.operations import Usage
 from distprefix.state import State
+from distprefix.tiers.tiers import Tiers
 
 __all__ = ["metrics_of"]
 
@@ -21,8 +22,12 @@ _PAYLOADS = (
 )
 
 
-def metrics_of(state: State) -> dict[str, Any]:
+def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
     """Every counter and gauge; `PrefixCacheOptimizer.get_metrics` has it. No Redis call."""
+    pools = tiers.pools
+    breakers = {"walk": state.link.breakers.reads, "write": state.link.breakers.writes}
+    for name, pool in pools.items():
+        breakers |= {f"{name}_read": pool.breakers.reads, f"{name}_write": pool.breakers.writes}
     counts, link, outbox, l1 = state.counts, state.link, state.outbox, state.l1
     usage = state.usage or Usage(0, 0, 0, 0)
     return {
@@ -45,8 +50,9 @@ def metrics_of(state: State) -> dict[str, Any]:
         "redis_calls_lookup": link.lookups.calls,
         "redis_calls_publish": link.publishes.calls,
         "redis_failures": dict(link.failures),
-        "breakers": {"walk": str(link.breakers.reads.state), "write": str(link.breakers.writes.state)},
-        "breaker_opened": link.breakers.opened,
+        "breakers": {name: str(breaker.state) for name, breaker in breakers.items()},
+        "breaker_opened": sum(breaker.opened for breaker in breakers.values()),
+        **{f"payload_failures_{name}": dict(pool.failures) for name, pool in pools.items()},
         "reconnects": dict(link.endpoint.renewals),
         "touches_dropped": outbox.touches.dropped,
         "retractions_waiting": outbox.waiting,
@@ -84,6 +90,8 @@ def metrics_of(state: State) -> dict[str, Any]:
         "staleness_under": counts["staleness_under"],
         "background_errors": counts["background_errors"],
         "epoch": link.epoch,
+        "l1_payload_bytes_used": tiers.payloads.cache.bytes,
+        "l1_payload_hits": tiers.payloads.cache.hits,
     }
 
 

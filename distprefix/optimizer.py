@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import sys
 import threading
 import time
@@ -18,39 +17,34 @@ from typing import Any, NoReturn, Self
 import redis
 
 from distprefix import operations
-from distprefix.background import Background, Schedule
+from distprefix.background import Background
 from distprefix.budget import maintain
 from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
-from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, NotAttachedError
+from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
 from distprefix.health import Health, health_of
 from distprefix.lookup import look_up, own_blocks, touch
 from distprefix.metrics import metrics_of
 from distprefix.model import CacheHitResult, PrefixEntry
 from distprefix.operations import Evicted, Swept
-from distprefix.prewarm import Prewarmed, candidates, prewarm, speculate
+from distprefix.prewarm import Prewarmed, candidates, prewarm
 from distprefix.publisher import Publisher
 from distprefix.redis.integrity import Report, check_integrity
-from distprefix.redis.metrics import withdraw_metrics, write_metrics
 from distprefix.redis.roster import Member, WorkerInfo, read_members
 from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
 from distprefix.results import pack_metadata
-from distprefix.staleness import check_samples
 from distprefix.state import State
-from distprefix.sweep import sweep
 from distprefix.tiers.loading import Asked, Loaded, load
 from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
+from distprefix.upkeep import Upkeep
 
 __all__ = ["PrefixCacheOptimizer"]
 
 _log = logging.getLogger("distprefix")
 _REGISTER_TIMEOUT_S = 5.0
-_SWEEP_TIMEOUT_S = 60.0
-_SWEEP_INTERVAL_S = 10.0
-_ROLE_INTERVAL_S = 1.0
 
 _open: weakref.WeakSet[PrefixCacheOptimizer] = weakref.WeakSet()
 
@@ -73,10 +67,7 @@ class PrefixCacheOptimizer:
         self._tiers = Tiers(self._state)
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
-        self._schedule = Schedule()
-        self._has_reported = False
-        self._instance = secrets.token_hex(4)
-        """Tells this cache from others of the same worker, as an engine's scheduler and its workers have one each."""
+        self._upkeep = Upkeep(self._state, self._tiers)
         self._closing = threading.Lock()
         """Taken once, by the thread that closes."""
         self._background: Background | None = None
@@ -409,21 +400,13 @@ class PrefixCacheOptimizer:
         Redis calls: 2 when there is nothing to do, else three more and one for 5 nodes of the tree.
         """
         self._state.check_usable()
-        link = self._state.link
-        return sweep(link.admin, link.keys, time.monotonic() + _SWEEP_TIMEOUT_S)
+        return self._upkeep.sweep()
 
     # Look into it
 
     def get_metrics(self) -> dict[str, Any]:
         """What happened so far in this process, and how large L1 is; docs/metrics.md has every name. No Redis call."""
-        cache = self._tiers.payloads.cache
-        metrics = metrics_of(self._state)
-        for name, pool in self._tiers.pools.items():
-            metrics["breakers"][f"{name}_read"] = str(pool.breakers.reads.state)
-            metrics["breakers"][f"{name}_write"] = str(pool.breakers.writes.state)
-            metrics["breaker_opened"] += pool.breakers.opened
-            metrics[f"payload_failures_{name}"] = dict(pool.failures)
-        return {**metrics, "l1_payload_bytes_used": cache.bytes, "l1_payload_hits": cache.hits}
+        return metrics_of(self._state, self._tiers)
 
     def health(self) -> Health:
         """What works now: walks, writes, and each server of payloads by itself. No Redis call; never raises."""
@@ -441,8 +424,7 @@ class PrefixCacheOptimizer:
         One call for 300 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
         """
         self._state.check_usable()
-        self._state.outbox.send()
-        self._state.link.refresh()
+        self._upkeep.flush()
 
     def close(self) -> None:
         """Send what waits, as `flush` does, and close. May be called again.
@@ -457,84 +439,24 @@ class PrefixCacheOptimizer:
         last = contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext()
         try:
             with last:
-                self.flush()
-                if self._has_reported:
-                    self._report_metrics(withdraw=True)
-                if self._state.link.lease_s:
-                    self._state.link.end_lease()
+                self._upkeep.end()
         finally:
             self._state.unusable = "this cache is closed: open another one"
             self._tiers.close()
             self._state.link.close()
 
-    def _work(self) -> None:
-        try:
-            self._do_what_is_due()
-        except Exception:  # noqa: BLE001 - the thread must go on, whatever it met
-            if not self._state.unusable:
-                self._state.counts["background_errors"] += 1
-                _log.exception("the background of %s failed", self.config.holder)
-
-    def _do_what_is_due(self) -> None:
-        if self._state.unusable:
-            return
-        self._tiers.probe_servers()
-        check_samples(self._state)
-        speculate(self._state)
-        self._tiers.promote_waiting()
-        self._keep_in_touch()
-        if self._schedule.is_due("demote", self.config.demote_interval_s):
-            self._tiers.demote_idle()
-        if self._schedule.is_due("maintain", self.config.maintain_interval_s):
-            try:
-                self.maintain()
-            except DistPrefixError:
-                self._state.counts["evictions_failed"] += 1
-
-    def _keep_in_touch(self) -> None:
-        """Know what others did, and let others know of this process."""
-        link = self._state.link
-        if self._schedule.is_due("role", _ROLE_INTERVAL_S):
-            link.check_role()
-        if self._schedule.is_due("heartbeat", link.lease_s / 3):
-            link.heartbeat()
-        if self._schedule.is_due("feed", self.config.feed_interval_s):
-            self._state.feed.poll()
-            if link.roster.has_leases:
-                link.refresh()
-        if link.lease_s and self._schedule.is_due("sweep", _SWEEP_INTERVAL_S):
-            self._sweep_quietly()
-        if self._schedule.is_due("touch", self.config.touch_interval_s):
-            self.flush()
-            self._report_metrics()
-
-    def _report_metrics(self, *, withdraw: bool = False) -> None:
-        link = self._state.link
-        name = f"{self.config.holder} {self._instance}"
-        with contextlib.suppress(DistPrefixError):
-            if withdraw:
-                withdraw_metrics(link.publishes, link.keys, name, link.publish_deadline())
-            else:
-                self._has_reported = True
-                write_metrics(link.publishes, link.keys, name, self.get_metrics(), link.publish_deadline())
-
-    def _sweep_quietly(self) -> None:
-        with contextlib.suppress(DistPrefixError):
-            swept = self.sweep()
-            self._state.counts["swept_coverage"] += swept.coverage
-            self._state.counts["swept_chunks"] += swept.chunks
-
     def _begin_background(self) -> None:
-        config, lease_s = self.config, self._state.link.lease_s
-        intervals = (config.feed_interval_s, config.touch_interval_s, config.maintain_interval_s, lease_s / 3)
-        if not any(intervals):
+        interval_s = self._upkeep.interval_s
+        if not interval_s:
             return
-        interval_s = min(filter(None, intervals))
         if self._background is None:
             self._background = Background(self, PrefixCacheOptimizer._work, interval_s)
             self._state.wake = self._background.wake
         else:
             self._background.go_on_every(interval_s)
+
+    def _work(self) -> None:
+        self._upkeep.work()
 
 
 def _writable(buffer: Buffer) -> memoryview:

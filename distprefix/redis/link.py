@@ -77,7 +77,9 @@ class Link:
             raise
 
     def _attach(self, client: Client, deadline: float) -> None:
-        self.cold_is_elsewhere = attach(client, self.keys, self._config, deadline)
+        self.history = attach(client, self.keys, self._config, deadline)
+        """What the shard was when this process took its epoch."""
+        self.cold_is_elsewhere = self.history.cold_is_elsewhere
         member, asked = self._config.member, time.monotonic()
         self.epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
@@ -100,10 +102,12 @@ class Link:
     def look_up(self, operation: Generator[Call, Any, T], deadline: float) -> tuple[T | None, int]:
         """Run a look-up. Returns None when Redis failed, and the calls made."""
         sent: list[str] = []
+        epoch = self.epoch
         try:
             return run(operation, self.lookups, self.keys.meta, deadline, sent), len(sent)
         except NotAttachedError:
-            self.attached = False
+            if epoch == self.epoch:  # else another thread has attached anew meanwhile
+                self.attached = False
             raise
         except DistPrefixError:
             if self._config.strict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import NamespaceError, ScriptError
@@ -13,7 +13,7 @@ from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 
-__all__ = ["attach", "salt_check"]
+__all__ = ["Attached", "attach", "salt_check"]
 
 
 def salt_check(root: bytes) -> str:
@@ -35,10 +35,19 @@ def descriptor_of(config: PrefixCacheConfig) -> dict[str, str]:
     }
 
 
-def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> bool:
-    """Make the namespace, or compare with what it was made with. Two script calls.
+class Attached(NamedTuple):
+    """What a namespace was when a process attached to it."""
 
-    Returns whether its cold payloads lie on another server.
+    cold_is_elsewhere: bool
+    """Whether its cold payloads are on another server."""
+    created: str
+    """Tells the shard from another one of the same name."""
+    log: int
+    """Number of the newest log entry."""
+
+
+def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> Attached:
+    """Make the namespace, or compare with what it was made with. Two script calls.
 
     Raises NamespaceError and names every difference.
     """
@@ -89,7 +98,12 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
         if shard.get("cold", "0") != "0":
             raise NamespaceError(f"namespace {config.namespace!r} keeps cold payloads with the tree: pass no cold_url")
         client.command("HSET", keys.meta, "elsewhere", "1", deadline=deadline)
-    return bool(config.cold_url) or shard.get("elsewhere") == "1"
+    log = shard.get("log", "0")
+    return Attached(
+        bool(config.cold_url) or shard.get("elsewhere") == "1",
+        shard.get("created", ""),
+        int(log) if log.isdigit() else 0,
+    )
 
 
 def _texts(reply: Any) -> dict[str, str]:

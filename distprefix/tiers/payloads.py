@@ -43,10 +43,11 @@ class Payloads:
     def places(self, chains: Sequence[bytes], deadline: float) -> list[Places]:
         """Where the payloads of chains lie. One call for 4,096 chunks. Raises UnavailableError."""
         link = self.state.link
+        epoch = link.epoch
         try:
             return link.publish(operations.where(chains), deadline)
         except NotAttachedError:
-            link.attach_again(link.epoch, deadline)
+            link.attach_again(epoch, deadline)
             return [Places(array("I"), array("I"), ()) for _ in chains]
 
     def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False) -> list[int]:
