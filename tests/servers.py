@@ -166,10 +166,15 @@ def deployed(folder: Path, binary: str) -> Generator[int]:
 
 
 def free_port() -> int:
-    """A port that nobody has, outside the range from which systems take those of connections: it stays free a while."""
+    """A port that is free, outside the range from which systems take those of connections: it stays free a while.
+
+    Each worker of pytest-xdist has ports that no other worker of the same run takes.
+    """
     pick = SystemRandom()  # others, seeded alike, would pick the same
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = pick.randrange(20_000, 32_000)
+        port = pick.randrange(20_000 + worker % workers, 32_000, workers)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,22 +11,8 @@ from typing import Any
 import pytest
 
 from distprefix.redis.inspect import read_stats
+from tests.commands import run_cli
 from tests.servers import Backend
-
-
-def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `distprefix` in a process of its own, not on a terminal."""
-    program = "from distprefix.cli import main; main()"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("DISTPREFIX_")}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**env, "COLUMNS": "160"},
-        check=False,
-    )
 
 
 @pytest.fixture

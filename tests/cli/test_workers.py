@@ -19,7 +19,7 @@ import pytest
 
 from distprefix.cli.following import engines_of
 from distprefix.errors import ConfigError
-from tests.cli.test_cli import run_cli
+from tests.commands import run_cli
 from tests.contract.test_find import prompt
 from tests.fake_engine import FakeEngine
 from tests.followers import holders

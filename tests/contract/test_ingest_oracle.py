@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from distprefix.events.ingester import Engine, follower_of
 from distprefix.redis.client import Client
 from distprefix.redis.journal import RedisJournal
 from tests.followers import Kept, follow, holders
+from tests.lengths import short_or_long
 from tests.servers import Backend
 
 Path = tuple[int, ...]
@@ -745,14 +745,14 @@ def all_paths() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])
-def test_answers_are_the_oracles(real_server: Backend, size: int) -> None:
+@short_or_long("examples", 5, 25)
+def test_answers_are_the_oracles(real_server: Backend, size: int, examples: int) -> None:
     """Whatever engines, messages, followers and Redis go through, readers are told what an oracle says."""
 
     class OnThisServer(Histories):
         server = real_server
         block = size
 
-    examples = 10 if os.environ.get("CI") == "true" else 5
     run_state_machine_as_test(OnThisServer, settings=settings(max_examples=examples, stateful_step_count=25))
 
 

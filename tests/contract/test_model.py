@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distprefix import PrefixCacheOptimizer
+from tests.lengths import short_or_long
 from tests.servers import Backend
 
 Prefix = tuple[int, ...]
@@ -110,21 +111,33 @@ def play(backend: Backend, open_cache: Callable[[str], PrefixCacheOptimizer], st
             cache.close()
 
 
-@settings(max_examples=25)
-@given(steps=STEPS)
-def test_workers_see_what_the_model_says(any_server: Backend, steps: list[Any]) -> None:
+@short_or_long("examples", 10, 60)
+def test_workers_see_what_the_model_says(any_server: Backend, examples: int) -> None:
     """When L1 always asks Redis, results are exactly the model's: holders, lengths, block ids, and final counts."""
-    settings_: dict[str, Any] = {"chunk_size": 2, "max_run": 3, "l1_ttl_s": 0}
-    play(
-        any_server,
-        lambda worker: PrefixCacheOptimizer(any_server.config(worker, **settings_), client=any_server.client),
-        steps,
-    )
+    options: dict[str, Any] = {"chunk_size": 2, "max_run": 3, "l1_ttl_s": 0}
+
+    def new(worker: str) -> PrefixCacheOptimizer:
+        return PrefixCacheOptimizer(any_server.config(worker, **options), client=any_server.client)
+
+    @settings(max_examples=examples)
+    @given(steps=STEPS)
+    def check_histories(steps: list[Any]) -> None:
+        play(any_server, new, steps)
+
+    check_histories()
 
 
-@settings(max_examples=150)
-@given(steps=STEPS)
-def test_many_histories_on_one_server(real_server: Backend, steps: list[Any]) -> None:
+@short_or_long("examples", 40, 300)
+def test_many_histories_on_one_server(real_server: Backend, examples: int) -> None:
     """The same with more histories on the fastest server, and with runs as long as they like."""
-    settings_: dict[str, Any] = {"chunk_size": 2, "max_run": 256, "l1_ttl_s": 0}
-    play(real_server, lambda worker: PrefixCacheOptimizer(real_server.config(worker, **settings_)), steps)
+    options: dict[str, Any] = {"chunk_size": 2, "max_run": 256, "l1_ttl_s": 0}
+
+    def new(worker: str) -> PrefixCacheOptimizer:
+        return PrefixCacheOptimizer(real_server.config(worker, **options))
+
+    @settings(max_examples=examples)
+    @given(steps=STEPS)
+    def check_histories(steps: list[Any]) -> None:
+        play(real_server, new, steps)
+
+    check_histories()

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from distprefix import operations
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
+from tests.lengths import short_or_long
 from tests.payloads import ALWAYS, TIERS, cut, data, delete, flip, loaded, names, sound, where
 from tests.servers import Backend, Server
 
@@ -29,9 +30,6 @@ PROMPTS: dict[int, list[int]] = {
 
 
 WHICH = st.sampled_from(sorted(PROMPTS))
-
-
-EXAMPLES = 12
 
 
 _numbers = itertools.count()
@@ -117,7 +115,8 @@ class Histories(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("tier", TIERS[1:])
-def test_random_histories(real_server: Backend, second: Server, tier: str) -> None:
+@short_or_long("examples", 6, 40)
+def test_random_histories(real_server: Backend, second: Server, tier: str, examples: int) -> None:
     """Whatever happens, bytes are right or the hit is shorter, the tree is sound and no payload is left over."""
     machine: Any = lambda: Histories(real_server, second, tier)  # noqa: E731 - it is called without arguments
-    run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=18))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=18))

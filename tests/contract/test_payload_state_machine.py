@@ -20,6 +20,7 @@ from distprefix.redis.integrity import check_payloads
 from distprefix.tiers.elsewhere import Elsewhere
 from tests.contract.test_model import Prefix, tokens
 from tests.contract.test_state_machine import PROMPTS, WHO, Histories, Shard, prefixes
+from tests.lengths import short_or_long
 from tests.payloads import ALWAYS, TIERS, names, where
 from tests.servers import Backend, Server
 
@@ -170,7 +171,8 @@ class Payloads(Histories):
 
 
 @pytest.mark.parametrize("tier", TIERS[1:])
-def test_payloads_are_what_the_model_says(real_server: Backend, second: Server, tier: str) -> None:
+@short_or_long("examples", 4, 25)
+def test_payloads_are_what_the_model_says(real_server: Backend, second: Server, tier: str, examples: int) -> None:
     """Whatever three workers do with payloads and wherever they crash: no wrong byte, none lost, none left over."""
 
     class OnThisServer(Payloads):
@@ -178,4 +180,4 @@ def test_payloads_are_what_the_model_says(real_server: Backend, second: Server, 
         options = where(tier, second)
         cold_server = second.client() if tier == "elsewhere" else real_server.admin
 
-    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=12, stateful_step_count=30))
+    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=examples, stateful_step_count=30))

@@ -24,6 +24,7 @@ from distprefix import PrefixCacheOptimizer, budget, operations
 from distprefix.errors import UnavailableError
 from distprefix.reservations import Claim, Lease
 from tests.contract.test_model import Prefix, tokens
+from tests.lengths import short_or_long
 from tests.servers import Backend
 
 WORKERS = ("w1", "w2", "w3")
@@ -519,10 +520,11 @@ class Histories(RuleBasedStateMachine):
                     assert held <= self.model.held(holder.partition("/")[0], chunks)
 
 
-def test_the_shard_is_what_the_model_says(real_server: Backend) -> None:
+@short_or_long("examples", 10, 60)
+def test_the_shard_is_what_the_model_says(real_server: Backend, examples: int) -> None:
     """Whatever three workers do and wherever they crash: all is sound, exactly counted and found as the model says."""
 
     class OnThisServer(Histories):
         server = real_server
 
-    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=30, stateful_step_count=30))
+    run_state_machine_as_test(OnThisServer, settings=settings(max_examples=examples, stateful_step_count=30))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.cli.test_cli import run_cli
+from tests.commands import run_cli
 from tests.servers import Backend
 
 _ROOT = Path(__file__).parents[2]

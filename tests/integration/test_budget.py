@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from typing import Any
 import xxhash
 
 from distprefix import Chain, PrefixCacheConfig, PrefixCacheOptimizer
+from tests.lengths import short_or_long
 from tests.servers import Backend
 
-SECONDS = 60 if os.environ.get("CI") == "true" else 6
 PROCESSES = 4
 LONGEST = 120
 BUDGET = 600
@@ -107,7 +106,8 @@ def ever_published(results: list[dict[str, Any]]) -> dict[str, int]:
     return had
 
 
-def test_under_pressure_nothing_is_wrong_and_the_budget_holds(real_server: Backend) -> None:
+@short_or_long("seconds", 3, 60)
+def test_under_pressure_nothing_is_wrong_and_the_budget_holds(real_server: Backend, seconds: int) -> None:
     """Four processes at full speed: no exception, no holder or block id that never was, and a shard within bounds."""
     settings: dict[str, Any] = {
         **{"url": real_server.url, "namespace": real_server.namespace, "strict": True, "max_run": 16},
@@ -123,11 +123,11 @@ def test_under_pressure_nothing_is_wrong_and_the_budget_holds(real_server: Backe
     }
     command = [sys.executable, "-c", _WORK, json.dumps(settings)]
     processes = [
-        subprocess.Popen([*command, str(seed), str(SECONDS), ROOT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(seed), str(seconds), ROOT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for seed in range(PROCESSES)
     ]
     most, samples, admin = 0, 0, real_server.admin
-    while any(process.poll() is None for process in processes) and samples < 1000 * SECONDS:
+    while any(process.poll() is None for process in processes) and samples < 1000 * seconds:
         held: Any = admin.hget(real_server.keys.meta, "chunks")
         most, samples = max(most, int(held or 0)), samples + 1
         time.sleep(0.002)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +12,10 @@ import pytest
 
 from distprefix.replay.trace import read_trace
 from tests.integration.test_replay import _TRACES, _replay
+from tests.lengths import short_or_long
 
 TRACES = (("mooncake_conversation_b512", 512), ("taubench_airline_b16", 16), ("sharegpt_b16", 16))
 SHARES = (1, 5, 10)
-LIMIT = None if os.environ.get("CI") == "true" else 1500
-"""Requests of each trace; the gate takes all of them."""
 
 
 def lru_hit_rate(chains: Iterable[Sequence[int]], capacity: int) -> float:
@@ -54,18 +52,20 @@ def lru_hit_rate(chains: Iterable[Sequence[int]], capacity: int) -> float:
     return hits / asked
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
+@short_or_long("limit", 500, None)
 @pytest.mark.parametrize(("name", "block_size"), TRACES)
-def test_lru_is_the_reference_on_real_traces(name: str, block_size: int) -> None:
+def test_lru_is_the_reference_on_real_traces(name: str, block_size: int, limit: int | None) -> None:
     """On four nodes with trees of three sizes the hit rate is that of an exact leaf-first LRU, within 0.005."""
     found: list[Path] = sorted(_TRACES.glob(f"{name}*"))
     if not found:
         pytest.skip("the real traces are not here: set PREFIX_TRACES to their folder")
-    requests = read_trace(str(found[0]), LIMIT)
+    requests = read_trace(str(found[0]), limit)
     chains = [[i for first, count in request.runs for i in range(first, first + count)] for request in requests]
     unique = len({chunk for chain in chains for chunk in chain})
-    limit = ("--limit", str(LIMIT)) if LIMIT else ()
-    options = ("--block-size", str(block_size), "--nodes", "4", "--in-order", "--policy", "lru", *limit)
+    options = ["--block-size", str(block_size), "--nodes", "4", "--in-order", "--policy", "lru"]
+    if limit:
+        options += ["--limit", str(limit)]
 
     def measured(share: int) -> float:
         return _replay(str(found[0]), *options, "--capacity", f"{share}%")["hit_rate"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -24,21 +22,14 @@ from distprefix.redis.transfers import Sink
 from distprefix.tiers.elsewhere import Elsewhere
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
-from tests.integration.test_payload_stress import ROOT, everything_ends_well
+from tests.forks import ROOT, run_function
+from tests.integration.test_payload_stress import everything_ends_well
 from tests.payloads import ALWAYS, MIB, data, demote, loaded, meta, names
 from tests.servers import Backend, Server, find_server
 
-EVERY_STEP = os.environ.get("CI") == "true"
-"""Else one of each kind."""
 TOKENS, DROPPED = prompt(3), [9] * 8
 CLAIM_S = 0.5
-SCRIPTS = sorted(path.stem for path in (Path(ROOT) / "lua").glob("*.lua"))
-_CHILD = """
-import json, sys
-sys.path.insert(0, sys.argv[4])
-from tests.integration.test_payload_crashes import act
-act(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
-"""
+SCRIPTS = sorted(path.stem for path in (ROOT / "lua").glob("*.lua"))
 _WANTED = {
     ("demote", "here"): {"idle", "SET NX", "read", "write", "move", "DEL"},
     ("demote", "elsewhere"): {
@@ -73,8 +64,11 @@ class Steps:
         print(name, flush=True)  # noqa: T201 - the parent reads it
 
 
-def act(action: str, settings: dict[str, Any], last: int) -> None:
+def act() -> None:
     """What the child does: open a node, and die before the step `last` of a demotion, promotion or store."""
+    action = sys.argv[1]
+    settings: dict[str, Any] = json.loads(sys.argv[2])
+    last = int(sys.argv[3])
     node = PrefixCacheOptimizer(PrefixCacheConfig(**settings, worker_id="dies"))
     steps, (command, ask, write, read) = Steps(last), (Client.command, Elsewhere._ask, DataPool.set, DataPool.get)
     scripts = {load_script(name, with_flags=True).sha: name for name in SCRIPTS}
@@ -113,6 +107,7 @@ def act(action: str, settings: dict[str, Any], last: int) -> None:
         node.promote(TOKENS)
     else:
         node.store(TOKENS, bodies())
+    sys.stdout.flush()
     os._exit(0)
 
 
@@ -123,9 +118,8 @@ def run(action: str, backend: Backend, last: int, **settings: Any) -> list[str]:
         **{"lookup_timeout_s": 20, "publish_timeout_s": 20, "feed_interval_s": 0, "touch_interval_s": 0},
         **{"payload_timeout_s": 20.0 if action == "store" else CLAIM_S, **settings},
     }
-    command = [sys.executable, "-c", _CHILD, action, json.dumps(options), str(last), ROOT]
-    child = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert child.returncode == (0 if last < 0 else -signal.SIGKILL)
+    child = run_function(f"{__name__}:act", action, json.dumps(options), str(last), timeout_s=60)
+    assert child.returncode == (0 if last < 0 else -signal.SIGKILL), child.stderr
     return child.stdout.split("\n")[:-1]
 
 
@@ -168,7 +162,12 @@ def second() -> Iterator[Server]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tier", ["here", "elsewhere"])
 @pytest.mark.parametrize("action", ["demote", "promote", "store"])
-def test_a_node_is_killed_before_any_step(real_server: Backend, second: Server, action: str, tier: str) -> None:
+@pytest.mark.parametrize(
+    "every_step", [pytest.param(False, id="each-kind"), pytest.param(True, id="every-step", marks=pytest.mark.long)]
+)
+def test_a_node_is_killed_before_any_step(
+    real_server: Backend, second: Server, action: str, tier: str, every_step: bool
+) -> None:
     """Whatever was the last thing that it sent, another node has right bytes, finishes the work, and nothing leaks."""
     options: dict[str, Any] = {"cold_url": second.url} if tier == "elsewhere" else {}
     cold = second.client() if tier == "elsewhere" else None
@@ -185,7 +184,7 @@ def test_a_node_is_killed_before_any_step(real_server: Backend, second: Server, 
         if last < 0:
             steps = done
             assert set(steps) >= _WANTED[action, tier]
-            todo = list(range(len(steps))) if EVERY_STEP else sorted({steps.index(name) for name in steps})
+            todo = list(range(len(steps))) if every_step else sorted({steps.index(name) for name in steps})
         else:
             assert len(done) == last
         found = loaded(node, TOKENS)

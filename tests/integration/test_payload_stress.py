@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -20,12 +19,12 @@ from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.errors import DistPrefixError
 from distprefix.redis.integrity import check_payloads
 from tests.contract.test_tree import heads
+from tests.lengths import short_or_long
 from tests.payloads import MIB, data, names
 from tests.servers import Backend, Server, find_server
 
 __all__ = ["everything_ends_well"]
 
-SECONDS = 60 if os.environ.get("CI") == "true" else 6
 BUDGET = 40
 ROOT = str(Path(__file__).parents[2])
 NEVER = 1e6
@@ -163,9 +162,10 @@ def second() -> Iterator[Server]:
     server.stop()
 
 
-@pytest.mark.timeout(60 + 3 * SECONDS)
+@pytest.mark.timeout(300)
+@short_or_long("seconds", 3, 60)
 @pytest.mark.parametrize("tier", ["here", "elsewhere"])
-def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, tier: str) -> None:
+def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, tier: str, seconds: int) -> None:
     """A node that stores and loads what another one evicts and moves: no error, right bytes, leases kept, no leak."""
     settings: dict[str, Any] = {
         **{"url": real_server.url, "namespace": real_server.namespace, "strict": True, "max_run": 6, "chunk_size": 4},
@@ -174,7 +174,8 @@ def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, t
         **{"feed_interval_s": 0.02, "touch_interval_s": 0.05, "cold_timeout_s": 0.0, "demote_interval_s": 0.1},
         **({"cold_url": second.url} if tier == "elsewhere" else {}),
     }
-    seconds = SECONDS if tier == "here" else max(6, SECONDS // 3)
+    if tier == "elsewhere":
+        seconds = max(3, seconds // 3)
     nodes = [
         subprocess.Popen(
             [sys.executable, "-c", _WORK, role, json.dumps(settings), str(seconds), ROOT],
@@ -184,7 +185,7 @@ def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, t
         )
         for role in ("mover", "user")
     ]
-    outputs = [node.communicate(timeout=60 + 2 * SECONDS)[0] for node in nodes]
+    outputs = [node.communicate(timeout=60 + 2 * seconds)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0]
     mover, user = map(json.loads, outputs)
     assert (mover["wrong"], user["wrong"]) == ([], [])

@@ -11,7 +11,7 @@ import pytest
 
 from distprefix.errors import TraceError
 from distprefix.replay.trace import ideal_hits, read_trace
-from tests.cli.test_cli import run_cli
+from tests.commands import run_cli
 from tests.servers import Server
 
 _TRACES = Path(os.environ.get("PREFIX_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
