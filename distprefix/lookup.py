@@ -28,7 +28,9 @@ def look_up(
 ) -> CacheHitResult:
     """See `PrefixCacheOptimizer.find_longest_cache_hit`."""
     began = time.perf_counter_ns()
-    prompt = state.read(token_ids).within(max_cache_hit_length, state.config.chunk_size)
+    prompt = state.read(token_ids)
+    if max_cache_hit_length is not None:
+        prompt = prompt.within(max_cache_hit_length, state.config.chunk_size)
     now = time.monotonic()
     deadline = now + state.config.lookup_timeout_s
     with state.lock:
@@ -158,7 +160,7 @@ def _conclude(
         _make_blocks=make_blocks,
         _reservations=state.reservations,
         _prompt=prompt,
-        _again=partial(look_up, state, prompt.tokens, max_cache_hit_length=prompt.chunks * size),
+        _again=partial(look_up, state, prompt.tokens, None, prompt.chunks * size),
     )
 
 

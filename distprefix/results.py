@@ -35,8 +35,8 @@ def entry_of(
     end = (depth - node.start) * HASH_BYTES
     name = node.hashes[end - HASH_BYTES : end]
     ends_here = node.value is not None and node.value.stop == depth
-    touch = partial(touches.add, path)
-    return partial(_make_entry, node.value, name, depth * chunk_size, node.recent, tier, touch, used_now, ends_here)
+    tokens = depth * chunk_size
+    return partial(_make_entry, node.value, name, tokens, node.recent, tier, touches, path, used_now, ends_here)
 
 
 def _make_entry(
@@ -45,7 +45,8 @@ def _make_entry(
     num_tokens: int,
     hits: int,
     tier: CacheTier,
-    touch: Callable[[], None],
+    touches: Touches,
+    path: Sequence[Node],
     used_now: bool,
     ends_here: bool,
     blocks: tuple[int, ...],
@@ -59,7 +60,7 @@ def _make_entry(
         created_at=snapshot.created / 1000 if snapshot else 0.0,
         last_access=time.time() if used_now or not snapshot else snapshot.accessed / 1000,
         metadata=_unpack_metadata(snapshot.metadata) if snapshot and ends_here else None,
-        _on_touch=touch if snapshot else None,
+        _on_touch=partial(touches.add, path) if snapshot else None,
     )
 
 

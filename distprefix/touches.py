@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.l1 import Node
@@ -15,7 +15,8 @@ __all__ = ["Touches"]
 _MAX_PATHS = 20_000
 
 
-class _Use(NamedTuple):
+@dataclass(slots=True)
+class _Use:
     """Uses of a path: of a node and of all its ancestors."""
 
     heads: tuple[bytes, ...]
@@ -43,7 +44,8 @@ class Touches:
         with self._lock:
             known = self._uses.get(snapshot.head)
             if known is not None:
-                self._uses[snapshot.head] = _Use(known.heads, known.hits + 1, now)
+                known.hits += 1
+                known.used = now
                 return
         self._add(_heads_of(path), 1, now)
 
@@ -75,11 +77,14 @@ class Touches:
     def _add(self, heads: tuple[bytes, ...], hits: int, used: float) -> None:
         with self._lock:
             known = self._uses.get(heads[-1])
-            if known is None and len(self._uses) >= _MAX_PATHS:
+            if known is not None:
+                known.heads = heads  # nodes may have been split since
+                known.hits += hits
+                known.used = used
+            elif len(self._uses) < _MAX_PATHS:
+                self._uses[heads[-1]] = _Use(heads, hits, used)
+            else:
                 self.dropped += 1
-                return
-            before = known.hits if known is not None else 0
-            self._uses[heads[-1]] = _Use(heads, before + hits, used)
 
 
 def _heads_of(path: Sequence[Node]) -> tuple[bytes, ...]:
