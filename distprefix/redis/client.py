@@ -47,6 +47,10 @@ _STALE_S = 10.0
 """A connection that rested for so long is asked whether it still leads anywhere: a balancer may have forgotten it."""
 _PROBE_S = 0.05
 """The longest that such a question may take, at most a third of the caller's deadline."""
+_PATIENCE_S = 2.0
+"""A call with more time than this is not left to a connection that may lead nowhere: ..."""
+_ANSWER_S = 1.0
+"""... after so long without an answer it is sent again, once, over a new connection."""
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
@@ -70,6 +74,10 @@ _CAUSES: tuple[tuple[type[Exception], str], ...] = (
 
 # What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
 _NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
+
+
+class _SilentError(Exception):
+    """A connection has not brought an answer for so long that it may lead nowhere."""
 
 
 class _NoFlagsError(Exception):
@@ -252,20 +260,30 @@ class Client:
             raise self._failure("breaker open", "Redis failed repeatedly and is left alone for a moment")
         if deadline <= time.monotonic():
             raise self._failure("deadline", "the deadline passed before Redis could be asked")
+        try:
+            return self._send(args, deadline, breaker)
+        except _SilentError:  # scripts and commands may run twice, so it is sent again, over a new connection
+            return self._send(args, deadline, breaker, is_repeated=True)
+
+    def _send(self, args: tuple[Any, ...], deadline: float, breaker: Breaker, *, is_repeated: bool = False) -> Any:
         generation = self.endpoint.generation
+        until = deadline
+        began = time.monotonic()
         try:
             connection = self._take(deadline)
         except (redis.RedisError, OSError) as error:
-            self._break(self.breakers.reads)  # what cannot be reached answers neither kind
-            self._break(self.breakers.writes)
+            self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
+            self._break(self.breakers.writes, began)
             raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
-        _current.deadline = deadline
+        if deadline - began > _PATIENCE_S and not is_repeated:
+            until = time.monotonic() + _ANSWER_S
+        _current.deadline = until
         healthy = False
         try:
             with self._count:
                 self.calls += 1
             connection.send_command(*_words(args))
-            reply = connection.read_response(timeout=max(0.001, deadline - time.monotonic()))
+            reply = connection.read_response(timeout=max(0.001, until - time.monotonic()))
             healthy = True
         except NoScriptError:
             healthy = True
@@ -282,10 +300,13 @@ class Client:
                 raise _NoFlagsError from error
             raise self._refused(error, breaker) from error
         except (redis.TimeoutError, TimeoutError) as error:
-            self._break(breaker)
+            if until < deadline:
+                self.failures["silent connection"] += 1
+                raise _SilentError from error
+            self._break(breaker, began)
             raise self._failure("timeout", f"no answer in time: {error}") from error
         except (redis.RedisError, OSError) as error:
-            self._break(breaker)
+            self._break(breaker, began)
             raise self._failure("connection", f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
@@ -367,9 +388,10 @@ class Client:
             with contextlib.suppress(IndexError):
                 self.redis.connection_pool.release(self._idle.pop()[0])
 
-    def _break(self, breaker: Breaker) -> None:
+    def _break(self, breaker: Breaker, began: float = float("inf")) -> None:
+        """Count a failed call; one that took long opens the breaker at once, as the next would cost as much."""
         opened = breaker.opened
-        breaker.fail()
+        breaker.fail(at_once=time.monotonic() - began > _ANSWER_S)
         if breaker.opened != opened and not self._closed:
             _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
 

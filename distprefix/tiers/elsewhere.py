@@ -108,5 +108,7 @@ class Elsewhere:
     def _ask(self, deadline: float, *command: Any) -> Any:
         try:
             return self._server.command(*command, deadline=min(deadline, time.monotonic() + self._timeout_s))
-        except ScriptError:  # a key of another type: it has no parts
-            return 0
+        except ScriptError as error:
+            if "WRONGTYPE" in str(error):
+                return 0  # no payload, and so without parts
+            raise UnavailableError(f"the server of the cold tier refuses a command: {error}") from error
