@@ -40,6 +40,13 @@ class Found(NamedTuple):
     resume: int
     """Depth of the L2 head that a walk has to begin at."""
 
+    def path_to(self, depth: int) -> list[Node]:
+        """The path as far as the node that the chunk before `depth` is in."""
+        end = len(self.path)
+        while self.path[end - 1].start >= depth:
+            end -= 1
+        return self.path if end == len(self.path) else self.path[:end]
+
 
 class L1:
     """A tree of snapshots, bounded in bytes: leaves go first, hot ones last, each by age of use."""
@@ -259,11 +266,11 @@ class L1:
         first = next(node.start for node in path if node.stop > start)
         return b"".join(parts)[(start - first) * HASH_BYTES : (stop - first) * HASH_BYTES]
 
-    def touch(self, node: Node, now: float) -> None:
-        """The node was used: it and what lies above it stay longer."""
+    def touch(self, node: Node, now: float, hits: int = 1) -> None:
+        """The node was used: it and what precedes it stay longer."""
         node.accessed = now
-        node.hits += 1
-        node.recent += 1
+        node.hits += hits
+        node.recent += hits
 
     def clear(self) -> None:
         """Forget everything."""

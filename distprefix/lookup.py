@@ -129,7 +129,7 @@ def _conclude(
     make_entry = make_blocks = tier = None
     if matched:
         tier = CacheTier.HOT if l1_chunks == matched else CacheTier.WARM
-        path = _path_to(found.path, matched)
+        path = found.path_to(matched)
         node = path[-1]
         state.l1.touch(node, time.monotonic())
         state.outbox.touches.add(path)
@@ -179,17 +179,9 @@ def touch(state: State, prompt: Prompt, chunks: int) -> None:
     with state.lock:
         found = state.l1.find(prompt, now)
         if found.chunks:
-            path = _path_to(found.path, min(chunks, found.chunks))
+            path = found.path_to(min(chunks, found.chunks))
             state.l1.touch(path[-1], now)
             state.outbox.touches.add(path)
-
-
-def _path_to(path: list[Node], depth: int) -> list[Node]:
-    """The path as far as the node that the chunk before `depth` is in."""
-    end = len(path)
-    while path[end - 1].start >= depth:
-        end -= 1
-    return path if end == len(path) else path[:end]
 
 
 def _blocks_of(state: State, views: list[NodeView], holder: str) -> bytes:

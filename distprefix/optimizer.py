@@ -235,17 +235,23 @@ class PrefixCacheOptimizer:
         Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
         Raises InvalidInputError when a buffer has another size than its payload.
         """
-        return load(self._tiers.payloads, [self._asked(token_ids, into, first, most)])[0]
+        return load(self._tiers.payloads, [self._asked(token_ids, into, first, most)], requests=1)[0]
 
     def load_batch(
-        self, prompts: Iterable[tuple[Any, Sequence[Buffer] | None]], *, as_one: bool = False
+        self,
+        prompts: Iterable[tuple[Any, Sequence[Buffer] | None]],
+        *,
+        as_one: bool = False,
+        continues: bool = False,
     ) -> list[Loaded]:
         """As `load` for each of several prompts, or look-ups' results, with what to load into; read together.
 
-        `as_one`: they are parts of one request, which counts as one load.
+        `as_one`: they are parts of one request, which counts as one load. `continues`: of a request whose first load
+        was counted already.
         """
         asked = [self._asked(token_ids, into, 0, None) for token_ids, into in prompts]
-        return load(self._tiers.payloads, asked, as_one=as_one)
+        requests = min(1, len(asked)) if as_one else len(asked)
+        return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
     def find_stored(self, token_ids: Any) -> int:
         """How many leading chunks of a prompt have payloads, in either tier. One Redis call for 4,096 chunks.

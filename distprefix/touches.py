@@ -13,6 +13,8 @@ from distprefix.l1 import Node
 __all__ = ["Touches"]
 
 _MAX_PATHS = 20_000
+_ALONE = b"alone "
+"""Begins the names of nodes whose path is not known: under its head alone a node has its whole path."""
 
 
 @dataclass(slots=True)
@@ -36,29 +38,29 @@ class Touches:
         """Paths and nodes whose uses were lost, because too many waited or Redis failed."""
 
     def add(self, path: Sequence[Node]) -> None:
-        """Record a hit of the last node of a path, which begins at a root."""
-        snapshot = path[-1].value
-        if snapshot is None or not snapshot.head:
+        """Record a hit of a path that begins at a root, as far as Redis has its nodes."""
+        head = next((node.value.head for node in reversed(path) if node.value is not None and node.value.head), b"")
+        if not head:
             return
         now = time.monotonic()
         with self._lock:
-            known = self._uses.get(snapshot.head)
+            known = self._uses.get(head)
             if known is not None:
                 known.hits += 1
                 known.used = now
                 return
-        self._add(_heads_of(path), 1, now)
+        self._add(head, _heads_of(path), 1, now)
 
     def add_chunks(self, chain: bytes, starts: Sequence[int], hits: int = 1) -> None:
         """Record uses of the nodes that begin at these chunks of a chain; 0 hits move the last use alone."""
         if starts:
             heads = tuple(chain[start * HASH_BYTES : (start + 1) * HASH_BYTES] for start in starts)
-            self._add(heads, hits, time.monotonic())
+            self._add(heads[-1], heads, hits, time.monotonic())
 
     def add_node(self, head: bytes) -> None:
         """Record a hit of one node, whose path is not known."""
         if head:
-            self._add((head,), 1, time.monotonic())
+            self._add(_ALONE + head, (head,), 1, time.monotonic())
 
     def take(self) -> list[tuple[bytes, int, int]]:
         """All of them, as (head, hits, ms since the last use), each node once; they are the caller's now."""
@@ -74,15 +76,15 @@ class Touches:
         now = time.monotonic()
         return [(head, count, int(1000 * (now - used[head]))) for head, count in hits.items()]
 
-    def _add(self, heads: tuple[bytes, ...], hits: int, used: float) -> None:
+    def _add(self, name: bytes, heads: tuple[bytes, ...], hits: int, used: float) -> None:
         with self._lock:
-            known = self._uses.get(heads[-1])
+            known = self._uses.get(name)
             if known is not None:
                 known.heads = heads  # nodes may have been split since
                 known.hits += hits
                 known.used = used
             elif len(self._uses) < _MAX_PATHS:
-                self._uses[heads[-1]] = _Use(heads, hits, used)
+                self._uses[name] = _Use(heads, hits, used)
             else:
                 self.dropped += 1
 

@@ -34,7 +34,9 @@ for at = 2, #ARGV do
     local run, held, sizes, others = unpack(redis.call('HMGET', node_key(hex(chain, first)),
       'r', 'h:@warm', 'b:@warm', 'b:@cold'))
     local matched = run and #run % 16 == 0 and match(run, chain, first) or 0
-    starts[#starts + 1] = first
+    if matched > 0 then
+      starts[#starts + 1] = first
+    end
     whole = sizes_of(run, matched, held, sizes, others, warm, cold)
     first = first + matched
   end

@@ -43,7 +43,8 @@ class PartStore(EngineStore):
             loaded = cache.load(Chain.packed(chain), into, first=first).chunks
             good = [True] * loaded + [False] * (len(into) - loaded)
             if self._alone and loaded < len(into):
-                good[loaded:] = load_alone(cache, _hashes(chain, first + loaded, first + len(into)), into[loaded:])
+                rest = _hashes(chain, first + loaded, first + len(into))
+                good[loaded:] = load_alone(cache, rest, into[loaded:], continues=True)
             self._count("chunks_loaded", sum(good))
             return good
 

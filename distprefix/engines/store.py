@@ -249,10 +249,12 @@ def each_chunk(hashes: bytes) -> list[Chain]:
     return [Chain.packed(hashlib.sha256(chunk + _ALONE).digest()[:HASH_BYTES]) for chunk in chunks]
 
 
-def load_alone(cache: PrefixCacheOptimizer, hashes: bytes, into: Sequence[Buffer]) -> list[bool]:
-    """Load chunks that are each a chain of its own. Which of them are good."""
+def load_alone(
+    cache: PrefixCacheOptimizer, hashes: bytes, into: Sequence[Buffer], *, continues: bool = False
+) -> list[bool]:
+    """Load chunks that are each a chain of its own. Which of them are good. `continues`: as of `load_batch`."""
     wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(hashes), into, strict=True)]
-    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted, as_one=True)]
+    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted, as_one=True, continues=continues)]
 
 
 def store_alone(cache: PrefixCacheOptimizer, hashes: bytes, payloads: Sequence[Buffer]) -> list[bool]:

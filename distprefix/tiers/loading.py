@@ -107,11 +107,11 @@ class _Wanted(NamedTuple):
     want: Want
 
 
-def load(payloads: Payloads, asked: Sequence[Asked], *, as_one: bool = False) -> list[Loaded]:
-    """See `PrefixCacheOptimizer.load_batch`."""
+def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[Loaded]:
+    """See `PrefixCacheOptimizer.load_batch`. `requests`: as how many loads they count."""
     state = payloads.state
     deadline = payloads.deadline()
-    payloads.count("loads", 1 if as_one else len(asked))
+    payloads.count("loads", requests)
     loads = [_Load(state.chain(each.prompt)[: each.most * HASH_BYTES], each.into, each.first) for each in asked]
     try:
         places = payloads.places([each.hashes for each in loads], deadline)

@@ -69,16 +69,22 @@ class Payloads:
         return found
 
     def touch(self, prompt: Prompt, chain: bytes, places: Places, hits: int = 1) -> None:
-        """Record a use of all nodes that a chain passes, here and, with the next batch, in Redis. No call."""
+        """Record a use of the nodes that have a chain's payloads, here and, with the next batch, in Redis. No call.
+
+        A store is a use without `hits`. What has no payload is not used.
+        """
         state = self.state
-        state.outbox.touches.add_chunks(chain, places.starts, hits)
+        state.outbox.touches.add_chunks(chain, [start for start in places.starts if start < places.chunks], hits)
         with state.lock:
             now = time.monotonic()
-            path = state.l1.find(prompt, now).path
-            if path:
-                state.l1.touch(path[-1], now)
+            found = state.l1.find(prompt, now)
+            depth = min(places.chunks, found.chunks)
+            if depth:
+                state.l1.touch(found.path_to(depth)[-1], now, hits)
 
     def _count_lookups(self, asked: Sequence[int], found: Sequence[int], *, as_one: bool) -> None:
+        if not asked:
+            return
         lookups = len(asked)
         hits = sum(map(bool, found))
         chunks = sum(asked)

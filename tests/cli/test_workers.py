@@ -248,9 +248,9 @@ def test_pyzmq_is_asked_for() -> None:
 
 
 @contextlib.contextmanager
-def ingesting(backend: Backend, *options: str) -> Generator[subprocess.Popen[str]]:
-    """The command at work in a process of its own, with a JSON line now and then."""
-    program = "from distprefix.cli import main; main()"
+def ingesting(backend: Backend, *options: str, before: str = "") -> Generator[subprocess.Popen[str]]:
+    """The command at work in a process of its own, with a JSON line now and then; `before` is run first."""
+    program = f"{before}\nfrom distprefix.cli import main; main()"
     env = {name: value for name, value in os.environ.items() if not name.startswith("DISTPREFIX_")}
     command = [sys.executable, "-c", program, "ingest", *options, *where(backend), "--json", "--every", "0.2"]
     running = subprocess.Popen(
