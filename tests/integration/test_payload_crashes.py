@@ -42,7 +42,7 @@ act(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
 _WANTED = {
     ("demote", "here"): {"idle", "SET NX", "read", "write", "move", "DEL"},
     ("demote", "elsewhere"): {
-        *("idle", "SET NX", "read", "write", "move", "DEL", "HGETALL", "STRLEN", "PERSIST", "settled", "SRANDMEMBER"),
+        *("idle", "SET NX", "read", "write", "move", "DEL", "HGETALL", "GETRANGE", "PERSIST", "settled", "SRANDMEMBER"),
         *("EXPIRE", "dropped"),
     },
     ("promote", "here"): {"where", "read", "write", "move"},
