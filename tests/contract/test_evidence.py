@@ -75,7 +75,7 @@ class Scene:
         first = self.backend.keys.payload(self.chunk, cold=self.tier != "warm")
         if not part:
             return first
-        (found,) = self.server.scan_iter(match=f"{first}:*:{part}".replace("{", "\\{"), count=1000)
+        (found,) = self.server.scan_iter(match=f"{first}:*:{part}", count=1000)
         return found.decode()
 
     def answer_reads(self, answer: Answer) -> None:
