@@ -39,9 +39,13 @@ class Touches:
 
     def add(self, path: Sequence[Node]) -> None:
         """Record a hit of a path that begins at a root, as far as Redis has its nodes."""
-        head = next((node.value.head for node in reversed(path) if node.value is not None and node.value.head), b"")
-        if not head:
-            return
+        last = path[-1].value
+        head = last.head if last is not None else b""
+        if not head:  # not published yet: the use is one of what precedes it
+            heads = _heads_of(path)
+            if not heads:
+                return
+            head = heads[-1]
         now = time.monotonic()
         with self._lock:
             known = self._uses.get(head)

@@ -10,6 +10,8 @@ import redis
 
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
+from distprefix.tiers.envelope import HEADER_BYTES, MAX_PAYLOAD
+from distprefix.tiers.store import PART_BYTES
 
 __all__ = ["Report", "check_integrity", "check_payloads"]
 
@@ -45,20 +47,57 @@ class Report:
 def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = None) -> list[str]:
     """Every payload that the tree names is there with its size, and no other stays. Costs a SCAN and a call a key.
 
-    `cold`: the other server, where the cold ones lie on one. What waits in the trash may still be there.
+    `cold`: the other server, where the cold ones lie on one. What waits in the trash may still be there, and what waits
+    to be settled may still have a TTL.
     """
     trash: Any = client.execute_command("SMEMBERS", keys.trash)
+    waiting: Any = client.execute_command("HVALS", keys.unsettled)
     allowed = {chunk.decode() for chunk in trash}
+    unsettled = {chunks[at : at + 16].hex() for chunks in waiting for at in range(0, len(chunks), 16)}
     problems: list[str] = []
     for tier, kind, server in (("@warm", "kv", client), ("@cold", "cold", cold or client)):
         wanted = _wanted(client, keys, f"b:{tier}".encode())
-        there, staying = _there(server, keys, kind)
-        short = [chunk for chunk, size in wanted.items() if there.get(chunk, 0) != size]
-        problems += [f"{kind}:{chunk} has {there.get(chunk, 0)} bytes, not {wanted[chunk]}" for chunk in short]
-        problems += [
-            f"{kind}:{chunk} stays and belongs to nothing" for chunk in sorted(staying - set(wanted) - allowed)
-        ]
+        there = _there(server, keys, kind)
+        for chunk, size in wanted.items():
+            values = there.get(chunk, _Values())
+            found = values.whole
+            if found != size:
+                problems.append(f"{kind}:{chunk} has {found} bytes, not {size}")
+            expiring = values.named & (set(values.lengths) - values.staying)
+            if kind == "cold" and chunk in unsettled:
+                continue
+            problems += [f"{kind}:{chunk}{part} is named and has a TTL" for part in sorted(expiring)]
+        for chunk, values in sorted(there.items()):
+            named = values.named if chunk in wanted or chunk in allowed else set[str]()
+            lone = values.staying - named
+            problems += [f"{kind}:{chunk}{part} stays and belongs to nothing" for part in sorted(lone)]
     return problems
+
+
+@dataclass(slots=True)
+class _Values:
+    """The values of one chunk: the first is named "", the others ":<upload>:<number>"."""
+
+    lengths: dict[str, int] = field(default_factory=dict[str, int])
+    staying: set[str] = field(default_factory=set[str])
+    """Those without a TTL."""
+    header: bytes = b""
+
+    @property
+    def named(self) -> set[str]:
+        """The first value, and the parts of the upload that it names."""
+        named = {""}
+        if self.lengths.get("", 0) >= PART_BYTES and len(self.header) == HEADER_BYTES:
+            stored = int.from_bytes(self.header[16:20], "little")
+            parts = -(-(HEADER_BYTES + min(stored, MAX_PAYLOAD)) // PART_BYTES)
+            named |= {f":{self.header[20:28].hex()}:{number}" for number in range(1, parts)}
+        return named
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the payload that the first value names; 0 where a part is missing."""
+        named = self.named
+        return sum(self.lengths[part] for part in named) if named <= set(self.lengths) else 0
 
 
 def _wanted(client: redis.Redis, keys: Keys, column: bytes) -> dict[str, int]:
@@ -73,16 +112,23 @@ def _wanted(client: redis.Redis, keys: Keys, column: bytes) -> dict[str, int]:
     return wanted
 
 
-def _there(server: redis.Redis, keys: Keys, kind: str) -> tuple[dict[str, int], set[str]]:
-    """Chunks to the bytes that lie there, and those that have no end."""
-    there: dict[str, int] = {}
-    staying: set[str] = set()
-    for name in _scan(server, f"{keys.base}{kind}:"):
-        chunk = name.removeprefix(f"{keys.base}{kind}:").partition(":")[0]
-        there[chunk] = there.get(chunk, 0) + int(cast("Any", server.execute_command("STRLEN", name)))
+def _there(server: redis.Redis, keys: Keys, kind: str) -> dict[str, _Values]:
+    """Chunks to the values under their names."""
+    there: dict[str, _Values] = {}
+    base = f"{keys.base}{kind}:"
+    for name in _scan(server, base):
+        chunk, _, part = name.removeprefix(base).partition(":")
+        values = there.setdefault(chunk, _Values())
+        part = f":{part}" if part else ""
+        try:
+            values.lengths[part] = cast("int", server.execute_command("STRLEN", name))
+            if not part:
+                values.header = cast("bytes", server.execute_command("GETRANGE", name, 0, HEADER_BYTES - 1))
+        except redis.ResponseError:  # of another type
+            values.lengths[part] = 0
         if server.execute_command("PTTL", name) == -1:
-            staying.add(chunk)
-    return there, staying
+            values.staying.add(part)
+    return there
 
 
 def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Report:

@@ -181,7 +181,7 @@ def _disprove(payloads: Payloads, load: _Load, flaw: Flaw) -> None:
     evidence = Evidence(WARM if warm else COLD, warm or cold, flaw.header, flaw.digest)
     try:
         is_remote = store.cold and state.link.cold_is_elsewhere
-        if is_remote and flaw.reason == "missing" and not store.is_gone(Want(chunk, cold), payloads.deadline()):
+        if is_remote and not store.confirms(Want(chunk, cold), flaw, payloads.deadline()):
             payloads.count("evidence_refuted", 1)
             return
         disproved = state.link.publish(operations.disprove(run, evidence))

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from distprefix.errors import (
     ConfigError,
     DamagedPayloadError,
     InvalidInputError,
+    UnavailableError,
     UnreadablePayloadError,
 )
 from distprefix.redis.data import DataPool
@@ -37,7 +40,7 @@ PART_BYTES = 8 * 1024 * 1024
 _FIRST_TTL_MS = 600_000
 """What the tree does not come to name expires after so long: no process has to search for it."""
 _PART_TTL_MS = _FIRST_TTL_MS + 60_000
-"""Parts outlive the value that names them, so that a first value never stands alone."""
+"""Parts outlive the value that names them, however long it takes to write that: a first value never stands alone."""
 _GROUP_BYTES = 64 * 1024 * 1024
 _MAX_DIGEST_BYTES = 1024 * 1024
 """Longer values are compared by their header and length alone: a script must not read them."""
@@ -147,21 +150,32 @@ class PayloadStore:
             self._receive([place for reading in long for place in self._other_parts(reading)], deadline)
         return [reading.flaw or self._open(reading) for reading in readings]
 
-    def is_gone(self, want: Want, deadline: float) -> bool:
-        """Whether the server says of its own, as a primary of some standing, that a payload is not there.
+    def confirms(self, want: Want, flaw: Flaw, deadline: float) -> bool:
+        """Whether the server says of its own, as a primary of some standing, that a payload still is as it was seen.
 
-        A key of another type is no payload. Two short calls. Raises UnavailableError.
+        For a server whose values the tree's scripts cannot compare. A key of another type is no payload. Two short
+        calls; a read of the payload if it came whole and failed its check. Raises UnavailableError.
         """
-        kind = self.pool.ask([(b"TYPE", self._keys.payload(want.chunk.hex(), cold=self.cold).encode())], deadline)[0]
-        is_owner = self.pool.endpoint.identity.role in ("", "master") and self.pool.endpoint.is_settled
-        if not isinstance(kind, bytes) or not is_owner:
+        first = self._keys.payload(want.chunk.hex(), cold=self.cold).encode()
+        role, kind, header = self.pool.ask(
+            [(b"ROLE",), (b"TYPE", first), (b"GETRANGE", first, b"0", b"%d" % (HEADER_BYTES - 1))], deadline
+        )
+        said = role[0] if isinstance(role, list) else self.pool.endpoint.identity.role.encode()
+        is_owner = said in (b"", b"master") and self.pool.endpoint.is_settled
+        if not is_owner or not isinstance(kind, bytes):
             return False
         if kind != b"string":
-            return True
-        if want.size <= PART_BYTES:
+            return flaw.reason == "missing"
+        if flaw.header:
+            return self.read([want], deadline)[0] == flaw
+        if not isinstance(header, bytes) or (flaw.reason == "missing" and want.size <= PART_BYTES):
             return False
-        again = self.read([want], deadline)[0]
-        return isinstance(again, Flaw) and again.reason == "missing"
+        reading = _Reading(want, memoryview(header), memoryview(b""))
+        parts = self._other_parts(reading) if want.size > PART_BYTES else []
+        keys = [first, *(key.encode() for _, key, _ in parts)]
+        replies = self.pool.ask([(word, key) for key in keys for word in (b"TYPE", b"STRLEN")], deadline)
+        expected = [reading.length(0), *(reading.length(part) for _, _, part in parts)]
+        return _lengths_of(replies) not in (None, expected)
 
     def _other_parts(self, reading: _Reading) -> list[tuple[_Reading, str, int]]:
         """The parts that follow the first, as its header names them."""
@@ -208,15 +222,24 @@ class PayloadStore:
             yield _Sealed(chunk, upload, header, memoryview(body).cast("B"))
 
     def _write_group(self, group: Sequence[_Sealed], deadline: float) -> list[bool]:
+        """Write the parts, then the first values. What no first value comes to name is removed, or expires."""
         parts = [value for each in group for value in self._parts(each)]
         if parts:
-            self.pool.set(parts, deadline, ttl_ms=_PART_TTL_MS)
+            lasts_ms = _PART_TTL_MS + max(0, int(1000 * (deadline - time.monotonic())))
+            try:
+                self.pool.set(parts, deadline, ttl_ms=lasts_ms)
+            except UnavailableError:
+                self._discard(group, deadline)
+                raise
         firsts = [(self._keys.payload(each.chunk.hex(), cold=self.cold), each.first) for each in group]
         written = self.pool.set(firsts, deadline, ttl_ms=_FIRST_TTL_MS, only_new=True)
-        for each, is_new in zip(group, written, strict=True):
-            if not is_new and each.size > PART_BYTES:
-                self.pool.delete([key for key, _ in self._parts(each)], deadline)
+        self._discard([each for each, is_new in zip(group, written, strict=True) if not is_new], deadline)
         return written
+
+    def _discard(self, group: Sequence[_Sealed], deadline: float) -> None:
+        """Remove the parts of uploads that no first value names. One call for 512 parts; without it they expire."""
+        with suppress(UnavailableError):
+            self.pool.delete([key for each in group for key, _ in self._parts(each)], deadline)
 
     def _parts(self, sealed: _Sealed) -> Iterator[tuple[str, Sequence[Buffer]]]:
         """Keys and bytes of all parts but the first."""
@@ -286,6 +309,16 @@ def groups(items: Iterable[T], size_of: Callable[[T], int], least: int) -> Itera
             group, size = [], 0
     if group:
         yield group
+
+
+def _lengths_of(replies: Sequence[Any]) -> list[int] | None:
+    """Lengths from replies to TYPE and STRLEN in turn, 0 for what is no string; None where one was refused."""
+    lengths: list[int] = []
+    for kind, length in zip(replies[::2], replies[1::2], strict=True):
+        if not isinstance(kind, bytes) or (kind == b"string" and not isinstance(length, int)):
+            return None
+        lengths.append(length if kind == b"string" else 0)
+    return lengths
 
 
 def _body_of(want: Want) -> memoryview:
