@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from distprefix import PrefixCacheOptimizer
 from distprefix.redis.integrity import check_payloads
 from distprefix.tiers import moving
+from tests.lengths import short_or_long
 from tests.payloads import ALWAYS, KEYS, loaded, meta, names
 from tests.servers import Backend, Server, find_server
 from tests.stepping import KINDS, WHOLE, Cut, every_order, in_steps, interleave
@@ -24,15 +24,12 @@ _numbers = itertools.count()
 NEVER = 3600.0
 TOKENS = [7] * 4
 """One chunk."""
-EVERY_STEP = os.environ.get("CI") == "true"
-"""Else only those around the write of the first value."""
 STEPS = 6
 """More commands than a store of two values takes."""
 SIZE = 700
 """Bytes of a payload of two small parts."""
 CUTS = st.one_of(st.just(WHOLE), st.builds(Cut, st.integers(0, 14), st.sampled_from(KINDS)))
 ORDERS = st.lists(st.integers(0, 1), max_size=40)
-EXAMPLES = settings(max_examples=50)
 MINE, OTHER, THIRD = (Random(name).randbytes(SIZE) for name in ("mine", "other", "third"))
 
 
@@ -169,22 +166,24 @@ def test_two_writers_in_every_order(arena: Arena) -> None:
     assert count >= 70
 
 
-def test_two_writers_killed_before_every_command(arena: Arena) -> None:
+@short_or_long("every_step", short=False, long=True)
+def test_two_writers_killed_before_every_command(arena: Arena, every_step: bool) -> None:
     """Wherever two writers are killed, at most one upload is read, whole, and a third one stores at once."""
     if arena.options["encryption_keys"]:
         pytest.skip("the order of commands is the same with encryption: the random histories have it")
-    kills = [Cut(at) for at in (range(STEPS - 1) if EVERY_STEP else (2, 3))]
+    kills = [Cut(at) for at in (range(STEPS - 1) if every_step else (2, 3))]
     count = sum(
         every_order(lambda order, pair=pair: two_store(arena, pair, order))
         for pair in [*itertools.combinations_with_replacement(kills, 2), *((each, WHOLE) for each in kills)]
     )
-    assert count >= (500 if EVERY_STEP else 100)
+    assert count >= (500 if every_step else 100)
 
 
-def test_two_writers_cut_short_anyhow(arena: Arena) -> None:
+@short_or_long("examples", 10, 100)
+def test_two_writers_cut_short_anyhow(arena: Arena, examples: int) -> None:
     """Commands that are refused, or have an effect without an answer, leave at most one upload, whole."""
 
-    @EXAMPLES
+    @settings(max_examples=examples)
     @given(one=CUTS, other=CUTS, order=ORDERS)
     def histories(one: Cut, other: Cut, order: list[int]) -> None:
         two_store(arena, (one, other), order)
@@ -239,11 +238,12 @@ def two_move(arena: Arena, cuts: Sequence[Cut], order: Sequence[int], *, is_prom
     arena.clear()
 
 
+@short_or_long("examples", 10, 100)
 @pytest.mark.parametrize("is_promotion", [False, True])
-def test_two_movers_cut_short_anyhow(moving_arena: Arena, is_promotion: bool) -> None:
+def test_two_movers_cut_short_anyhow(moving_arena: Arena, is_promotion: bool, examples: int) -> None:
     """Two movers of one chunk, each cut short anyhow, lose nothing, and a third one moves it at the first try."""
 
-    @EXAMPLES
+    @settings(max_examples=examples)
     @given(one=CUTS, other=CUTS, order=ORDERS)
     def histories(one: Cut, other: Cut, order: list[int]) -> None:
         two_move(moving_arena, (one, other), order, is_promotion=is_promotion)
