@@ -16,6 +16,7 @@ from distprefix.errors import (
     StaleEpochError,
     UnavailableError,
 )
+from distprefix.health import Health
 from distprefix.model import CacheHitResult, CacheTier, Holder, PrefixEntry
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.radix import PrefixTree, RadixTreeNode
@@ -28,6 +29,7 @@ __all__ = [
     "DistPrefixError",
     "EmbeddedServerError",
     "ForkedProcessError",
+    "Health",
     "Holder",
     "InvalidInputError",
     "NamespaceError",

@@ -123,7 +123,7 @@ class PrefixCacheConfig:
     breaker_failures: int = 3
     """Failures in a row that stop this process from asking Redis for a while."""
     breaker_reset_s: float = 1.0
-    """How long, at first; doubles with every failed probe, up to 30 s."""
+    """How long, at first; doubles with every failed probe, up to 5 s."""
     strict: bool = False
     """Raise on the request path when Redis fails, instead of counting a miss. For tests."""
 

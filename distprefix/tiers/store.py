@@ -3,7 +3,7 @@
 A payload of up to 8 MiB is one value, written only where there is none. A longer one is several, and all of them are of
 one upload: the parts are written first, under names that no other upload has, and the first value, which names the
 upload, last and only where there is none. So a reader that has the first value reads the parts of its writer; what a
-writer left half done is in nobody's way and expires; and the writer that comes second removes its own parts.
+writer left half done hinders no other and expires; and the writer that comes second removes its own parts.
 """
 
 from __future__ import annotations
