@@ -24,7 +24,6 @@ from redis.exceptions import (
     BusyLoadingError,
     MasterDownError,
     NoScriptError,
-    OutOfMemoryError,
     ReadOnlyError,
 )
 from redis.retry import Retry
@@ -33,6 +32,7 @@ from distprefix import errors
 from distprefix.operations import Call
 from distprefix.redis.address import KEEPALIVE, Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
+from distprefix.redis.causes import cause_of_code
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.scripts import load_script
 from distprefix.redis.tls import Tls
@@ -307,7 +307,7 @@ class Client:
             raise self._failure("timeout", f"no answer in time: {error}") from error
         except (redis.RedisError, OSError) as error:
             self._break(breaker, began)
-            raise self._failure("connection", f"the connection failed: {error}") from error
+            raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
             self._put_back(connection, healthy=healthy)
@@ -400,26 +400,32 @@ class Client:
         return errors.UnavailableError(message)
 
     def _refused(self, error: redis.ResponseError, breaker: Breaker) -> errors.DistPrefixError:
-        code = str(error).split(" ", 1)[0]
+        code = _code_of(error)
         if code in _CODES:
             breaker.succeed()
             if code not in _HEALED:
                 self.failures[code] += 1
             return _CODES[code](str(error))
-        if isinstance(error, OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
+        cause = cause_of_code(code)
+        if code == "OOM" or "OOM" in str(error)[:80]:
             breaker.succeed()
             return self._failure(
                 "out of memory", "Redis is at maxmemory: nothing more is published until there is room"
             )
         if code in ("BUSY", "CLUSTERDOWN"):
             self._break(breaker)
-            return self._failure(code.lower(), str(error))
-        self.failures["refused"] += 1
+            return self._failure(cause, str(error))
+        self.failures[cause] += 1
         if code in ("ERR", "WRONGTYPE"):  # one damaged key says nothing of the server
             breaker.succeed()
         else:
             self._break(breaker)
         return errors.ScriptError(f"the server refused the call: {error}")
+
+
+def _code_of(error: redis.ResponseError) -> str:
+    """The first word of the server's reply, which redis-py takes from the message of the codes that it knows."""
+    return error.status_code or str(error).split(" ", 1)[0].lstrip("-")
 
 
 def _words(args: tuple[Any, ...]) -> list[Any]:
