@@ -317,8 +317,7 @@ class Client:
     def close(self) -> None:
         """Close the connections that rest, and log nothing more; those in use close when their call ends."""
         self._closed = True
-        self._empty()
-        self.redis.connection_pool.disconnect(inuse_connections=False)
+        self._end_idle()
 
     def _take(self, deadline: float) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
@@ -326,8 +325,7 @@ class Client:
             raise errors.ForkedProcessError
         if self._generation != self.endpoint.generation:
             self._generation = self.endpoint.generation
-            self._empty()
-            self.redis.connection_pool.disconnect(inuse_connections=False)
+            self._end_idle()
         try:
             connection, used = self._idle.pop()
         except IndexError:
@@ -364,8 +362,7 @@ class Client:
         except (redis.RedisError, OSError):
             self.failures["silent connection"] += 1
             connection.disconnect()
-            self._empty()
-            self.redis.connection_pool.disconnect(inuse_connections=False)
+            self._end_idle()
             return False
         except BaseException:  # interrupted: its answer may still come
             connection.disconnect()
@@ -381,12 +378,14 @@ class Client:
             return
         connection.disconnect()
         self.redis.connection_pool.release(connection)
-        self._empty()  # they lead to the same server
+        self._end_idle()  # they lead to the same server
 
-    def _empty(self) -> None:
+    def _end_idle(self) -> None:
+        """Close the connections that rest."""
         while self._idle:
             with contextlib.suppress(IndexError):
                 self.redis.connection_pool.release(self._idle.pop()[0])
+        self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _break(self, breaker: Breaker, began: float = float("inf")) -> None:
         """Count a failed call; one that took long opens the breaker at once, as the next would cost as much."""
