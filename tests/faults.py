@@ -93,6 +93,8 @@ class Relay:
             except OSError:
                 near.close()
                 continue
+            for each in (near, far):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             flow = _Flow(near, far)
             self._flows.append(flow)
             for source, sink in ((near, far), (far, near)):
