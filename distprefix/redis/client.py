@@ -168,16 +168,20 @@ def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = 
 
 def _admit(endpoint: Endpoint, connection: Any) -> None:
     """Greet the server and ask what it is. Two commands, one round trip."""
-    connection.on_connect()
-    for command in IDENTITY:
-        connection.send_command(*command)
-    replies: list[Any] = []
-    for _ in IDENTITY:
-        try:
-            replies.append(connection.read_response())
-        except redis.ResponseError:  # not permitted, or renamed
-            replies.append(None)
-    endpoint.admit(read_identity(*replies))
+    try:
+        connection.on_connect()
+        for command in IDENTITY:
+            connection.send_command(*command)
+        replies: list[Any] = []
+        for _ in IDENTITY:
+            try:
+                replies.append(connection.read_response())
+            except redis.ResponseError:  # not permitted, or renamed
+                replies.append(None)
+        endpoint.admit(read_identity(*replies))
+    except BaseException:
+        connection.disconnect()  # the pool would hand it out again as it is
+        raise
 
 
 def run(

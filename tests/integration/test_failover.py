@@ -170,6 +170,23 @@ def test_another_server_ends_older_connections(pair: Pair) -> None:
         assert loaded(fresh, [9] * 8) == data([9] * 8)
 
 
+def test_a_replica_is_never_asked(pair: Pair) -> None:
+    """Where the name leads to a replica only, no call is sent to it, however often one is tried; then all is well."""
+    cache = pair.open("w", feed_interval_s=0, touch_interval_s=0, breaker_failures=10_000)
+    assert is_published(cache, KNOWN)
+    with pair.first.client() as first:
+        first.replicaof("127.0.0.1", "1")
+        assert not is_published(cache, [7] * 8)  # refused: READONLY
+        for number in range(1, 6):
+            assert cache.find_longest_cache_hit([7] * 8).matched_chunks == 2  # as this process knows
+            assert not is_published(cache, [7] * 8)
+            assert cache.store([7] * 8, data([7] * 8)) == 0
+            assert cache.get_metrics()["redis_failures"] == {"readonly": 1, "replica": 3 * number}
+        first.replicaof("NO", "ONE")
+    assert is_published(cache, [7] * 8)
+    assert cache.store([7] * 8, data([7] * 8)) == 2
+
+
 def test_a_replica_is_no_url(pair: Pair) -> None:
     """Opening a cache on a replica is an error that says so."""
     pair.name.target = pair.second.port
