@@ -119,6 +119,18 @@ def test_only_writes_are_off(own_server: Server, how: str, cause: str, payload_c
         assert is_ok(cache)
 
 
+def test_a_report_of_evidence_keeps_the_deadline(own_server: Server) -> None:
+    """A load that finds a payload gone ends with its deadline, where the tree does not take the report of it."""
+    with PrefixCacheOptimizer(settings(own_server, publish_timeout_s=20.0)) as cache, own_server.client() as admin:
+        assert is_stored(cache, KNOWN)
+        admin.delete(*admin.keys("*:kv:*"))  # pyright: ignore[reportGeneralTypeIssues]
+        with refuse_writes(own_server, "pause"):
+            assert seconds_of(lambda: cache.load(KNOWN)) < PAYLOAD_S + MARGIN_S
+            assert cache.get_metrics()["trims_failed"] == 1
+        assert loaded(cache, KNOWN) == []
+        assert cache.get_metrics()["payloads_trimmed"] == 6
+
+
 def test_only_walks_are_off(own_server: Server) -> None:
     """Where scripts that read are refused, look-ups are off and publishes go on."""
     with PrefixCacheOptimizer(settings(own_server)) as cache, own_server.client() as admin:
