@@ -52,6 +52,8 @@ class Relay:
         self.target = target
         self.forgets_after: bytes | None = None
         """A flow that carries these bytes to the server is forgotten."""
+        self.cuts_after = 0
+        """A flow ends, in the middle of a reply, once the server has sent so many bytes on it; 0 for never."""
         self.accepted = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -103,8 +105,12 @@ class Relay:
                 thread.start()
 
     def _copy(self, flow: _Flow, source: socket.socket, sink: socket.socket) -> None:
+        sent = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 18):
+                sent += len(data)
+                if self.cuts_after and source is flow.far and sent > self.cuts_after:
+                    break
                 if self.forgets_after is not None and source is flow.near and self.forgets_after in data:
                     flow.is_forgotten = True
                 if not flow.is_forgotten:
