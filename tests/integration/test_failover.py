@@ -106,7 +106,7 @@ def test_all_find_the_new_primary(pair: Pair, stale: bool) -> None:
     assert reader.find_longest_cache_hit(KNOWN).matched_chunks == 6
     assert loaded(reader, KNOWN) == RIGHT
     pair.fail_over(stale=stale)
-    with PrefixCacheOptimizer(PrefixCacheConfig(url=pair.second.url, worker_id="fresh", chunk_size=4)) as fresh:
+    with pair.open("fresh", url=pair.second.url) as fresh:
         fresh.cache_prefix([7] * 8)
         assert fresh.store([8] * 8, data([8] * 8)) == 2
         wait_until(lambda: reader.find_longest_cache_hit([7] * 8).matched_chunks == 2)
@@ -157,7 +157,7 @@ def test_another_server_ends_older_connections(pair: Pair) -> None:
         wait_until(lambda: _replication(first)["master_repl_offset"] == _replication(second)["slave_repl_offset"])
         second.replicaof("NO", "ONE")
     pair.name.target = pair.second.port  # and the first server stays what it was
-    with PrefixCacheOptimizer(PrefixCacheConfig(url=pair.second.url, worker_id="fresh", chunk_size=4)) as fresh:
+    with pair.open("fresh", url=pair.second.url) as fresh:
         fresh.cache_prefix([7] * 8)
         assert cache.find_longest_cache_hit([7] * 8).matched_chunks == 0
         cache._tiers.payloads.warm.pool._drop_idle()
