@@ -277,7 +277,8 @@ def test_forgotten_connections_cost_one_probe(own_server: Server, monkeypatch: p
 
 def test_a_timeout_ends_idle_connections(own_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that waits in vain costs one deadline, however many connections rested beside it."""
-    with Relay(own_server.port) as relay, PrefixCacheOptimizer(settings(relay, breaker_failures=10_000)) as cache:
+    changes: dict[str, Any] = {"breaker_failures": 10_000, "lookup_timeout_s": 0.5}  # a longer failure opens it at once
+    with Relay(own_server.port) as relay, PrefixCacheOptimizer(settings(relay, **changes)) as cache:
         cache.cache_prefix(KNOWN)
         monkeypatch.setattr(control, "_STALE_S", 3600.0)  # no probe
         in_threads(lambda: cache.find_longest_cache_hit(KNOWN))
