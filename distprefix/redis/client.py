@@ -24,7 +24,6 @@ from redis.exceptions import (
     BusyLoadingError,
     MasterDownError,
     NoScriptError,
-    OutOfMemoryError,
     ReadOnlyError,
 )
 from redis.retry import Retry
@@ -33,6 +32,7 @@ from distprefix import errors
 from distprefix.operations import Call
 from distprefix.redis.address import KEEPALIVE, Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
+from distprefix.redis.causes import cause_of_code
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.scripts import load_script
 from distprefix.redis.tls import Tls
@@ -168,16 +168,20 @@ def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = 
 
 def _admit(endpoint: Endpoint, connection: Any) -> None:
     """Greet the server and ask what it is. Two commands, one round trip."""
-    connection.on_connect()
-    for command in IDENTITY:
-        connection.send_command(*command)
-    replies: list[Any] = []
-    for _ in IDENTITY:
-        try:
-            replies.append(connection.read_response())
-        except redis.ResponseError:  # not permitted, or renamed
-            replies.append(None)
-    endpoint.admit(read_identity(*replies))
+    try:
+        connection.on_connect()
+        for command in IDENTITY:
+            connection.send_command(*command)
+        replies: list[Any] = []
+        for _ in IDENTITY:
+            try:
+                replies.append(connection.read_response())
+            except redis.ResponseError:  # not permitted, or renamed
+                replies.append(None)
+        endpoint.admit(read_identity(*replies))
+    except BaseException:
+        connection.disconnect()  # the pool would hand it out again as it is
+        raise
 
 
 def run(
@@ -307,7 +311,7 @@ class Client:
             raise self._failure("timeout", f"no answer in time: {error}") from error
         except (redis.RedisError, OSError) as error:
             self._break(breaker, began)
-            raise self._failure("connection", f"the connection failed: {error}") from error
+            raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
             self._put_back(connection, healthy=healthy)
@@ -317,8 +321,7 @@ class Client:
     def close(self) -> None:
         """Close the connections that rest, and log nothing more; those in use close when their call ends."""
         self._closed = True
-        self._empty()
-        self.redis.connection_pool.disconnect(inuse_connections=False)
+        self._end_idle()
 
     def _take(self, deadline: float) -> _Connection:
         """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
@@ -326,8 +329,7 @@ class Client:
             raise errors.ForkedProcessError
         if self._generation != self.endpoint.generation:
             self._generation = self.endpoint.generation
-            self._empty()
-            self.redis.connection_pool.disconnect(inuse_connections=False)
+            self._end_idle()
         try:
             connection, used = self._idle.pop()
         except IndexError:
@@ -364,8 +366,7 @@ class Client:
         except (redis.RedisError, OSError):
             self.failures["silent connection"] += 1
             connection.disconnect()
-            self._empty()
-            self.redis.connection_pool.disconnect(inuse_connections=False)
+            self._end_idle()
             return False
         except BaseException:  # interrupted: its answer may still come
             connection.disconnect()
@@ -381,12 +382,14 @@ class Client:
             return
         connection.disconnect()
         self.redis.connection_pool.release(connection)
-        self._empty()  # they lead to the same server
+        self._end_idle()  # they lead to the same server
 
-    def _empty(self) -> None:
+    def _end_idle(self) -> None:
+        """Close the connections that rest."""
         while self._idle:
             with contextlib.suppress(IndexError):
                 self.redis.connection_pool.release(self._idle.pop()[0])
+        self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _break(self, breaker: Breaker, began: float = float("inf")) -> None:
         """Count a failed call; one that took long opens the breaker at once, as the next would cost as much."""
@@ -400,26 +403,32 @@ class Client:
         return errors.UnavailableError(message)
 
     def _refused(self, error: redis.ResponseError, breaker: Breaker) -> errors.DistPrefixError:
-        code = str(error).split(" ", 1)[0]
+        code = _code_of(error)
         if code in _CODES:
             breaker.succeed()
             if code not in _HEALED:
                 self.failures[code] += 1
             return _CODES[code](str(error))
-        if isinstance(error, OutOfMemoryError) or code in ("OOM", "-OOM") or "OOM" in str(error)[:80]:
+        cause = cause_of_code(code)
+        if code == "OOM" or "OOM" in str(error)[:80]:
             breaker.succeed()
             return self._failure(
                 "out of memory", "Redis is at maxmemory: nothing more is published until there is room"
             )
         if code in ("BUSY", "CLUSTERDOWN"):
             self._break(breaker)
-            return self._failure(code.lower(), str(error))
-        self.failures["refused"] += 1
+            return self._failure(cause, str(error))
+        self.failures[cause] += 1
         if code in ("ERR", "WRONGTYPE"):  # one damaged key says nothing of the server
             breaker.succeed()
         else:
             self._break(breaker)
         return errors.ScriptError(f"the server refused the call: {error}")
+
+
+def _code_of(error: redis.ResponseError) -> str:
+    """The first word of the server's reply, which redis-py takes from the message of the codes that it knows."""
+    return error.status_code or str(error).split(" ", 1)[0].lstrip("-")
 
 
 def _words(args: tuple[Any, ...]) -> list[Any]:

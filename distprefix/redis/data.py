@@ -18,6 +18,7 @@ from typing import Any
 from distprefix import errors
 from distprefix.redis.address import Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
+from distprefix.redis.causes import NOT_SERVING, cause_of_code
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.resp import RefusedError, Wire, WireError
 from distprefix.redis.transfers import ABSENT, REFUSED, STOP, Sink, Value, length_of, read_values, write_values
@@ -26,8 +27,6 @@ __all__ = ["REFUSED", "DataPool", "WriteError"]
 
 _HARMLESS = ("ERR", "OOM", "NOPERM")
 """Errors after which other calls may go well."""
-_NOT_SERVING = ("READONLY", "LOADING", "MASTERDOWN")
-"""Errors after which the connection may lead to the wrong server."""
 _FIRST_BYTE_S = 0.3
 """A connection that was used before and brings nothing for so long is taken for one that leads nowhere."""
 _STALE_S = 0.5
@@ -36,13 +35,6 @@ _PROBE_S = 0.3
 """The longest that such a question may take, and what asks a server that is off."""
 _PROBE_KEY = b"dp:probe"
 """Is removed, and never there: a write that needs no room."""
-_REASONS = {
-    "OOM": "out of memory",
-    "NOAUTH": "auth",
-    "WRONGPASS": "auth",
-    "NOPERM": "permission",
-    **{code: code.lower() for code in (*_NOT_SERVING, "ERR", "MISCONF", "NOREPLICAS", "WRONGTYPE")},
-}
 _UNLINK_KEYS = 512
 
 
@@ -311,8 +303,8 @@ class DataPool:
 
     def _note_refusal(self, error: RefusedError, breaker: Breaker | None = None, generation: int | None = None) -> int:
         """Count an error that the server answered with in place of a value. Returns the length that counts for it."""
-        self._count(_REASONS.get(error.code, "refused"))
-        if error.code in _NOT_SERVING:
+        self._count(cause_of_code(error.code))
+        if error.code in NOT_SERVING:
             self.endpoint.renew(error.code.lower(), generation)
         if error.code == "WRONGTYPE":
             return ABSENT  # so it says; whoever relies on that has to ask the owner again

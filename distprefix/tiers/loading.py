@@ -135,7 +135,7 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
             _read_all(payloads, again, deadline)
     for each in again:
         each.ended = _UNAVAILABLE  # wherever it was looked for it had just left
-    return [_finish(payloads, each) for each in loads]
+    return [_finish(payloads, each, deadline) for each in loads]
 
 
 def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
@@ -149,12 +149,12 @@ def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
     return load.place != before
 
 
-def _finish(payloads: Payloads, load: _Load) -> Loaded:
+def _finish(payloads: Payloads, load: _Load, deadline: float) -> Loaded:
     """Trim what is proved to be gone, have promoted what is cold, and count."""
     if load.ended is not None:
         payloads.count(f"payloads_{load.ended.reason}", 1)
         if load.ended.reason in _SUSPECT:
-            _disprove(payloads, load, load.ended)
+            _disprove(payloads, load, load.ended, deadline)
     if any(load.places.cold[load.first : load.stop]):
         payloads.to_promote.append(load.hashes[: load.stop * HASH_BYTES])
         payloads.state.wake()
@@ -163,7 +163,7 @@ def _finish(payloads: Payloads, load: _Load) -> Loaded:
     return Loaded(len(load.good), tuple(load.good))
 
 
-def _disprove(payloads: Payloads, load: _Load, flaw: Flaw) -> None:
+def _disprove(payloads: Payloads, load: _Load, flaw: Flaw, deadline: float) -> None:
     """Have the tree compare what was seen, twice, with what there is now; what is gone is trimmed with what follows.
 
     Any failure on the way is no evidence: the tree stays as it is.
@@ -181,10 +181,10 @@ def _disprove(payloads: Payloads, load: _Load, flaw: Flaw) -> None:
     evidence = Evidence(WARM if warm else COLD, warm or cold, flaw.header, flaw.digest)
     try:
         is_remote = store.cold and state.link.cold_is_elsewhere
-        if is_remote and not store.confirms(Want(chunk, cold), flaw, payloads.deadline()):
+        if is_remote and not store.confirms(Want(chunk, cold), flaw, deadline):
             payloads.count("evidence_refuted", 1)
             return
-        disproved = state.link.publish(operations.disprove(run, evidence))
+        disproved = state.link.publish(operations.disprove(run, evidence), min(deadline, state.link.publish_deadline()))
     except DistPrefixError:
         payloads.count("trims_failed", 1)
         return

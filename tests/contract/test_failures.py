@@ -221,7 +221,7 @@ def test_errors_are_misses(own_server: Server, cache: PrefixCacheOptimizer) -> N
         assert not cache.find_longest_cache_hit([6] * 8).hit
         cache.cache_prefix([6] * 8)
     assert cache.get_metrics()["publishes_dropped"] == 1
-    assert cache.get_metrics()["redis_failures"]["refused"] == 2
+    assert cache.get_metrics()["redis_failures"]["permission"] == 2
 
 
 class Impostor:

@@ -29,10 +29,12 @@ CLIENT = {
     "hincrby",
     "info",
     "ping",
+    "role",
     "scan",
     "script|load",
     "smembers",
     "srandmember",
+    "type",
     "zcard",
     "zrange",
 }
