@@ -63,7 +63,7 @@ class DataPool:
 
     def __init__(
         self,
-        where: Address | str,
+        where: Address | str | None,
         *,
         timeout_s: float,
         size: int = 4,
@@ -86,7 +86,7 @@ class DataPool:
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._idle: list[Wire] = []
         self._process = os.getpid()
-        self._address = address_of(where) if where else None
+        self._address = None if where is None else address_of(where)
 
     def get(self, keys: Sequence[str], sink: Sink, deadline: float, expected: Sequence[int] | None = None) -> list[int]:
         """Read values into what `sink` gives for each; returns their lengths, -1 where there is none.

@@ -103,7 +103,7 @@ class Tiers:
     def _new_pool(self, url: str, endpoint: Endpoint) -> DataPool:
         config = self._state.config
         breakers = new_breakers(config.breaker_failures, config.breaker_reset_s)
-        return DataPool(url, timeout_s=config.payload_timeout_s, endpoint=endpoint, breakers=breakers)
+        return DataPool(url or None, timeout_s=config.payload_timeout_s, endpoint=endpoint, breakers=breakers)
 
     def _tidy(self, deadline: float) -> None:
         if self._elsewhere is not None:
