@@ -30,7 +30,8 @@ class Touches:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
-        self._uses: dict[bytes, _Use] = {}
+        self._uses: dict[bytes | tuple[bytes, ...], _Use] = {}
+        """By the last node of a path that L1 knows, else by all heads of the path: one node may end several paths."""
         self.dropped = 0
         """Paths and nodes whose uses were lost, because too many waited or Redis failed."""
 
@@ -45,18 +46,18 @@ class Touches:
             if known is not None:
                 self._uses[snapshot.head] = _Use(known.heads, known.hits + 1, now)
                 return
-        self._add(_heads_of(path), 1, now)
+        self._add(snapshot.head, _heads_of(path), 1, now)
 
     def add_chunks(self, chain: bytes, starts: Sequence[int], hits: int = 1) -> None:
         """Record uses of the nodes that begin at these chunks of a chain; 0 hits move the last use alone."""
         if starts:
             heads = tuple(chain[start * HASH_BYTES : (start + 1) * HASH_BYTES] for start in starts)
-            self._add(heads, hits, time.monotonic())
+            self._add(heads, heads, hits, time.monotonic())
 
     def add_node(self, head: bytes) -> None:
         """Record a hit of one node, whose path is not known."""
         if head:
-            self._add((head,), 1, time.monotonic())
+            self._add((head,), (head,), 1, time.monotonic())
 
     def take(self) -> list[tuple[bytes, int, int]]:
         """All of them, as (head, hits, ms since the last use), each node once; they are the caller's now."""
@@ -72,14 +73,14 @@ class Touches:
         now = time.monotonic()
         return [(head, count, int(1000 * (now - used[head]))) for head, count in hits.items()]
 
-    def _add(self, heads: tuple[bytes, ...], hits: int, used: float) -> None:
+    def _add(self, key: bytes | tuple[bytes, ...], heads: tuple[bytes, ...], hits: int, used: float) -> None:
         with self._lock:
-            known = self._uses.get(heads[-1])
+            known = self._uses.get(key)
             if known is None and len(self._uses) >= _MAX_PATHS:
                 self.dropped += 1
                 return
             before = known.hits if known is not None else 0
-            self._uses[heads[-1]] = _Use(heads, before + hits, used)
+            self._uses[key] = _Use(heads, before + hits, used)
 
 
 def _heads_of(path: Sequence[Node]) -> tuple[bytes, ...]:
