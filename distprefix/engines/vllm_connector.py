@@ -73,7 +73,10 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """A request has the blocks to load into."""
-        if self._scheduler is not None and num_external_tokens:
+        if self._scheduler is None:
+            return
+        self._scheduler.admit(request, num_external_tokens)
+        if num_external_tokens:
             self._scheduler.load(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:

@@ -50,7 +50,7 @@ class Payloads:
             link.attach_again(epoch, deadline)
             return [Places(array("I"), array("I"), ()) for _ in chains]
 
-    def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False) -> list[int]:
+    def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False, is_counted: bool = True) -> list[int]:
         """How many leading chunks of each prompt have payloads, by the deadline of a look-up. 0 on failing."""
         state = self.state
         deadline = time.monotonic() + state.config.lookup_timeout_s
@@ -65,13 +65,19 @@ class Payloads:
             if state.config.strict:
                 raise
         finally:
-            self._count_lookups([prompt.chunks for prompt in prompts], found, as_one=as_one)
+            if is_counted:
+                self._count_lookups([prompt.chunks for prompt in prompts], found, as_one=as_one)
         return found
 
     def touch(self, prompt: Prompt, chain: bytes, places: Places, hits: int = 1) -> None:
-        """Record a use of all nodes that a chain passes, here and, with the next batch, in Redis. No call."""
+        """Record a use of all nodes that a chain passes, here and, with the next batch, in Redis. No call.
+
+        The node after the last payload, if there is one, was wanted and not served: its last use moves, without a hit.
+        """
         state = self.state
-        state.outbox.touches.add_chunks(chain, places.starts, hits)
+        served = [start for start in places.starts if start < places.chunks]
+        state.outbox.touches.add_chunks(chain, served, hits)
+        state.outbox.touches.add_chunks(chain, places.starts[len(served) :], 0)
         with state.lock:
             now = time.monotonic()
             path = state.l1.find(prompt, now).path
@@ -86,13 +92,17 @@ class Payloads:
             lookups = 1
             hits = min(hits, 1)
             chunks = max(*asked, len(asked))
+        self.count_lookups(lookups, hits, chunks, min(chunks, sum(found)))
+
+    def count_lookups(self, lookups: int, hits: int, chunks: int, chunks_hit: int) -> None:
+        """Count look-ups of payloads: those that hit, the chunks asked for, and those that were found."""
         with self.state.lock:
             counts = self.state.counts
             counts["lookups"] += lookups
             counts["hits"] += hits
             counts["hits_stored"] += hits
             counts["chunks"] += chunks
-            counts["chunks_hit"] += min(chunks, sum(found))
+            counts["chunks_hit"] += chunks_hit
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""
