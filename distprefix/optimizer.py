@@ -224,7 +224,13 @@ class PrefixCacheOptimizer:
         return store(self._tiers.payloads, wanted)
 
     def load(
-        self, token_ids: Any, into: Sequence[Buffer] | None = None, *, first: int = 0, most: int | None = None
+        self,
+        token_ids: Any,
+        into: Sequence[Buffer] | None = None,
+        *,
+        first: int = 0,
+        most: int | None = None,
+        was_looked_up: bool = False,
     ) -> Loaded:
         """The KV bytes of a prompt's leading chunks, as far as they are stored and good; of a look-up's result as well.
 
@@ -232,10 +238,13 @@ class PrefixCacheOptimizer:
         `into`: writable buffers, one a chunk wanted, filled without a copy where the payload is stored raw. Every
         payload is verified. The first that is missing, short or damaged ends the hit; the tree is told, and it is
         counted. What the buffers behind it hold then is undefined.
+        A load is a use, and a hit of the nodes it passes. One that follows a look-up is the same use: of a look-up's
+        result, or with `was_looked_up`, it adds no second hit.
         Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
         Raises InvalidInputError when a buffer has another size than its payload.
         """
-        return load(self._tiers.payloads, [self._asked(token_ids, into, first, most)], requests=1)[0]
+        asked = self._asked(token_ids, into, first, most, was_looked_up=was_looked_up)
+        return load(self._tiers.payloads, [asked], requests=1)[0]
 
     def load_batch(
         self,
@@ -243,29 +252,40 @@ class PrefixCacheOptimizer:
         *,
         as_one: bool = False,
         continues: bool = False,
+        was_looked_up: bool = False,
     ) -> list[Loaded]:
         """As `load` for each of several prompts, or look-ups' results, with what to load into; read together.
 
         `as_one`: they are parts of one request, which counts as one load. `continues`: of a request whose first load
         was counted already.
         """
-        asked = [self._asked(token_ids, into, 0, None) for token_ids, into in prompts]
+        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in prompts]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
-    def find_stored(self, token_ids: Any) -> int:
+    def find_stored(self, token_ids: Any, *, is_counted: bool = True) -> int:
         """How many leading chunks of a prompt have payloads, in either tier. One Redis call for 4,096 chunks.
 
+        It is a use of what is found, and counts as a look-up in `get_metrics`. Not `is_counted`: the caller knows later
+        how much of it is of use, and says so with `count_lookup`.
         0 when Redis fails, which is counted as a failed look-up. Raises what went wrong when `strict`.
         """
-        return self.find_stored_batch([token_ids])[0]
+        return self.find_stored_batch([token_ids], is_counted=is_counted)[0]
 
-    def find_stored_batch(self, prompts: Iterable[Any], *, as_one: bool = False) -> list[int]:
+    def find_stored_batch(self, prompts: Iterable[Any], *, as_one: bool = False, is_counted: bool = True) -> list[int]:
         """As `find_stored` for each of several prompts. One Redis call for 4,096 chunks of all together.
 
         `as_one`: they are parts of one request, which counts as one look-up.
         """
-        return self._tiers.payloads.find_stored([self._state.read(prompt) for prompt in prompts], as_one=as_one)
+        read = [self._state.read(prompt) for prompt in prompts]
+        return self._tiers.payloads.find_stored(read, as_one=as_one, is_counted=is_counted)
+
+    def count_lookup(self, chunks: int, chunks_hit: int) -> None:
+        """Count a look-up by `find_stored` as an engine does: chunks that it lacked, and those that it takes of them.
+
+        No Redis call.
+        """
+        self._tiers.payloads.count_lookups(1, int(chunks_hit > 0), chunks, chunks_hit)
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
         """Make cold what nobody used for so long, by default `cold_timeout_s`. Returns the chunks moved.
@@ -284,13 +304,23 @@ class PrefixCacheOptimizer:
         prompt = self._state.read(token_ids)
         return self._tiers.promote(prompt, timeout_s)
 
-    def _asked(self, token_ids: Any, into: Sequence[Buffer] | None, first: int, most: int | None) -> Asked:
-        prompt = self._state.read(token_ids.prompt if isinstance(token_ids, CacheHitResult) else token_ids)
+    def _asked(
+        self,
+        token_ids: Any,
+        into: Sequence[Buffer] | None,
+        first: int,
+        most: int | None,
+        *,
+        was_looked_up: bool,
+    ) -> Asked:
+        is_result = isinstance(token_ids, CacheHitResult)
+        prompt = self._state.read(token_ids.prompt if is_result else token_ids)
+        hits = 0 if is_result or was_looked_up else 1
         targets = None if into is None else [_writable(buffer) for buffer in into]
         most = prompt.chunks if most is None else min(most, prompt.chunks)
         if first < 0:
             raise InvalidInputError(f"first is {first}: it must be 0 or more")
-        return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first)
+        return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first, hits)
 
     # Keep it well
 

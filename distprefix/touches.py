@@ -13,8 +13,6 @@ from distprefix.l1 import Node
 __all__ = ["Touches"]
 
 _MAX_PATHS = 20_000
-_ALONE = b"alone "
-"""Begins the names of nodes whose path is not known: under its head alone a node has its whole path."""
 
 
 @dataclass(slots=True)
@@ -33,7 +31,8 @@ class Touches:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
-        self._uses: dict[bytes, _Use] = {}
+        self._uses: dict[bytes | tuple[bytes, ...], _Use] = {}
+        """By the last node of a path that L1 knows, else by all heads of the path: one node may end several paths."""
         self.dropped = 0
         """Paths and nodes whose uses were lost, because too many waited or Redis failed."""
 
@@ -59,12 +58,12 @@ class Touches:
         """Record uses of the nodes that begin at these chunks of a chain; 0 hits move the last use alone."""
         if starts:
             heads = tuple(chain[start * HASH_BYTES : (start + 1) * HASH_BYTES] for start in starts)
-            self._add(heads[-1], heads, hits, time.monotonic())
+            self._add(heads, heads, hits, time.monotonic())
 
     def add_node(self, head: bytes) -> None:
         """Record a hit of one node, whose path is not known."""
         if head:
-            self._add(_ALONE + head, (head,), 1, time.monotonic())
+            self._add((head,), (head,), 1, time.monotonic())
 
     def take(self) -> list[tuple[bytes, int, int]]:
         """All of them, as (head, hits, ms since the last use), each node once; they are the caller's now."""
@@ -80,15 +79,15 @@ class Touches:
         now = time.monotonic()
         return [(head, count, int(1000 * (now - used[head]))) for head, count in hits.items()]
 
-    def _add(self, name: bytes, heads: tuple[bytes, ...], hits: int, used: float) -> None:
+    def _add(self, key: bytes | tuple[bytes, ...], heads: tuple[bytes, ...], hits: int, used: float) -> None:
         with self._lock:
-            known = self._uses.get(name)
+            known = self._uses.get(key)
             if known is not None:
                 known.heads = heads  # nodes may have been split since
                 known.hits += hits
                 known.used = used
             elif len(self._uses) < _MAX_PATHS:
-                self._uses[name] = _Use(heads, hits, used)
+                self._uses[key] = _Use(heads, hits, used)
             else:
                 self.dropped += 1
 

@@ -72,7 +72,7 @@ def _watch(
 
 
 _COLUMNS = (
-    *("look/s", "hit%", "L1%", "hit tokens", "loads", "loaded", "cold", "stored"),
+    *("look-ups", "look/s", "hit%", "L1%", "hit tokens", "loads", "loaded", "cold", "stored"),
     *("pub/s", "drop", "evict", "full%", "stale%", "L1"),
 )
 
@@ -109,6 +109,7 @@ def _cells(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
 
     off = [name for name, state in now["breakers"].items() if state != "closed"]
     return [
+        f"{now['lookups']:,}",
         rate("lookups"),
         share("chunks_hit", "chunks_looked_up"),
         share("chunks_hit_l1", "chunks_hit"),

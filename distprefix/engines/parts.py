@@ -40,7 +40,7 @@ class PartStore(EngineStore):
         """Load chunks from `first` on into buffers. Which of them are good."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            loaded = cache.load(Chain.packed(chain), into, first=first).chunks
+            loaded = cache.load(Chain.packed(chain), into, first=first, was_looked_up=True).chunks
             good = [True] * loaded + [False] * (len(into) - loaded)
             if self._alone and loaded < len(into):
                 rest = _hashes(chain, first + loaded, first + len(into))

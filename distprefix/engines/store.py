@@ -89,15 +89,29 @@ class EngineStore:
 
     # What engines call
 
-    def look_up(self, chain: bytes) -> Future[int]:
-        """How many leading chunks of a chain, 16 bytes each, can be loaded. One Redis call."""
-        return self._submit(self._lookups, lambda cache: cache.find_stored(Chain.packed(chain)), 0)
+    def look_up(self, chain: bytes, *, is_counted: bool = True) -> Future[int]:
+        """How many leading chunks of a chain, 16 bytes each, can be loaded. One Redis call.
+
+        Not `is_counted`: the engine says with `count_lookup` what it makes of the answer.
+        """
+        return self._submit(
+            self._lookups, lambda cache: cache.find_stored(Chain.packed(chain), is_counted=is_counted), 0
+        )
+
+    def count_lookup(self, chunks: int, chunks_hit: int) -> None:
+        """Count a look-up: chunks that the engine lacked, and those that it takes. Nothing while Redis is absent."""
+        cache = self._opened
+        if cache is not None:
+            cache.count_lookup(chunks, chunks_hit)
 
     def load(self, chain: bytes, into: Sequence[Buffer], first: int) -> Future[int]:
-        """Load chunks from `first` on into buffers. How many of them are good, from the first on."""
+        """Load chunks from `first` on into buffers. How many of them are good, from the first on.
+
+        The look-up before it, in whichever process, counted as the hit.
+        """
 
         def work(cache: PrefixCacheOptimizer) -> int:
-            loaded = cache.load(Chain.packed(chain), into, first=first).chunks
+            loaded = cache.load(Chain.packed(chain), into, first=first, was_looked_up=True).chunks
             self._count("chunks_loaded", loaded)
             return loaded
 
@@ -219,7 +233,7 @@ class EngineStore:
             if self._opened is None and not self._closed and time.monotonic() >= self._next_try:
                 try:
                     self._opened = PrefixCacheOptimizer(self.config)
-                    _log.info("KV is shared in namespace %s", self.config.namespace)
+                    _log.info("KV is shared in namespace %s by %s", self.config.namespace, self._opened.config.holder)
                 except (ConfigError, UnavailableError, NamespaceError) as error:
                     self._next_try = time.monotonic() + _REOPEN_S
                     self._warn(error)
@@ -254,7 +268,8 @@ def load_alone(
 ) -> list[bool]:
     """Load chunks that are each a chain of its own. Which of them are good. `continues`: as of `load_batch`."""
     wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(hashes), into, strict=True)]
-    return [bool(loaded.chunks) for loaded in cache.load_batch(wanted, as_one=True, continues=continues)]
+    found = cache.load_batch(wanted, as_one=True, continues=continues, was_looked_up=True)
+    return [bool(loaded.chunks) for loaded in found]
 
 
 def store_alone(cache: PrefixCacheOptimizer, hashes: bytes, payloads: Sequence[Buffer]) -> list[bool]:

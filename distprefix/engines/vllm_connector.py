@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
+from distprefix.engines.vllm_plugin import log_as_vllm
 from distprefix.engines.vllm_scheduler import Scheduler, Step
 from distprefix.engines.vllm_worker import Worker
 
@@ -28,6 +29,7 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_as_vllm()
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_load_failure_policy != "recompute":
             # vLLM's default fails the request when a block cannot be loaded; a cache has no right to that.
@@ -73,7 +75,10 @@ class DistPrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """A request has the blocks to load into."""
-        if self._scheduler is not None and num_external_tokens:
+        if self._scheduler is None:
+            return
+        self._scheduler.admit(request, num_external_tokens)
+        if num_external_tokens:
             self._scheduler.load(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from typing import Any
 
 from distprefix.engines.identity import Identity, weights_of
 from distprefix.errors import ConfigError
 
-__all__ = ["identities_of", "identity_of", "platform", "worker_id_of"]
+__all__ = ["identities_of", "identity_of", "platform", "process_id_of", "worker_id_of"]
 
 
 def identities_of(vllm_config: Any, kv_cache_config: Any, chunk_size: int) -> list[Identity]:
@@ -51,9 +52,28 @@ def platform() -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}" if current_platform.is_cpu() else "device"
 
 
-def worker_id_of(part: str) -> str:
+def worker_id_of(vllm_config: Any) -> str:
+    """An engine's name, the same in its scheduler and in all its workers, so that their figures are added up.
+
+    It ends in `engine_id` of the kv-transfer-config; of vLLM's own, a random one, in its first digits.
+    """
+    engine = str(vllm_config.kv_transfer_config.engine_id)
+    drawn = re.fullmatch(r"([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f-]{22}(.*)", engine)
+    return _name(f"vllm-{_host()}-{''.join(drawn.groups()) if drawn else engine}")
+
+
+def process_id_of(part: str) -> str:
     """A name for one part of an engine's process."""
-    return f"vllm-{socket.gethostname()[:24]}-{os.getpid()}-{part}"
+    return _name(f"vllm-{_host()}-{os.getpid()}-{part}")
+
+
+def _host() -> str:
+    return socket.gethostname()[:24]
+
+
+def _name(text: str) -> str:
+    """As names of workers have to be."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:64]
 
 
 def _hashing_of(vllm_config: Any) -> str:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CONNECTOR", "TIER", "TIERING_SPEC", "register"]
+import logging
+
+__all__ = ["CONNECTOR", "TIER", "TIERING_SPEC", "log_as_vllm", "register"]
 
 CONNECTOR, TIER, TIERING_SPEC = "DistPrefixConnector", "distprefix", "DistPrefixTieringSpec"
 
@@ -16,6 +18,18 @@ def register() -> None:
     if CONNECTOR not in KVConnectorFactory._registry:  # noqa: SLF001 - registering twice raises
         KVConnectorFactory.register_connector(CONNECTOR, "distprefix.engines.vllm_connector", CONNECTOR)
     _register_tier()
+
+
+def log_as_vllm() -> None:
+    """Have our messages appear in vLLM's log, unless logging is configured for them. vLLM's logging has to be."""
+    ours = logging.getLogger("distprefix")
+    theirs = logging.getLogger("vllm")
+    if ours.handlers or ours.level != logging.NOTSET or not theirs.handlers:
+        return
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
+    ours.setLevel(theirs.level)
+    ours.propagate = theirs.propagate
 
 
 def _register_tier() -> None:

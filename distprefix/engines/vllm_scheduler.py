@@ -59,6 +59,8 @@ class _Tracked:
     """Once is enough: what failed would fail again."""
     saved: int = -1
     """Leading chunks that are stored, or being so; -1 before that is known."""
+    lacked: int | None = None
+    """Chunks that vLLM asked for and its own cache does not have; None when it has not asked."""
 
 
 class Scheduler:
@@ -67,7 +69,7 @@ class Scheduler:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: dict[str, Any]) -> None:
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         identities = identities_of(vllm_config, kv_cache_config, self._block_size)
-        own = {"worker_id": worker_id_of("scheduler"), **settings}
+        own = {"worker_id": worker_id_of(vllm_config), **settings}
         self._stores = [EngineStore(config_for(identity, own), threads=1) for identity in identities]
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[Transfer] = []
@@ -79,6 +81,7 @@ class Scheduler:
     def loadable(self, request: Any, computed: int) -> int | None:
         """Tokens that can be loaded beyond the computed ones; None while that is not known."""
         tracked = self._track(request)
+        tracked.lacked = (request.num_tokens - computed) // self._block_size
         if tracked.has_loaded:
             return 0
         stored = self._stored(tracked)
@@ -87,6 +90,14 @@ class Scheduler:
         # The last token has to be computed, to have something to sample from.
         most = min(stored, (request.num_tokens - 1) // self._block_size)
         return max(0, most * self._block_size - computed)
+
+    def admit(self, request: Any, tokens: int) -> None:
+        """A request was given blocks, and so many tokens are loaded: the look-up counts now, as vLLM counts it."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.lacked is not None and tracked.lookups:
+            for store in self._stores:
+                store.count_lookup(tracked.lacked, tokens // self._block_size)
+            tracked.lacked = None
 
     def load(self, request: Any, block_ids: tuple[list[int], ...], tokens: int) -> None:
         """Load so many tokens behind those that the request has computed, into its blocks."""
@@ -135,7 +146,9 @@ class Scheduler:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.preemptions != request.num_preemptions:
             count = len(request.block_hashes)
-            lookups = [store.look_up(_chain(request, count)) for store in self._stores] if count else []
+            lookups = (
+                [store.look_up(_chain(request, count), is_counted=False) for store in self._stores] if count else []
+            )
             tracked = _Tracked(request, lookups, time.monotonic(), request.num_preemptions)
             self._tracked[request.request_id] = tracked
         return tracked

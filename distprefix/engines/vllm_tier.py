@@ -28,7 +28,8 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from distprefix.engines.chains import GROUP_BYTES, KeyChains, Run
 from distprefix.engines.parts import PartStore
 from distprefix.engines.store import REST_S, config_for, rest
-from distprefix.engines.vllm_identity import worker_id_of
+from distprefix.engines.vllm_identity import process_id_of
+from distprefix.engines.vllm_plugin import log_as_vllm
 from distprefix.engines.vllm_tier_identity import chunk_tokens_of, tier_identity
 
 __all__ = ["EVENTS", "DistPrefixTier"]
@@ -77,12 +78,13 @@ class DistPrefixTier(SecondaryTierManager):
     ) -> None:
         """`settings`: as `config_for` takes them. `revision`: the model's. Raises ConfigError for wrong ones."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        log_as_vllm()
         self.locality = Locality.REMOTE if locality is None else Locality(locality)
         self._chunk_tokens = chunk_tokens_of(offloading_spec.config)
         configs = {
             group: config_for(
                 tier_identity(offloading_spec.config, group, revision),
-                {"worker_id": worker_id_of(f"tier-{group}"), **settings},
+                {"worker_id": process_id_of(f"tier-{group}"), **settings},
             )
             for group in self._chunk_tokens
         }

@@ -31,7 +31,7 @@ class Worker:
         self._block_size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         ranks = get_tp_group().rank_in_group, get_pp_group().rank_in_group
         identity = identity_of(vllm_config, kv_cache_config, self._block_size, *ranks)
-        self._store = EngineStore(config_for(identity, {"worker_id": worker_id_of("{}-{}".format(*ranks)), **settings}))
+        self._store = EngineStore(config_for(identity, {"worker_id": worker_id_of(vllm_config), **settings}))
         self._caches: PagedCaches | None = None
         self._loading: list[_Loading] = []
         self._saving: list[tuple[Transfer, Saving]] = []

@@ -40,6 +40,8 @@ class Asked(NamedTuple):
     """Chunks."""
     first: int = 0
     """Leading chunks that are not wanted."""
+    hits: int = 1
+    """Of the nodes passed; 0 for a prompt whose look-up counted already: the load moves the last use alone."""
 
 
 class Loaded(NamedTuple):
@@ -117,7 +119,7 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
         places = payloads.places([each.hashes for each in loads], deadline)
         for each, load, found in zip(asked, loads, places, strict=True):
             load.places = found
-            payloads.touch(each.prompt, load.hashes, found)
+            payloads.touch(each.prompt, load.hashes, found, each.hits)
     except DistPrefixError:
         payloads.count("loads_failed", len(loads))
         if state.config.strict:

@@ -50,7 +50,7 @@ class Payloads:
             link.attach_again(epoch, deadline)
             return [Places(array("I"), array("I"), ()) for _ in chains]
 
-    def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False) -> list[int]:
+    def find_stored(self, prompts: Sequence[Prompt], *, as_one: bool = False, is_counted: bool = True) -> list[int]:
         """How many leading chunks of each prompt have payloads, by the deadline of a look-up. 0 on failing."""
         state = self.state
         deadline = time.monotonic() + state.config.lookup_timeout_s
@@ -65,7 +65,8 @@ class Payloads:
             if state.config.strict:
                 raise
         finally:
-            self._count_lookups([prompt.chunks for prompt in prompts], found, as_one=as_one)
+            if is_counted:
+                self._count_lookups([prompt.chunks for prompt in prompts], found, as_one=as_one)
         return found
 
     def touch(self, prompt: Prompt, chain: bytes, places: Places, hits: int = 1) -> None:
@@ -92,13 +93,17 @@ class Payloads:
             lookups = 1
             hits = min(hits, 1)
             chunks = max(*asked, len(asked))
+        self.count_lookups(lookups, hits, chunks, min(chunks, sum(found)))
+
+    def count_lookups(self, lookups: int, hits: int, chunks: int, chunks_hit: int) -> None:
+        """Count look-ups of payloads: those that hit, the chunks asked for, and those that were found."""
         with self.state.lock:
             counts = self.state.counts
             counts["lookups"] += lookups
             counts["hits"] += hits
             counts["hits_stored"] += hits
             counts["chunks"] += chunks
-            counts["chunks_hit"] += min(chunks, sum(found))
+            counts["chunks_hit"] += chunks_hit
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""

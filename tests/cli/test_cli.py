@@ -151,7 +151,7 @@ def test_top_shows_the_fleet(real_server: Backend) -> None:
     assert "w1/0@gpu" in text
     assert "fleet" in run_cli("stats", *_where(real_server)).stdout
     cache.close()
-    assert "no worker has told of itself" in run_cli("top", *_where(real_server)).stdout
+    assert "no worker has reported" in run_cli("top", *_where(real_server)).stdout
 
 
 def test_maintain_evicts_and_repairs(published: tuple[Backend, str]) -> None:
