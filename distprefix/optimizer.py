@@ -281,10 +281,7 @@ class PrefixCacheOptimizer:
         return self._tiers.payloads.find_stored(read, as_one=as_one, is_counted=is_counted)
 
     def count_lookup(self, chunks: int, chunks_hit: int) -> None:
-        """Count a look-up by `find_stored` as an engine does: chunks that it lacked, and those that it takes of them.
-
-        No Redis call.
-        """
+        """Count a look-up by `find_stored` as engines do: chunks lacked, and those taken of them. No Redis call."""
         self._tiers.payloads.count_lookups(1, int(chunks_hit > 0), chunks, chunks_hit)
 
     def demote(self, idle_s: float | None = None, timeout_s: float = 60.0) -> int:
@@ -305,13 +302,7 @@ class PrefixCacheOptimizer:
         return self._tiers.promote(prompt, timeout_s)
 
     def _asked(
-        self,
-        token_ids: Any,
-        into: Sequence[Buffer] | None,
-        first: int,
-        most: int | None,
-        *,
-        was_looked_up: bool,
+        self, token_ids: Any, into: Sequence[Buffer] | None, first: int, most: int | None, *, was_looked_up: bool
     ) -> Asked:
         is_result = isinstance(token_ids, CacheHitResult)
         prompt = self._state.read(token_ids.prompt if is_result else token_ids)

@@ -141,8 +141,10 @@ class Ingest:
         command = [*self._command[:3], "lookup", "-", "--json", *more]
         command += ["--url", self.backend.url or "", "--namespace", self.backend.namespace]
         done = subprocess.run(command, input=json.dumps(list(prompt)), capture_output=True, text=True, check=False)
-        assert not done.stderr
-        return json.loads(done.stdout)["matched_tokens"]
+        matched = int(json.loads(done.stdout)["matched_tokens"])
+        assert ("has nothing of this prompt" in done.stderr) == (not matched)
+        assert matched == 0 or not done.stderr
+        return matched
 
     def _end(self, how: int) -> None:
         if self._process is not None:
@@ -328,7 +330,9 @@ from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from tests.followers import holders
 
 url, namespace, chunk_size, *tokens = sys.argv[1:]
-config = PrefixCacheConfig(url=url, namespace=namespace, chunk_size=int(chunk_size), worker_id="watcher", strict=True)
+config = PrefixCacheConfig(
+    url=url, namespace=namespace, chunk_size=int(chunk_size), worker_id="watcher", strict=True, lookup_timeout_s=1.0
+)
 prompt, seen, looks = list(map(int, tokens)), set(), 0
 with PrefixCacheOptimizer(config) as cache:
     while not select.select([sys.stdin], [], [], 0.01)[0]:
