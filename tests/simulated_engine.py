@@ -23,7 +23,7 @@ class SimulatedEngine:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.counted = Counter[str]()
         self.used = Counter[str]()
-        """Look-ups and loads that got anything of a prompt, by its number."""
+        """Look-ups that found anything of a prompt, by its number; loading what was looked up is no second hit."""
         self._store = EngineStore(PrefixCacheConfig(**settings))
 
     def __enter__(self) -> Self:
@@ -56,7 +56,6 @@ class SimulatedEngine:
         self.counted["payload_bytes_loaded"] += loaded * self.PAYLOAD_BYTES
         if self._store.metrics()["payload_bytes_loaded_cold"] > before:
             self.counted["payload_bytes_loaded_cold"] += loaded * self.PAYLOAD_BYTES
-        self.used[str(number)] += bool(loaded)
 
     def store(self, number: int, chunks: int) -> None:
         """Store a prompt."""

@@ -64,7 +64,8 @@ def _table(namespace: str, found: list[dict[str, Any]]) -> Table:
     for name in ("rank", "epoch", "lease"):
         table.add_column(name, justify="right")
     table.add_column("chunks held")
-    for name in ("look-ups", "hit tokens", "loads", "loaded", "stored"):
+    has_figures = any(any(one["figures"].values()) for one in found)  # workers that only publish events have none
+    for name in _FIGURES if has_figures else ():
         table.add_column(name, justify="right")
     table.add_column("events")
     table.add_column("model, address", overflow="fold")
@@ -73,9 +74,16 @@ def _table(namespace: str, found: list[dict[str, Any]]) -> Table:
         where = " ".join(filter(None, (one["model"], one["address"])))
         row = [one["worker"], str(one["rank"]), str(one["epoch"]), _lease(one["lease_left_s"]), chunks]
         table.add_row(
-            *row, *_figures(one["figures"]), _events(one["events"]), where, style="" if one["live"] else "dim"
+            *row,
+            *(_figures(one["figures"]) if has_figures else ()),
+            _events(one["events"]),
+            where,
+            style="" if one["live"] else "dim",
         )
     return table
+
+
+_FIGURES = ("look-ups", "hit tokens", "loads", "loaded", "stored")
 
 
 def _figures(figures: dict[str, int]) -> list[str]:

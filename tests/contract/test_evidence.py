@@ -34,8 +34,8 @@ ERRORS = {
     "READONLY You can't write against a read only replica.": "readonly",
     "MASTERDOWN Link with MASTER is down": "masterdown",
     "MISCONF Redis is configured to save RDB snapshots": "misconf",
-    "BUSY Redis is busy running a script": "refused",
-    "CLUSTERDOWN The cluster is down": "refused",
+    "BUSY Redis is busy running a script": "busy",
+    "CLUSTERDOWN The cluster is down": "clusterdown",
     "MOVED 3999 127.0.0.1:6381": "refused",
 }
 """What a server may say in place of a value, and how it is counted."""

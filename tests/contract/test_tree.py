@@ -163,9 +163,9 @@ def test_a_walk_goes_on_where_l1_stopped(any_server: Backend, monkeypatch: pytes
     sent: list[tuple[int, int]] = []
     walk = operations.walk
 
-    def spy(chain: bytes, start: int, blocks_of: str = "") -> Any:
+    def spy(chain: bytes, start: int, *args: Any, **more: Any) -> Any:
         sent.append((len(chain) // 16, start))
-        return walk(chain, start, blocks_of)
+        return walk(chain, start, *args, **more)
 
     monkeypatch.setattr(operations, "walk", spy)
     result = reader.find_longest_cache_hit(prompt(32))
