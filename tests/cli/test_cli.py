@@ -115,7 +115,7 @@ def test_exit_codes_tell_what_went_wrong(published: tuple[Backend, str], tmp_pat
         (2, "lookup_timeout_s", ("stats", "--url", f"{backend.url}?socket_timeout=5"), ""),
         (2, "database 99", ("tree", "--url", f"{backend.url}?db=99"), ""),
         (1, "name yours with --url", ("stats",), ""),
-        (1, "there are: .*" + backend.namespace, ("tree", "--url", backend.url or "", "--namespace", "absent"), ""),
+        (1, "there are: ", ("tree", "--url", backend.url or "", "--namespace", "absent"), ""),
         (2, "one request in flight", ("replay", "-", "--in-order", "--concurrency", "2"), ""),
         (3, "does not answer", ("stats", *nowhere), ""),
         (3, "does not answer", ("tree", *nowhere), ""),

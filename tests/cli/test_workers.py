@@ -95,7 +95,7 @@ def test_workers_of_no_namespace(fleet: Backend) -> None:
     """Exit code 1, and which there are."""
     result = run_cli("workers", "--url", fleet.url or "", "--namespace", "absent")
     assert result.returncode == 1
-    assert fleet.namespace in result.stderr
+    assert "there are: " in result.stderr
 
 
 # distprefix ingest --file
