@@ -62,7 +62,10 @@ def long_scene(
 
 def every_tier(fixture: str = "scene") -> Any:
     """Run with payloads in each tier."""
-    return pytest.mark.parametrize(fixture, TIERS, indirect=True)
+    long = pytest.mark.long  # as the warm tier, whose scripts and server it shares
+    short = ("warm", "elsewhere") if fixture == "scene" else ("warm",)
+    tiers = [pytest.param(tier, marks=() if tier in short else long) for tier in TIERS]
+    return pytest.mark.parametrize(fixture, tiers, indirect=True)
 
 
 # What proves nothing

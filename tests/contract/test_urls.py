@@ -11,6 +11,7 @@ import pytest
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.errors import ConfigError
+from distprefix.redis import link
 from distprefix.redis.keys import Keys
 from tests.servers import Server, find_server
 
@@ -114,8 +115,11 @@ def test_connections_of_both_paths_have_the_client_name(server: Server, namespac
 
 @pytest.mark.parametrize("form", BAD)
 @pytest.mark.parametrize("setting", ["url", "cold_url"])
-def test_opening_says_which_part_is_wrong(server: Server, namespace: str, setting: str, form: str) -> None:
+def test_opening_says_which_part_is_wrong(
+    server: Server, namespace: str, setting: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A URL that the server refuses fails the opening with ConfigError: setting, part, remedy."""
+    monkeypatch.setattr(link, "_ADMIN_TIMEOUT_S", 1.0)
     url, message = BAD[form]
     good = _url(server, GOOD["password only"])
     wrong = _url(server, url)

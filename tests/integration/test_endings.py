@@ -168,7 +168,7 @@ def _closes_and_exits(cache: PrefixCacheOptimizer) -> Callable[[int, FrameType |
 def test_a_handler_that_closes_ends_the_call_that_it_interrupts(own_server: Server) -> None:
     """What the handler raises comes out of a look-up that waits for a reply: closing leaves its connection alone."""
     backend = Backend("own", own_server.client(), "endings", url=own_server.url)
-    cache = backend.open("w")
+    cache = backend.open("w", publish_timeout_s=0.5)  # closing sends what waits
     before = signal.signal(signal.SIGALRM, _closes_and_exits(cache))
     own_server.freeze()
     try:
