@@ -171,6 +171,8 @@ def test_a_node_is_killed_before_any_step(
     """Whatever was the last thing that it sent, another node has right bytes, finishes the work, and nothing leaks."""
     options: dict[str, Any] = {"cold_url": second.url} if tier == "elsewhere" else {}
     cold = second.client() if tier == "elsewhere" else None
+    for name in SCRIPTS:  # so that no run takes more steps than another one
+        real_server.admin.script_load(load_script(name, with_flags=True).body)
     steps: list[str] = []
     at, last = 0, -1
     todo = [-1]  # first see what there is to do
