@@ -51,8 +51,6 @@ class _Worker:
             max_cached_sequences=1_000_000,
             lookup_timeout_s=5.0,
             publish_timeout_s=5.0,
-            feed_interval_s=0.0,
-            touch_interval_s=0.0,
             staleness_sample=0.0,
         )
         self._cache = PrefixCacheOptimizer(config)
@@ -192,8 +190,8 @@ class _Checkout:
         return json.loads(self._process.stdout.readline())
 
 
-def _measure(now: _Checkout, before: _Checkout, rounds: int) -> Iterator[dict[str, Any]]:
-    for case in now.cases:
+def _measure(now: _Checkout, before: _Checkout, rounds: int, only: str) -> Iterator[dict[str, Any]]:
+    for case in (each for each in now.cases if only in each):
         runs = 20 if "L1" in case else 5 if ", 512" not in case else 2
         taken: dict[str, list[float]] = {"now": [], "before": []}
         commands = {"now": 0.0, "before": 0.0}
@@ -222,6 +220,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--trace", help="a trace to replay on both")
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--only", default="", help="cases whose names have this in them")
     parser.add_argument("--limit", type=int, default=2000, help="requests of the trace")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -234,7 +233,7 @@ def main() -> None:
     now = _Checkout(_HERE.parents[1])
     before = _Checkout(options.baseline.resolve())
     try:
-        rows = list(_measure(now, before, options.rounds))
+        rows = list(_measure(now, before, options.rounds, options.only))
         replays = {}
         if options.trace:
             trace = str(Path(options.trace).resolve())

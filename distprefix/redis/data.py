@@ -85,6 +85,7 @@ class DataPool:
         self._size = size
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
         self._idle: list[Wire] = []
+        self._busy: set[Wire] = set()
         self._process = os.getpid()
         self._address = None if where is None else address_of(where)
 
@@ -119,6 +120,12 @@ class DataPool:
                 except RefusedError as error:
                     replies.append(error)
         return replies
+
+    def abort_overdue(self) -> None:
+        """End calls whose deadline is over and that signals have kept from noticing. No call to the server."""
+        now = time.monotonic()
+        for wire in list(self._busy):
+            wire.abort_overdue(now)
 
     def probe(self) -> None:
         """Ask a server that is off, when its time has come, whether it is back. Two short calls; never raises."""
@@ -189,6 +196,7 @@ class DataPool:
         generation = self.endpoint.generation
         try:
             wire = self._take(deadline, reads=reads)
+            self._busy.add(wire)
             bytes_in = wire.bytes_in
             bytes_out = wire.bytes_out
             try:
@@ -218,6 +226,7 @@ class DataPool:
             breaker.succeed()
         finally:
             if wire is not None:
+                self._busy.discard(wire)
                 self._put_back(wire, in_order=in_order)
 
     def _check_on(self, breaker: Breaker) -> None:
@@ -235,6 +244,7 @@ class DataPool:
                     break
                 wire = self._idle.pop()
             if wire.generation == self.endpoint.generation and wire.is_quiet and (reads or self._answers(wire)):
+                wire.is_alone = self.probes_itself
                 wire.begin(deadline, _FIRST_BYTE_S if reads else 0.0)
                 return wire
             wire.close()
@@ -251,6 +261,7 @@ class DataPool:
             wire.close()
             raise
         wire.generation = self.endpoint.generation
+        wire.is_alone = self.probes_itself
         wire.begin(deadline)
         return wire
 

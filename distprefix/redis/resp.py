@@ -7,10 +7,13 @@ TLS moves a record a call.
 from __future__ import annotations
 
 import select
+import signal
 import socket
 import ssl
 import struct
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from distprefix.redis.address import KEEPALIVE, Address
@@ -34,6 +37,9 @@ _EXACT_S = 0.001
 """How far a time-out in the kernel may be off before it is set anew, which is a system call."""
 
 _LONGEST_WAIT_S = 1e6
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_PROF, signal.ITIMER_VIRTUAL)
+_GRACE_S = 0.05
+"""How long after its deadline a call may end by itself."""
 _MAX_DEPTH = 4
 """Levels of a small reply, as of ROLE."""
 
@@ -55,12 +61,20 @@ class RefusedError(Exception):
 
 
 class Wire:
-    """A socket that speaks RESP2. Everything ends with the deadline (time.monotonic) of the last `begin`."""
+    """A socket that speaks RESP2. Everything ends with the deadline (time.monotonic) of the last `begin`.
+
+    Python repeats a system call that a signal interrupted, and the kernel begins its time-out anew. A wait by `poll`,
+    which knows its end, costs a quarter of the speed, so it is done where signals are to be expected; else another
+    thread calls `abort_overdue`. `is_alone`: there is none that does.
+    """
+
+    is_alone = True
 
     def __init__(self, address: Address, deadline: float) -> None:
         self.begin(deadline)
         self.bytes_in = 0
         self.bytes_out = 0
+        self.is_aborted = False
         self.used_at = time.monotonic()
         """When a call ended on it last."""
         self.generation = 0
@@ -93,8 +107,16 @@ class Wire:
         `first_byte_s`: what follows is `silent` when no byte comes within that; 0 for until the deadline.
         """
         self._deadline = deadline
+        self._polls = (self.is_alone and _may_be_interrupted()) or _is_timed()
         self._first_byte_by = time.monotonic() + first_byte_s if first_byte_s else 0.0
         self._armed = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+
+    def abort_overdue(self, now: float) -> None:
+        """End a call whose deadline is over, from another thread: signals may have made its system call begin anew."""
+        if now > self._deadline + _GRACE_S:
+            self.is_aborted = True
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close it. Calling again does nothing."""
@@ -266,6 +288,8 @@ class Wire:
         except OSError as error:
             raise _failure("connection", error) from error
         if not got:
+            if self.is_aborted:
+                raise WireError("timeout", "no answer in time")
             raise WireError("connection", "the server closed the connection")
         self.bytes_in += got
         self._first_byte_by = 0.0
@@ -277,6 +301,8 @@ class Wire:
         Python repeats a system call that a signal interrupted, and the kernel begins its time-out anew: only a wait
         that knows its end, as this one, ends in time. What is ready moves at least a byte, whatever signals come.
         """
+        if not until and not self._polls:
+            return  # the kernel ends the wait, or `abort` does
         left = self._left()
         if until and until < self._deadline:
             if not poll.poll(max(0.0, 1000 * (until - time.monotonic()))):
@@ -360,6 +386,16 @@ def _to_int(line: bytes, kind: bytes) -> int:
     if not line.startswith(kind) or not line[1:].isdigit() or len(line) > 20:
         raise WireError("protocol", f"the server answered {line[:40]!r}")
     return int(line[1:])
+
+
+def _may_be_interrupted() -> bool:
+    """Whether signals of the process come to this thread first."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def _is_timed() -> bool:
+    """Whether a timer interrupts this process, as those of sampling profilers do."""
+    return any(signal.getitimer(timer)[0] for timer in _TIMERS)
 
 
 def _failure(reason: str, error: Exception) -> WireError:

@@ -82,6 +82,8 @@ class _Reading:
 
     def views(self, part: int) -> Sequence[memoryview]:
         """Where a part is received."""
+        if self.want.size <= PART_BYTES:
+            return (self.header, self.body)
         at = part * PART_BYTES - HEADER_BYTES
         size = self.length(part)
         return (self.body[at : at + size],) if part else (self.header, self.body[: size - HEADER_BYTES])
@@ -193,10 +195,10 @@ class PayloadStore:
     def _receive(self, places: Sequence[tuple[_Reading, str, int]], deadline: float) -> None:
         """Receive parts of payloads, by key and number; one that is not as it has to be is a flaw of its payload."""
         expected = [reading.length(part) for reading, _, part in places]
+        views = [reading.views(part) for reading, _, part in places]
 
         def sink(index: int, length: int) -> Sequence[memoryview] | None:
-            reading, _, part = places[index]
-            return reading.views(part) if length == expected[index] else None
+            return views[index] if length == expected[index] else None
 
         lengths = self.pool.get([key for _, key, _ in places], sink, deadline, expected)
         for (reading, _, _), length, right in zip(places, lengths, expected, strict=True):

@@ -63,6 +63,7 @@ class Tiers:
         """Ask the servers of payloads that are off whether they are back. Never raises."""
         for pool in self.pools.values():
             pool.probes_itself = False
+            pool.abort_overdue()
             pool.probe()
 
     def demote(self, idle_s: float | None, timeout_s: float) -> int:
