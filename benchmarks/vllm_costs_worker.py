@@ -78,9 +78,9 @@ def watch() -> None:
             load.setdefault("done", time.perf_counter())
         return ended
 
-    def looking(self: EngineStore, chain: bytes) -> Any:
+    def looking(self: EngineStore, chain: bytes, *, is_counted: bool = True) -> Any:
         asked.append(len(chain) // 16)
-        return look_up(self, chain)
+        return look_up(self, chain, is_counted=is_counted)
 
     Worker.load, Worker.finished, EngineStore.look_up = beginning, finishing, looking
 
