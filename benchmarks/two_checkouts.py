@@ -172,7 +172,8 @@ class _Checkout:
         """Replay a trace with payloads and a third of the room."""
         options = ["--block-size", str(block_size), "--in-order", "--nodes", "4", "--capacity", "33%", "--json"]
         options += ["--payload-bytes", "256", "--limit", str(limit)]
-        command = [sys.executable, "-m", "distprefix", "replay", trace, *options]
+        program = "from distprefix.cli import main; main()"
+        command = [sys.executable, "-c", program, "replay", trace, *options]
         done = subprocess.run(
             command, cwd=self.folder, env=self._environment, capture_output=True, text=True, check=True
         )
