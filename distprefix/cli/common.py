@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Generator
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import redis
 import typer
@@ -21,6 +21,7 @@ from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.proof import prove
+from distprefix.redis.replies import clock_ms
 from distprefix.tiers.codecs import codec_named
 
 __all__ = [
@@ -188,8 +189,7 @@ def size(count: float) -> str:
 
 def server_ms(client: redis.Redis) -> int:
     """The server's clock, in ms: what is dated there is compared with it. One call."""
-    seconds, micros = cast("Any", client.time())
-    return 1000 * int(seconds) + int(micros) // 1000
+    return clock_ms(client.time())
 
 
 def age(milliseconds: int, now_ms: int) -> str:

@@ -56,10 +56,10 @@ _SUMS = (
 )
 
 
-def _fleet(told: list[dict[str, Any]]) -> list[str]:
-    """What the workers that told of themselves lately have done together."""
-    lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in told):,}" for name in _SUMS]
-    lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in told) / 2**20:,.1f} MiB")
-    lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in told):.1f} % used")
-    off = sorted({name for one in told for name, state in one.get("breakers", {}).items() if state != "closed"})
+def _fleet(reports: list[dict[str, Any]]) -> list[str]:
+    """What the workers that reports of themselves lately have done together."""
+    lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in reports):,}" for name in _SUMS]
+    lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in reports) / 2**20:,.1f} MiB")
+    lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in reports):.1f} % used")
+    off = sorted({name for one in reports for name, state in one.get("breakers", {}).items() if state != "closed"})
     return [*lines, f"off {', '.join(off) or 'nothing'}"]

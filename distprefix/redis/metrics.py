@@ -13,7 +13,7 @@ import redis
 
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import clock_ms, pairs
 
 __all__ = ["read_metrics", "withdraw_metrics", "write_metrics"]
 
@@ -38,10 +38,9 @@ def read_metrics(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
     """What workers reported within the last half minute, by holder, all their caches together. Two calls."""
     try:
         reply: Any = client.execute_command("HGETALL", keys.metrics)
-        seconds, micros = cast("Any", client.time())
+        now_ms = clock_ms(client.time())
     except redis.ResponseError:
         return {}
-    now_ms = 1000 * int(seconds) + int(micros) // 1000
     found: dict[str, dict[str, Any]] = {}
     for name, value in pairs(reply).items():
         metrics = _unpack(value)

@@ -9,6 +9,7 @@ import redis
 
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import clock_ms
 
 __all__ = ["NamespaceSummary", "summarize_namespaces"]
 
@@ -51,8 +52,7 @@ def summarize_namespaces(client: redis.Redis) -> list[NamespaceSummary]:
     names = namespaces(client)
     if not names:
         return []
-    clock: Any = client.time()
-    now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
+    now_ms = clock_ms(client.time())
     summaries = (_summarize(client, name, now_ms) for name in names)
     return [summary for summary in summaries if summary is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-__all__ = ["pairs"]
+__all__ = ["clock_ms", "pairs"]
 
 
 def pairs(reply: Any) -> dict[bytes, bytes]:
@@ -12,3 +12,9 @@ def pairs(reply: Any) -> dict[bytes, bytes]:
     if isinstance(reply, dict):
         return cast("dict[bytes, bytes]", reply)
     return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def clock_ms(reply: Any) -> int:
+    """The server's clock in ms since 1970, from the reply to TIME."""
+    seconds, micros = reply
+    return 1000 * int(seconds) + int(micros) // 1000

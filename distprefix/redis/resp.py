@@ -169,9 +169,9 @@ class Wire:
     def reply(self, depth: int = 0) -> Any:
         """A small reply of any kind, values as bytes; raises RefusedError where it is an error."""
         line = self.line()
-        kind, rest = line[:1], line[1:]
+        kind = line[:1]
         if kind == b"+":
-            return rest
+            return line[1:]
         if kind == b"*" and depth < _MAX_DEPTH:
             return [self.reply(depth + 1) for _ in range(_to_int(line, b"*"))]
         if kind == b"$" and line not in _NONE:

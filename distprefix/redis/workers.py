@@ -10,7 +10,7 @@ from distprefix.redis.client import Client, run
 from distprefix.redis.journal import census
 from distprefix.redis.keys import Keys
 from distprefix.redis.metrics import read_metrics
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import clock_ms, pairs
 from distprefix.redis.roster import Member, read_members, read_roster, retire
 from distprefix.roster import member_of, members_of
 
@@ -35,7 +35,7 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
     """
     members = read_members(client, keys, deadline)
     reports = read_metrics(client.redis, keys)
-    server_s = int(client.command("TIME", deadline=deadline)[0])
+    server_s = clock_ms(client.command("TIME", deadline=deadline)) / 1000
     epochs = {member.name: member.epoch for member in members}
     chunks: dict[str, Counter[str]] = {}
     for _, _, holders in run(census(), client, keys.meta, deadline):

@@ -128,9 +128,8 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
     again = loads
     for attempt in range(ATTEMPTS + 1):
         suspect = [each for each in again if each.ended is not None and each.ended.reason in _SUSPECT]
-        again = [
-            each for each in suspect if _has_moved(payloads, each, deadline) or not attempt
-        ]  # or left and returned
+        # In the first round also what has not moved: it may have left and returned.
+        again = [each for each in suspect if _has_moved(payloads, each, deadline) or not attempt]
         if not again:
             break
         if attempt < ATTEMPTS:
@@ -170,7 +169,8 @@ def _disprove(payloads: Payloads, load: _Load, flaw: Flaw, deadline: float) -> N
 
     Any failure on the way is no evidence: the tree stays as it is.
     """
-    state, place = payloads.state, load.place
+    state = payloads.state
+    place = load.place
     if place is None:
         return
     warm, cold = place

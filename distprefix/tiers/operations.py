@@ -115,7 +115,8 @@ def disprove(run: bytes, evidence: Evidence) -> Generator[Call, Any, Disproved]:
     `run`: chunks of one node from its head on. One call; more where many branches follow.
     """
     seen = (evidence.size.to_bytes(4, "little"), evidence.header, evidence.digest)
-    agreed, trimmed = False, 0
+    agreed = False
+    trimmed = 0
     while True:
         holds, taken, done = yield Call("disprove", (SCHEMA, evidence.tier, run, *seen, TRIMS_A_CALL))
         agreed = agreed or bool(holds)

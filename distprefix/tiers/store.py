@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -112,7 +111,6 @@ class PayloadStore:
         self._keys = keys
         self._codec = codec
         self._ring = ring
-        self._lock = threading.Lock()
 
     @cached_property
     def _packer(self) -> Codec:
