@@ -57,7 +57,7 @@ _SUMS = (
 
 
 def _fleet(reports: list[dict[str, Any]]) -> list[str]:
-    """What the workers that reports of themselves lately have done together."""
+    """What the workers that reported lately have done together."""
     lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in reports):,}" for name in _SUMS]
     lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in reports) / 2**20:,.1f} MiB")
     lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in reports):.1f} % used")
