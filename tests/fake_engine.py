@@ -244,12 +244,16 @@ class FakeEngine:
         self._pub.setsockopt(zmq.SNDHWM, 100_000)
         self._pub.setsockopt(zmq.RECONNECT_IVL, 50)
         self._router = self._context.socket(zmq.ROUTER)
-        if self._connects:
-            self._pub.connect(self.endpoint)
-        else:
-            self.endpoint = _bind(self._pub, self.endpoint)
-        if self.replay_endpoint is not None:
-            self.replay_endpoint = _bind(self._router, self.replay_endpoint)
+        try:
+            if self._connects:
+                self._pub.connect(self.endpoint)
+            else:
+                self.endpoint = _bind(self._pub, self.endpoint)
+            if self.replay_endpoint is not None:
+                self.replay_endpoint = _bind(self._router, self.replay_endpoint)
+        except BaseException:
+            self._context.destroy(linger=0)  # as where another process has one of the ports
+            raise
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._answer, name="fake-engine", daemon=True)
         self._thread.start()
