@@ -12,6 +12,7 @@ __all__ = [
     "FencedError",
     "ForkedProcessError",
     "InvalidInputError",
+    "LostHistoryError",
     "NamespaceError",
     "NoParentError",
     "NotAttachedError",
@@ -98,6 +99,10 @@ class StaleEpochError(ScriptError):
 
 class FencedError(ScriptError):
     """Another ingester has taken over the stream; this one stands by (DPFENCED)."""
+
+
+class LostHistoryError(ScriptError):
+    """The server does not have all that it acknowledged, as after a restore (DPLOST)."""
 
 
 class DamagedNodeError(ScriptError):

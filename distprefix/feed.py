@@ -37,8 +37,6 @@ class Feed:
         self._lock = lock
         self._polling = threading.Lock()
         self._created = ""
-        self._epoch = 0
-        """This worker's, when the log was read last."""
         self._last = ""
         self._last_entry: dict[str, str] = {}
         self._number = 0
@@ -68,22 +66,30 @@ class Feed:
             self._lost()
         return True
 
+    def look(self) -> None:
+        """Learn whether the shard still has what it acknowledged, where no feed is read. One call; never raises."""
+        try:
+            self._link.publish(operations.feed("", 1))
+        except DistPrefixError:
+            self.failures += 1
+
+    def distrust_all(self) -> None:
+        """L1 forgets everything: what it was told may not have come to pass."""
+        with self._lock:
+            self._l1.clear()
+            self.generation += 1
+
     def _read(self) -> bool:
         """One page. Returns whether there may be another one."""
         began = time.monotonic()
-        epoch = self._link.epoch
         page = self._link.publish(operations.feed(self._last, _PAGE))
         if self._created and (page.created != self._created or not self._continues(page)):
-            if self._went_back(page) and not self._is_known(page):
-                self._link.detach()  # what was trimmed since may be there again: a new epoch voids it
             self._lost()
             return True
         if not self._created:
             self._begin(page)
-            self._epoch = epoch
             self.read_at = began
             return False
-        self._epoch = epoch
         new = page.entries if self._last == "0-0" else page.entries[1:]
         with self._lock:
             for _, entry in new:
@@ -110,30 +116,15 @@ class Feed:
         complete = len(page.entries) >= _PAGE or page.newest == self._number + len(numbers)
         return numbers == wanted and complete
 
-    def _went_back(self, page: FeedPage) -> bool:
-        """Whether this is an older state of the shard, or another one, and not only a log that was cut."""
-        first = next((int(entry.get("n", "0")) for _, entry in page.entries), self._number + 1)
-        return page.created != self._created or page.newest < self._number or first <= self._number
-
-    def _is_known(self, page: FeedPage) -> bool:
-        """Whether this worker took its epoch from this very history, because another call noticed the loss before."""
-        history = self._link.history
-        is_newer = self._link.epoch != self._epoch
-        return is_newer and history.created == page.created and history.log <= page.newest
-
     def _begin(self, page: FeedPage) -> None:
         """Go on behind what is there. What was learned before may be outdated, and so may replies on their way."""
         self._created = page.created
         self._number = page.newest
         self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
-        with self._lock:
-            self._l1.clear()
-            self.generation += 1
+        self.distrust_all()
 
     def _lost(self) -> None:
         """Entries are missing: L1 forgets everything, now and again when the log is found."""
-        with self._lock:
-            self._l1.clear()
-            self.generation += 1
+        self.distrust_all()
         self.gaps += bool(self._created)
         self._created, self._last, self._last_entry, self._number = "", "", {}, 0

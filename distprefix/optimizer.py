@@ -67,7 +67,7 @@ class PrefixCacheOptimizer:
         self._tiers = Tiers(self._state)
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
-        self._upkeep = Upkeep(self._state, self._tiers)
+        self._upkeep = Upkeep(self._state, self._tiers, self._publisher)
         self._closing = threading.Lock()
         """Taken once, by the thread that closes."""
         self._background: Background | None = None
@@ -203,6 +203,7 @@ class PrefixCacheOptimizer:
         with state.lock:
             state.l1.clear()
             state.own.clear()
+            state.held.clear()
             self._publisher.clear()
 
     # Payloads

@@ -94,6 +94,28 @@ class OwnBlocks:
             depth = node.stop
         return depth
 
+    def leaves(self) -> list[Node]:
+        """The last node of every chain, published longest ago first."""
+        return list(self._leaves)
+
+    def chain_to(self, node: Node) -> tuple[bytes, bytes]:
+        """The chunk hashes and blocks from the root to a node's end, or to what precedes it when it was removed."""
+        last: Node | None = node
+        while last is not None and last.gone:
+            last = last.parent
+        path = [] if last is None else PrefixTree.path_to(last)
+        return b"".join(part.run for part in path), b"".join(part.blocks for part in path)
+
+    def confirm(self, hashes: bytes, blocks: bytes) -> int:
+        """Redis has a chain in these blocks. Returns how many of its leading chunks still lie in them."""
+        depth = 0
+        for node in self._tree.find_longest_prefix(hashes).path:
+            if node.blocks != blocks[4 * node.start : 4 * node.stop]:
+                break
+            self._tree.set_value(node, True)
+            depth = node.stop
+        return depth
+
     def forget_told(self) -> None:
         """Redis knows none of it any more."""
         for node in self._tree.iter_nodes():

@@ -41,9 +41,7 @@ class Publisher:
             found = state.find(prompt, now)
         hashes = state.hashes(prompt, found)
         with state.lock:
-            if self._told_under != state.link.epoch:  # whoever attached anew: Redis knows nothing of it
-                self._told_under = state.link.epoch
-                state.own.forget_told()
+            self._notice_epoch()
             told = state.own.told_up_to(hashes, blocks) if blocks else prompt.chunks
             start = state.l1.published_up_to(found, holder, state.link.epoch, told)
             state.counts["publishes"] += 1
@@ -67,6 +65,26 @@ class Publisher:
             state.usage = published.usage
             keep_within(state, published.usage)
         return hashes[-HASH_BYTES:].hex()
+
+    def publish_again(self, hashes: bytes, blocks: bytes) -> None:
+        """Put back a chain that Redis has lost. One call for every 4,096 chunks; raises DistPrefixError.
+
+        What this worker removed while the call was on its way is trimmed again.
+        """
+        state = self._state
+        with state.lock:
+            self._notice_epoch()
+        deadline = state.link.publish_deadline()
+        if not state.outbox.send_retractions(deadline):
+            raise UnavailableError("Redis has not taken earlier retractions yet")
+        published = self._insert(hashes, 0, blocks, b"", deadline)
+        state.usage = published.usage
+        if blocks:
+            with state.lock:
+                held = state.own.confirm(hashes, blocks)
+                if held * HASH_BYTES < len(hashes):
+                    self._retract([hashes[: (held + 1) * HASH_BYTES]])
+        keep_within(state, published.usage)
 
     def move_blocks(self, prefix_hash: str, blocks: bytes) -> bool:
         """A published prefix lies in other blocks now. False when it is not known any more."""
@@ -122,8 +140,8 @@ class Publisher:
             except NotAttachedError:  # flushed meanwhile, or more was taken back than could be kept
                 link.attach_again(epoch, deadline)
             else:
-                if epoch == link.settled_epoch():
-                    return published  # else another thread attached meanwhile, and the old epoch counts for nothing
+                if epoch == link.settled_epoch() and link.attached:
+                    return published  # else another epoch counts now, or none: the reply showed that history was lost
             start = 0
 
     def _take_over(
@@ -159,6 +177,12 @@ class Publisher:
         self._names.move_to_end(name)
         if len(self._names) > self._state.config.max_cached_sequences:
             self._names.popitem(last=False)
+
+    def _notice_epoch(self) -> None:
+        """Under a new epoch Redis knows nothing of what this worker has, whoever took it. Under the lock."""
+        if self._told_under != self._state.link.epoch:
+            self._told_under = self._state.link.epoch
+            self._state.own.forget_told()
 
     def _retract(self, chains: list[bytes]) -> None:
         for chain in chains:

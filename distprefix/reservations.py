@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
+import weakref
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from distprefix import operations
@@ -61,6 +62,12 @@ class Lease:
         self.chunks = self._owner.mark(self._prompt, self._name, _checked(ttl_s))
         self._ends = began + ttl_s if self.chunks else 0.0
         return self.active
+
+    def protect_again(self) -> None:
+        """Let it last as long as it would have: the server may have lost it. One Redis call."""
+        left = self._ends - time.monotonic()
+        if left > 0:
+            self.chunks = self._owner.mark(self._prompt, self._name, left)
 
     def release(self) -> None:
         """End it. One Redis call; when Redis fails, the lease ends by itself."""
@@ -132,6 +139,7 @@ class Reservations:
         self.worker = state.config.worker_id
         self._state = state
         self._prefix, self._numbers = secrets.token_hex(4), itertools.count()
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._claims: dict[bytes, tuple[int, float]] = {}
         """Chunk to its depth, and when the claim ends on the monotonic clock."""
 
@@ -145,6 +153,11 @@ class Reservations:
         """A name that no other lease has."""
         return f"{self.worker}:{self._prefix}:{next(self._numbers)}"
 
+    def active(self) -> list[Lease]:
+        """The leases that last yet."""
+        with self._state.lock:
+            return [lease for lease in self._leases if lease.active]
+
     def pin(self, prompt: Prompt, *, keep: bool) -> int:
         """Keep a prompt's chunks from eviction until that is taken back. Returns how many are there."""
         return self.mark(prompt, "pin", _FOR_EVER_S if keep else 0.0)
@@ -152,7 +165,10 @@ class Reservations:
     def lease(self, prompt: Prompt, chunks: int, ttl_s: float) -> Lease:
         """See `CacheHitResult.lease`."""
         self._state.counts["leases"] += 1
-        return Lease(self, prompt.leading(chunks), _checked(ttl_s))
+        lease = Lease(self, prompt.leading(chunks), _checked(ttl_s))
+        with self._state.lock:
+            self._leases.add(lease)
+        return lease
 
     def mark(self, prompt: Prompt, name: str, ttl_s: float) -> int:
         """Write or remove a lease. Returns how many leading chunks it protects."""

@@ -26,6 +26,7 @@ __all__ = ["State"]
 
 _log = logging.getLogger("distprefix")
 _BLIND_TTL_S = 1.0
+_MAX_LOST_BYTES = 16 * 2**20
 
 
 class State:
@@ -43,20 +44,33 @@ class State:
         """What the shard held after this process's last publish."""
         self.unusable = ""
         """Why nothing can be asked of this cache any more; empty while it can."""
+        self.wake: Callable[[], object] = lambda: None
+        """Has the background begin a round now."""
         self.link = Link(config, client)
         self.outbox = Outbox(self.link, config)
         self.feed = Feed(self.link, self.l1, self.lock, config.feed_interval_s)
+        self.link.on_loss = self._distrust_all
         if config.feed_interval_s:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
         """Chains and who L1 said holds how much of them, to be checked against Redis."""
         self.guesses: deque[tuple[Node, int]] = deque(maxlen=32)
         """Where prompts ended, to be gone on from in the background."""
-        self.wake: Callable[[], object] = lambda: None
-        """Has the background begin a round now."""
+        self.held: dict[bytes, None] = {}
+        """Chains that this worker holds without having named blocks, and that Redis may have lost; at most 16 MiB."""
         self.reservations = Reservations(self)
         self._warned_of_cut = False
         self._root = config.root
+
+    def _distrust_all(self) -> None:
+        """The server has lost history. L1 asks again; what this worker holds without having named blocks is kept."""
+        with self.lock:
+            room = _MAX_LOST_BYTES - sum(map(len, self.held))
+            for chain in self.l1.held_by(self.config.holder, self.link.epoch, room):
+                if len(self.own.ids(chain)) * HASH_BYTES < len(chain):
+                    self.held[chain] = None
+            self.feed.distrust_all()
+        self.wake()
 
     def find(self, prompt: Prompt, now: float) -> Found:
         """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.

@@ -13,7 +13,9 @@ from distprefix.budget import maintain
 from distprefix.errors import DistPrefixError
 from distprefix.metrics import metrics_of
 from distprefix.prewarm import speculate
+from distprefix.publisher import Publisher
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
+from distprefix.republish import Republisher
 from distprefix.staleness import check_samples
 from distprefix.sweep import sweep
 
@@ -33,8 +35,9 @@ _ROLE_INTERVAL_S = 1.0
 class Upkeep:
     """The background of one cache. One thread at a time calls `work`."""
 
-    def __init__(self, state: State, tiers: Tiers) -> None:
+    def __init__(self, state: State, tiers: Tiers, publisher: Publisher) -> None:
         self._state = state
+        self._republisher = Republisher(state, publisher)
         self._tiers = tiers
         self._schedule = Schedule()
         self._has_reported = False
@@ -85,6 +88,8 @@ class Upkeep:
         speculate(state)
         self._tiers.promote_waiting()
         self._keep_in_touch()
+        if state.link.attached:
+            self._republisher.work()
         if self._schedule.is_due("demote", config.demote_interval_s):
             self._tiers.demote_idle()
         if self._schedule.is_due("maintain", config.maintain_interval_s):
@@ -103,11 +108,13 @@ class Upkeep:
             link.heartbeat()
         if self._schedule.is_due("feed", config.feed_interval_s):
             self._state.feed.poll()
-            if link.roster.has_leases:
+            if link.roster.has_leases or not link.attached:
                 link.refresh()
         if link.lease_s and self._schedule.is_due("sweep", _SWEEP_INTERVAL_S):
             self._sweep_quietly()
         if self._schedule.is_due("touch", config.touch_interval_s):
+            if not config.feed_interval_s:
+                self._state.feed.look()
             self.flush()
             self._report()
 

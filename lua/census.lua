@@ -10,6 +10,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HGETALL and an HKEYS a node
 -- @include guard
+-- @include reads
 -- @include keys
 local wanted, reply = ARGV[2], {}
 
@@ -49,4 +50,4 @@ end
 for i = 3, #ARGV do
   reply[#reply + 1] = ARGV[i] == 'root' and { '', '0', children_of('') } or tell_of(ARGV[i])
 end
-return reply
+return answer(reply)

@@ -11,6 +11,7 @@
 -- flags      none (writes; a server that is out of memory refuses it)
 -- cost       a GET, and a SET or DEL
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 local key, worker, ttl = base .. 'claim:' .. ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -19,10 +20,10 @@ if ttl == 0 then
   if owner == worker then
     redis.call('DEL', key)
   end
-  return { '', 0, 0 }
+  return answer({ '', 0, 0 })
 elseif owner and owner ~= worker then
-  return { owner, tonumber(since), redis.call('PTTL', key) }
+  return answer({ owner, tonumber(since), redis.call('PTTL', key) })
 end
 local began = since or ('%.0f'):format(now)
 redis.call('SET', key, began .. ' ' .. worker, 'PX', ttl)
-return { worker, tonumber(began), ttl }
+return answer({ worker, tonumber(began), ttl })

@@ -16,6 +16,7 @@
 -- flags      allow-oom: it only makes room
 -- cost       an HMGET, a STRLEN for each part, a GET with a SHA-1; then what trim costs, twice
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include walk
 -- @include path
@@ -47,9 +48,9 @@ local function is_as_seen()
 end
 
 if not run or slice(run, 0, at + 1) ~= chain or (sizes or ''):sub(at * 4 + 1, at * 4 + 4) ~= size then
-  return { 0, 0, 1 }
+  return answer({ 0, 0, 1 })
 elseif not elsewhere and not is_as_seen() then
-  return { 0, 0, 1 }
+  return answer({ 0, 0, 1 })
 end
 local trimmed, done = 0, 1
 for _, each in ipairs({ '@cold', '@warm' }) do
@@ -63,4 +64,4 @@ for _, each in ipairs({ '@cold', '@warm' }) do
   end
 end
 settle()
-return { 1, trimmed, done }
+return answer({ 1, trimmed, done })

@@ -10,6 +10,7 @@
 -- flags      allow-oom: it only makes room
 -- cost       one HGET, one HKEYS and one removal a node; every junction on the way down is read once
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include policies
 -- @include score
@@ -46,4 +47,4 @@ while #stack > 0 and nodes < budget do
   end
 end
 settle()
-return { nodes, chunks, #stack == 0 and 1 or 0 }
+return answer({ nodes, chunks, #stack == 0 and 1 or 0 })

@@ -10,11 +10,12 @@
 -- flags      allow-oom: it takes no room to speak of
 -- cost       an SREM, an SISMEMBER, an HSET
 -- @include guard
+-- @include writes
 -- @include keys
 local chunk = ARGV[2]
 redis.call('SREM', base .. 'trash', hex(chunk))
 if redis.call('SISMEMBER', base .. 'kept', hex(chunk)) == 0 then
-  return 0
+  return answer(0)
 end
 redis.call('HSET', base .. 'unsettled', 'again:' .. hex(chunk), chunk)
-return 1
+return answer(1)

@@ -14,6 +14,7 @@
 -- flags      allow-oom: it only makes room
 -- cost       a ZRANGE and an HGETALL a leaf, and its removal
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include policies
@@ -75,4 +76,4 @@ while over + over_bytes > 0 and nodes + moved < most and skipped < most_skipped 
   over, over_bytes = excess()
 end
 settle()
-return { nodes, chunks, moved + skipped, (over + over_bytes > 0 and nodes + moved >= most) and 1 or 0 }
+return answer({ nodes, chunks, moved + skipped, (over + over_bytes > 0 and nodes + moved >= most) and 1 or 0 })

@@ -10,6 +10,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HMGET, and an XRANGE of as many entries
 -- @include guard
+-- @include reads
 -- @include keys
 local last, most, log = ARGV[2], tonumber(ARGV[3]), base .. 'log'
 local created, number = unpack(redis.call('HMGET', KEYS[1], 'created', 'log'))
@@ -23,4 +24,4 @@ local reply = { created or '', number or '0' }
 for _, entry in ipairs(entries) do
   reply[#reply + 1], reply[#reply + 2] = entry[1], entry[2]
 end
-return reply
+return answer(reply)

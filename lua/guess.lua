@@ -10,6 +10,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HLEN and HKEYS a node, an HGET a child, an HGETALL for the one that is taken
 -- @include guard
+-- @include reads
 -- @include keys
 -- @include walk
 local last, budget, most_children = ARGV[2], tonumber(ARGV[3]), 64
@@ -37,4 +38,4 @@ while chunks < budget and redis.call('HLEN', junction_key(last)) <= most_childre
   walk(run, '', reply)
   last, chunks = hex(run), chunks + #run / 16
 end
-return reply
+return answer(reply)

@@ -9,6 +9,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       a ZREVRANGE, and an HMGET a node
 -- @include guard
+-- @include reads
 -- @include keys
 local reply = {}
 for _, head in ipairs(redis.call('ZREVRANGE', base .. 'hot', 0, tonumber(ARGV[2]) - 1)) do
@@ -19,4 +20,4 @@ for _, head in ipairs(redis.call('ZREVRANGE', base .. 'hot', 0, tonumber(ARGV[2]
     end
   end
 end
-return reply
+return answer(reply)

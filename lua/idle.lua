@@ -11,6 +11,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       a ZRANGE, and an HMGET and an HKEYS a node
 -- @include guard
+-- @include reads
 -- @include keys
 -- @include clock
 local before, rank, most, most_children = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
@@ -48,4 +49,4 @@ for _, leaf in ipairs(leaves) do
     end
   end
 end
-return reply
+return answer(reply)

@@ -5,7 +5,8 @@
 -- ARGV[1]    schema version the caller speaks
 -- ARGV[2]    the most chunks a run may have
 -- ARGV[3]    the stream: the member whose coverage changes, <worker>/<rank>
--- ARGV[4]    number of the caller's right to write, as stream told it
+-- ARGV[4]    number of the caller's right to write, as stream told it, and how often the stream was written, as the
+--            caller knows: a server that lost some of that is found out
 -- ARGV[5]    epoch of the member
 -- ARGV[6]    the last message that the changes come from, "" to write none: written once all changes are
 -- ARGV[7]    its digest
@@ -15,10 +16,11 @@
 --            chain, from a node's head; the engine's keys, as many bytes for each chunk
 -- returns    {"heads" and the chunks that nodes begin with | "done" | "again", told as far as time allowed | "absent" |
 --             "noparent" | "refused" for each change that was looked at}
--- errors     DPGONE, DPSCHEMA, DPFENCED; for one change DPNOPARENT, DPSTALE and DPDAMAGED become words of the reply
+-- errors     DPGONE, DPSCHEMA, DPFENCED, DPLOST; DPNOPARENT, DPSTALE, DPDAMAGED of a change become words of the reply
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       what insert and trim cost, for each change
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include walk
@@ -37,10 +39,14 @@
 -- @include unlink
 -- @include uncover
 -- @include withdraw
-local max_run, member, number, epoch = tonumber(ARGV[2]), ARGV[3], ARGV[4], tonumber(ARGV[5])
+local max_run, member, epoch = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[5])
 local key, reply, complete, budget = base .. 's:' .. member, {}, true, 500
-if redis.call('HGET', key, 'f') ~= number then
+local number, writes = ARGV[4]:match('^(%d+) (%d+)$')
+local right, has = unpack(redis.call('HMGET', key, 'f', 'n'))
+if right ~= number then
   return redis.error_reply('DPFENCED another ingester writes what ' .. member .. ' says')
+elseif (has or '0') ~= writes then
+  return redis.error_reply('DPLOST ' .. member .. ' was written ' .. (writes or '?') .. ' times, not ' .. (has or '0'))
 end
 
 -- What became of one change: a word, and chunks.
@@ -65,7 +71,8 @@ for i = 10, #ARGV, 4 do
   reply[#reply + 1] = word
 end
 settle()
+redis.call('HINCRBY', key, 'n', 1)
 if complete and ARGV[6] ~= '' then
   redis.call('HSET', key, 'q', ARGV[6], 'x', ARGV[7], 't', ARGV[8], 'p', epoch, 'g', ARGV[9])
 end
-return reply
+return answer(reply)

@@ -16,6 +16,7 @@
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; a split moves no child
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include walk
@@ -40,4 +41,4 @@ if not done then
   return problem
 end
 local nodes, chunks, bytes, leaves = unpack(settle())
-return walk(slice(chain, 0, done.there), '', { done.nodes, done.chunks, nodes, chunks, bytes, leaves, used })
+return answer(walk(slice(chain, 0, done.there), '', { done.nodes, done.chunks, nodes, chunks, bytes, leaves, used }))

@@ -12,6 +12,7 @@
 -- flags      allow-oom: what is used now stays on a server that is full
 -- cost       one HGET a node, one HSET and ZADD
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include policies
@@ -45,4 +46,4 @@ if deepest and ttl > 0 then
   end
   redis.call('HSET', node_key(deepest), name, ('%.0f:%d'):format(ends, covered))
 end
-return { first, ends }
+return answer({ first, ends })

@@ -13,6 +13,7 @@
 -- flags      allow-oom: on a full server it makes room
 -- cost       HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include policies
 -- @include score
@@ -26,7 +27,7 @@ local to = from == '@warm' and '@cold' or '@warm'
 local run, sizes, there = unpack(redis.call('HMGET', node_key(head), 'r', 'b:' .. from, 'b:' .. to))
 local rest = to == '@warm' and (sizes or ''):sub(#seen + 1) or ''
 if not run or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
-  return 0
+  return answer(0)
 end
 local after, elsewhere = joined(there or '', copies), redis.call('HGET', KEYS[1], 'elsewhere') == '1'
 local moved = slice(run, 0, #after / 4)
@@ -37,8 +38,8 @@ if to == '@cold' and elsewhere then
     redis.call('SADD', base .. 'kept', hex(run, at))
   end
 elseif keep_all(to, moved, after) ~= after then
-  return 0
+  return answer(0)
 end
 place(head, run, from, to, seen, rest, there or '', after)
 settle()
-return 1
+return answer(1)

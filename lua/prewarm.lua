@@ -11,6 +11,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HGETALL a node and an HGET a step up
 -- @include guard
+-- @include reads
 -- @include keys
 -- @include walk
 local rank, budget = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -36,7 +37,7 @@ end
 while chunks < budget do
   local head = redis.call('ZREVRANGE', base .. 'hot', rank, rank)[1]
   if not head then
-    return reply
+    return answer(reply)
   end
   local path = path_of(head) or {}
   for i = #path, 1, -1 do
@@ -51,4 +52,4 @@ while chunks < budget do
   rank = rank + 1
 end
 reply[1] = rank
-return reply
+return answer(reply)

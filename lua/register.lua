@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
 -- register: give a member an epoch that it never had; all that it published under an older one counts for nothing.
+-- Epochs are not below the server's time: one that a restored server does not know of is not given again.
 --
 -- KEYS[1]    dp:{<ns>}:epochs, member to epoch; the other keys of the workers are derived from it and share its slot
 -- ARGV[1]    the member: <worker>/<rank>
@@ -18,7 +19,7 @@ local current = redis.call('HGET', KEYS[1], member) or '0'
 if not current:match('^%d+$') then
   return redis.error_reply('DPDAMAGED the epoch of ' .. member .. ' is no number: ' .. current:sub(1, 20))
 end
-local epoch = math.max(tonumber(current), above) + 1
+local epoch = math.max(tonumber(current) + 1, above + 1, now)
 redis.call('ZREM', roster .. 'workers', member)
 redis.call('DEL', roster .. 'w:' .. member)
 redis.call('HDEL', roster .. 'voided', member)

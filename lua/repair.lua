@@ -10,12 +10,13 @@
 -- flags      allow-oom: it takes no room
 -- cost       an HMGET and an HSET
 -- @include guard
+-- @include writes
 local seen = redis.call('HMGET', KEYS[1], 'nodes', 'chunks', 'bytes', 'warm', 'cold', 'log')
 for i = 1, 6 do
   if (seen[i] or '0') ~= ARGV[i + 1] then
-    return 0
+    return answer(0)
   end
 end
 local nodes, chunks, bytes, warm, cold = select(#ARGV - 4, unpack(ARGV))
 redis.call('HSET', KEYS[1], 'nodes', nodes, 'chunks', chunks, 'bytes', bytes, 'warm', warm, 'cold', cold)
-return 1
+return answer(1)

@@ -11,6 +11,7 @@
 -- flags      allow-oom: it takes no room to speak of
 -- cost       an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
 -- @include guard
+-- @include writes
 -- @include keys
 local head, chunks, done = ARGV[2], ARGV[3], 0
 if redis.call('HGET', base .. 'unsettled', head) == chunks then
@@ -22,4 +23,4 @@ for at = 0, #chunks / 16 - 1 do
     redis.call('SADD', base .. 'trash', hex(chunks, at))
   end
 end
-return done
+return answer(done)

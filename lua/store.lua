@@ -12,6 +12,7 @@
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       a STRLEN and a PERSIST for each part, and what insert costs
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include walk
@@ -39,4 +40,4 @@ if sizes ~= '' then
   end
   keep_all('@warm', slice(chain, 0, #sizes / 4))
 end
-return { #sizes / 4, unpack(settle()) }
+return answer({ #sizes / 4, unpack(settle()) })

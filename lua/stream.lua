@@ -8,11 +8,13 @@
 -- ARGV[4]    how long the right lasts, ms; 0 gives it up
 -- ARGV[5]    where the events come from, for people
 -- returns    {who has the right or "", ms that it lasts yet, its number, where the events come from,
---             last message written or "", its digest, when the engine made it, epoch it was written under, state}
+--             last message written or "", its digest, when the engine made it, epoch it was written under, state, how
+--             often it was written}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room
 -- cost       an HMGET and an HSET
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 local key, owner, ttl = base .. 's:' .. ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -30,6 +32,6 @@ elseif not held or held == owner or left <= 0 then
   held, left, source = owner, ttl, ARGV[5]
   redis.call('HSET', key, 'o', owner, 'u', ('%.0f'):format(now + ttl), 'f', number, 'w', source)
 end
-local seq, digest, at, epoch, state = unpack(redis.call('HMGET', key, 'q', 'x', 't', 'p', 'g'))
-return { held or '', left, tonumber(number) or 0, source or '', seq or '', digest or '', at or '', epoch or '0',
-  state or '' }
+local seq, digest, at, epoch, state, writes = unpack(redis.call('HMGET', key, 'q', 'x', 't', 'p', 'g', 'n'))
+return answer({ held or '', left, tonumber(number) or 0, source or '', seq or '', digest or '', at or '', epoch or '0',
+  state or '', tonumber(writes) or 0 })

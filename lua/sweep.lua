@@ -10,6 +10,7 @@
 -- flags      allow-oom: it only makes room
 -- cost       an HGETALL and an HKEYS a node, and its change
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include policies
 -- @include score
@@ -76,4 +77,4 @@ for head in ARGV[2]:gmatch('%w+') do
 end
 settle()
 reply[1], reply[2], reply[3] = taken, nodes, chunks
-return reply
+return answer(reply)

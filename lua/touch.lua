@@ -11,6 +11,7 @@
 -- flags      allow-oom: leaves keep their order on a server that is full
 -- cost       one HMGET, HSTRLEN, HINCRBY, HSET and ZADD a node; another ZADD for a candidate
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include clock
 -- @include policies
@@ -34,4 +35,4 @@ for i = 3, #ARGV, 3 do
   end
 end
 redis.call('ZREMRANGEBYRANK', hot, 0, -most_candidates - 1)
-return touched
+return answer(touched)

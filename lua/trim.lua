@@ -13,6 +13,7 @@
 -- flags      allow-oom: it only makes room
 -- cost       one HMGET a node on the path; an HMGET, HKEYS and HGETALL for each node that loses coverage
 -- @include guard
+-- @include writes
 -- @include keys
 -- @include walk
 -- @include path
@@ -32,4 +33,4 @@ if not taken then
   return nodes
 end
 settle()
-return { taken, nodes, chunks, done == 'again' and 0 or 1 }
+return answer({ taken, nodes, chunks, done == 'again' and 0 or 1 })

@@ -10,7 +10,8 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       one HGETALL a node; stops at the first hole
 -- @include guard
+-- @include reads
 -- @include keys
 -- @include walk
 local holder, chain = ARGV[2], ARGV[3]
-return walk(chain, holder, {})
+return answer(walk(chain, holder, {}))

@@ -10,6 +10,7 @@
 -- flags      no-writes: runs on replicas, and when the server is out of memory
 -- cost       an HMGET a node
 -- @include guard
+-- @include reads
 -- @include keys
 -- @include walk
 local none, reply = '\0\0\0\0', {}
@@ -43,4 +44,4 @@ for at = 2, #ARGV do
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3] = table.concat(warm), table.concat(cold), table.concat(starts, ',')
 end
-return reply
+return answer(reply)

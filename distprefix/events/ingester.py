@@ -14,7 +14,7 @@ import redis
 
 from distprefix.background import Schedule
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig, check_name
-from distprefix.errors import ConfigError, DistPrefixError, FencedError, NotAttachedError
+from distprefix.errors import ConfigError, DistPrefixError, FencedError, LostHistoryError, NotAttachedError
 from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
@@ -212,6 +212,11 @@ class Stream:
             self._step()
         except FencedError:
             self._leads, self.state = False, "standby"
+        except LostHistoryError as error:
+            _log.warning("%s goes on from what Redis still has: %s", self.engine.member, error)
+            self._leads = False
+            self.follower.counts["history_lost"] += 1
+            self._schedule.hasten("begin")
         except NotAttachedError:
             self._leads = False
             self._quietly(self._ingester.attach)

@@ -57,7 +57,10 @@ class Journal(Protocol):
     """One stream's place in the shared tree. Every method raises DistPrefixError when it cannot be done now."""
 
     def lead(self) -> Lead | None:
-        """Take the right to write, or keep it; None while another ingester has it. Raises UnavailableError."""
+        """Take the right to write, or keep it; None while another ingester has it.
+
+        Raises UnavailableError, and LostHistoryError when what was written is no longer there.
+        """
         ...
 
     def resign(self) -> None:
@@ -83,6 +86,6 @@ class Journal(Protocol):
     def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
         """Write changes, and the position with them once all of them are written. Outcomes of those looked at.
 
-        Raises FencedError when another ingester has taken over.
+        Raises FencedError when another ingester has taken over, and LostHistoryError as `lead` does.
         """
         ...

@@ -37,7 +37,7 @@ from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_ide
 from distprefix.redis.scripts import load_script
 from distprefix.redis.tls import Tls
 
-__all__ = ["Client", "connect", "run"]
+__all__ = ["Caller", "Client", "connect", "run"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
@@ -61,6 +61,7 @@ _CODES: dict[str, type[errors.ScriptError]] = {
     "DPSTALE": errors.StaleEpochError,
     "DPDAMAGED": errors.DamagedNodeError,
     "DPFENCED": errors.FencedError,
+    "DPLOST": errors.LostHistoryError,
 }
 
 
@@ -184,8 +185,28 @@ def _admit(endpoint: Endpoint, connection: Any) -> None:
         raise
 
 
+class Caller(Protocol):
+    """Who calls: a member whose writes the shard counts, and that looks whether it still has them."""
+
+    header: bytes
+    """The first argument of its calls."""
+
+    def before_call(self) -> Any:
+        """What to compare the reply of a call with that is sent now."""
+        ...
+
+    def after_call(self, before: Any, generation: bytes, position: int) -> None:
+        """Take note of which history a reply is."""
+        ...
+
+
 def run(
-    operation: Generator[Call, Any, T], client: Client, meta: str, deadline: float, sent: list[str] | None = None
+    operation: Generator[Call, Any, T],
+    client: Client,
+    meta: str,
+    deadline: float,
+    sent: list[str] | None = None,
+    caller: Caller | None = None,
 ) -> T:
     """Drive an operation over a blocking client until `deadline` (time.monotonic); `sent` gets the scripts called."""
     reply: Any = None
@@ -201,10 +222,15 @@ def run(
         if sent is not None:
             sent.append(call.script)
         failed = None
+        args = call.args if caller is None else (caller.header, *call.args[1:])
+        before = None if caller is None else caller.before_call()
         try:
-            reply = client.call(call.script, meta, call.args, deadline)
+            reply, generation, position = client.call(call.script, meta, args, deadline)
         except errors.UnavailableError as error:
             failed = error  # for the operation to say what counts of what came before
+            continue
+        if caller is not None:
+            caller.after_call(before, generation, position)
 
 
 class Client:

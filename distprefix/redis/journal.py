@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import FencedError
+from distprefix.errors import FencedError, LostHistoryError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
 from distprefix.operations import SCHEMA, Call
@@ -44,20 +44,29 @@ class RedisJournal:
         self._owner = uuid.uuid4().hex
         self._number = 0
         """Of the right to write: whoever takes it over gets a higher one."""
+        self._written = 0
+        """How often the stream was written, as the server acknowledged."""
+        self._generation = b""
         self._epoch = 0
 
     def lead(self) -> Lead | None:
         """Take the right to write, or keep it; None while another ingester has it. Two calls.
 
-        Raises FencedError, once, when another one had it since it was asked for last.
+        Raises FencedError, once, when another one had it since it was asked for last, and LostHistoryError, once, when
+        the server no longer has all that it acknowledged since then.
         """
-        reply = self._stream(self._ttl_ms)
-        held, _, number, _, seq, digest, at, epoch, state = reply
+        reply, generation = self._stream(self._ttl_ms)
+        held, _, number, _, seq, digest, at, epoch, state, written = reply
         before, self._number = self._number, 0
         if held.decode() != self._owner:
             return None
         if before and int(number) > before:  # a lower one: everything was flushed
             raise FencedError("another ingester wrote this stream meanwhile: begin again")
+        lost = before and (int(number) < before or written < self._written or generation != self._generation)
+        self._written = written
+        self._generation = generation
+        if lost:  # once: what is asked for next begins with what the server has
+            raise LostHistoryError("the server has lost what was written of this stream: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
         reading = read_roster(self._client, self._keys, "", self._deadline())
@@ -96,17 +105,26 @@ class RedisJournal:
 
     def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
         """Write changes, and the position with them once all of them are written."""
-        args: list[Any] = [SCHEMA, self._max_run, self._member, self._number, epoch]
+        args: list[Any] = [SCHEMA, self._max_run, self._member, f"{self._number} {self._written}", epoch]
         args += (position.seq, position.digest, repr(position.at)) if position else ("", "", "")
         args.append(state)
         for change in changes:
             args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
-        reply = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
+        try:
+            reply, generation, _ = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
+            if generation != self._generation:
+                raise LostHistoryError("the server was restored: what was written of this stream may be lost")
+        except LostHistoryError:
+            self._number = 0  # the right to write is asked for anew, and with it what is there
+            raise
+        self._written += 1
         return [_outcome(word.decode()) for word in reply]
 
-    def _stream(self, ttl_ms: int) -> list[Any]:
+    def _stream(self, ttl_ms: int) -> tuple[list[Any], bytes]:
+        """What `stream` says, and the generation of the shard."""
         args = (SCHEMA, self._member, self._owner, ttl_ms, self._source)
-        return self._client.call("stream", self._keys.meta, args, self._deadline())
+        reply, generation, _ = self._client.call("stream", self._keys.meta, args, self._deadline())
+        return reply, generation
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s

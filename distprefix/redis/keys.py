@@ -37,6 +37,8 @@ class Keys:
         self.log = f"{self.base}log"
         self.hot = f"{self.base}hot"
         """Candidates for pre-warming by hits."""
+        self.writers = f"{self.base}writers"
+        """Members to how many writes of each the shard has: who was acknowledged more knows that some were lost."""
         self.trash = f"{self.base}trash"
         """Chunks whose cold payloads on another server have to be deleted."""
         self.kept = f"{self.base}kept"

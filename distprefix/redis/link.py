@@ -6,14 +6,15 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import redis
 
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
-from distprefix.operations import Call
+from distprefix.history import History, Loss
+from distprefix.operations import SCHEMA, Call
 from distprefix.redis.address import embedded_name
 from distprefix.redis.breaker import Breakers, new_breakers
 from distprefix.redis.client import Client, connect, run
@@ -43,8 +44,15 @@ class Link:
         self.keys = Keys(config.namespace)
         self.failures: Counter[str] = Counter()
         """Failed calls by reason."""
-        self.epoch = 0
         self.attached = False
+        """Whether the epoch counts; if not, a new one has to be taken before anything is published."""
+        self.history = History()
+        """This worker's epoch, and what the shard acknowledged under it."""
+        self.losses: Counter[str] = Counter()
+        """How often the server had lost some of that, by how it showed."""
+        self.on_loss: Callable[[], object] = lambda: None
+        """Called once for each loss."""
+        self.header = b"%s %s" % (SCHEMA, config.member.encode())
         self._warned_of_stale_epoch = False
         self._attaching = threading.Lock()
         self.roster = Roster()
@@ -77,13 +85,18 @@ class Link:
             raise
 
     def _attach(self, client: Client, deadline: float) -> None:
-        self.history = attach(client, self.keys, self._config, deadline)
-        """What the shard was when this process took its epoch."""
-        self.cold_is_elsewhere = self.history.cold_is_elsewhere
+        attached = attach(client, self.keys, self._config, deadline)
+        self.cold_is_elsewhere = attached.cold_is_elsewhere
         member, asked = self._config.member, time.monotonic()
-        self.epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
+        epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
+        self.history = History(attached.generation, epoch)
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
         self.attached = True
+
+    @property
+    def epoch(self) -> int:
+        """What this worker publishes under; 0 before it is attached."""
+        return self.history.epoch
 
     def attach_again(self, seen_epoch: int, deadline: float) -> None:
         """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch`.
@@ -95,19 +108,18 @@ class Link:
         try:
             if self.epoch == seen_epoch:
                 self._attach(self.publishes, deadline)
-                _log.warning("attached to namespace %s again, under epoch %d", self._config.namespace, self.epoch)
+                _log.info("attached to namespace %s again, under epoch %d", self._config.namespace, self.epoch)
         finally:
             self._attaching.release()
 
     def look_up(self, operation: Generator[Call, Any, T], deadline: float) -> tuple[T | None, int]:
         """Run a look-up. Returns None when Redis failed, and the calls made."""
         sent: list[str] = []
-        epoch = self.epoch
+        history = self.history
         try:
-            return run(operation, self.lookups, self.keys.meta, deadline, sent), len(sent)
+            return run(operation, self.lookups, self.keys.meta, deadline, sent, self), len(sent)
         except NotAttachedError:
-            if epoch == self.epoch:  # else another thread has attached anew meanwhile
-                self.attached = False
+            self._lose(history, Loss.GONE)
             raise
         except DistPrefixError:
             if self._config.strict:
@@ -132,8 +144,12 @@ class Link:
 
         Raises UnavailableError or what the script refused.
         """
+        history = self.history
         try:
-            return run(operation, self.publishes, self.keys.meta, deadline or self.publish_deadline())
+            return run(operation, self.publishes, self.keys.meta, deadline or self.publish_deadline(), None, self)
+        except NotAttachedError:
+            self._lose(history, Loss.GONE)
+            raise
         except StaleEpochError as error:
             if not self._warned_of_stale_epoch:
                 self._warned_of_stale_epoch = True
@@ -142,7 +158,34 @@ class Link:
 
     def administer(self, operation: Generator[Call, Any, T], timeout_s: float = 60.0) -> T:
         """Run something that nobody waits for on a request."""
-        return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s)
+        return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s, None, self)
+
+    def before_call(self) -> tuple[History, int]:
+        """What the reply of a call that is sent now is compared with."""
+        history = self.history
+        return history, history.acked
+
+    def after_call(self, before: tuple[History, int], generation: bytes, position: int) -> None:
+        """Look whether a reply shows that the server lost what it had acknowledged: then a new epoch is needed."""
+        history, acked = before
+        loss = history.check(acked, generation, position)
+        if loss is not None:
+            self._lose(history, loss)
+
+    def _lose(self, history: History, loss: Loss) -> None:
+        """All that was published under this epoch counts for nothing. Said once, unless a newer one counts already."""
+        if history is not self.history or not history.lose():
+            return
+        self.attached = False
+        self.losses[loss] += 1
+        _log.warning(
+            "Redis has lost what it acknowledged to %s in namespace %s, by a restart, a failover, a flush or a "
+            "restored backup (%s): this worker takes a new epoch and publishes again what it holds",
+            self._holder,
+            self._config.namespace,
+            loss,
+        )
+        self.on_loss()
 
     def refresh(self) -> None:
         """Learn who counts. One call, more when this worker has to attach anew. Never raises."""
@@ -201,7 +244,7 @@ class Link:
     def is_live(self, holder: str, epoch: int) -> bool:
         """Whether coverage under this epoch counts: a shared tier's always, a worker's as the roster says."""
         if holder == self._holder:
-            return epoch == self.epoch
+            return epoch == self.epoch and not self.history.is_lost
         return self.roster.is_live(holder, epoch, time.monotonic())
 
     def close(self) -> None:

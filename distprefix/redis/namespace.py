@@ -40,10 +40,8 @@ class Attached(NamedTuple):
 
     cold_is_elsewhere: bool
     """Whether its cold payloads are on another server."""
-    created: str
-    """Tells the shard from another one of the same name."""
-    log: int
-    """Number of the newest log entry."""
+    generation: bytes
+    """Tells the shard from another one of the same name, and from what it was before a restore."""
 
 
 def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: float) -> Attached:
@@ -98,12 +96,7 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
         if shard.get("cold", "0") != "0":
             raise NamespaceError(f"namespace {config.namespace!r} keeps cold payloads with the tree: pass no cold_url")
         client.command("HSET", keys.meta, "elsewhere", "1", deadline=deadline)
-    log = shard.get("log", "0")
-    return Attached(
-        bool(config.cold_url) or shard.get("elsewhere") == "1",
-        shard.get("created", ""),
-        int(log) if log.isdigit() else 0,
-    )
+    return Attached(bool(config.cold_url) or shard.get("elsewhere") == "1", shard.get("created", "").encode())
 
 
 def _texts(reply: Any) -> dict[str, str]:

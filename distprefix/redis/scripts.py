@@ -37,6 +37,7 @@ SCRIPTS = (
     "register",
     "repair",
     "report",
+    "restored",
     "retire",
     "roster",
     "settled",

@@ -56,7 +56,8 @@ def test_a_message_that_cannot_be_read_may_have_told_of_anything(real_server: Ba
     follower.take(frames)
     before = follower.epoch
     follower.take([Frame(frames[-1].seq + 1, b"nonsense")])
-    assert (follower.epoch, follower.counts["messages_unreadable"], len(follower.holdings)) == (before + 1, 1, 0)
+    assert follower.epoch > before
+    assert (follower.counts["messages_unreadable"], len(follower.holdings)) == (1, 0)
     reader = real_server.open("reader", chunk_size=case["chunk_size"])
     assert all(holders(reader, query["tokens"]) == {} for query in case["queries"])
     follower.take([Frame(frames[0].seq + len(frames) + 1, frames[0].payload)])

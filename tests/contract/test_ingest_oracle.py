@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from distprefix import PrefixCacheOptimizer
-from distprefix.errors import FencedError
+from distprefix.errors import FencedError, LostHistoryError
 from distprefix.events.changes import blocks_of
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
@@ -668,6 +668,9 @@ class Histories(RuleBasedStateMachine):
         self.look_again()
         for side in self.sides:
             follower = self.open(side)[0] if dies else self.followers[side.member][0]
+            if not dies:
+                with suppress(LostHistoryError):  # said once
+                    follower.begin()
             assert follower.begin()
             self.renewed(side)
 

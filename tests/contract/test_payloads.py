@@ -83,7 +83,7 @@ def test_sizes_around_the_border_of_a_part(real_server: Backend, second: Server,
     server = second.client() if tier == "elsewhere" else real_server.admin
     sound(real_server, cache, server)
     cache.clear()
-    assert names(real_server.admin, real_server, "") <= {"log", "trash", "meta"}
+    assert names(real_server.admin, real_server, "") <= {"log", "trash", "meta", "writers"}
     assert (meta(real_server, "warm"), meta(real_server, "cold")) == (0, 0)
 
 
