@@ -390,24 +390,6 @@ class L1:
                     self._queue.append((hot, node.accessed, self._queued, node, tree))
         heapq.heapify(self._queue)
 
-    def held_by(self, holder: str, epoch: int, max_bytes: int) -> list[bytes]:
-        """Chains that the holder covers under this epoch, the longest of each branch, until they have so many bytes."""
-
-        def end_in(node: Node) -> int:
-            held = node.value.holders.get(holder, _NOTHING) if node.value is not None else _NOTHING
-            return min(node.stop, held[1]) if held[0] == epoch and held[1] > node.start else 0
-
-        chains: list[bytes] = []
-        for node in self.iter_nodes():
-            end = end_in(node)
-            if not end or any(map(end_in, node.children.values())):
-                continue
-            max_bytes -= end * HASH_BYTES
-            if max_bytes < 0:
-                break
-            chains.append(b"".join(part.hashes for part in PrefixTree.path_to(node))[: end * HASH_BYTES])
-        return chains
-
     def hottest(self, threshold: int) -> list[Any]:
         """Nodes with at least so many hits, most first."""
         nodes = [node for node in self.iter_nodes() if node.value and node.value.hits + node.recent >= threshold]

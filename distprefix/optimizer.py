@@ -203,7 +203,7 @@ class PrefixCacheOptimizer:
         with state.lock:
             state.l1.clear()
             state.own.clear()
-            state.held.clear()
+            state.unnamed.clear()
             self._publisher.clear()
 
     # Payloads
@@ -392,7 +392,7 @@ class PrefixCacheOptimizer:
         link = self._state.link
         link.info = WorkerInfo(address, model, tuple(media) or (self.config.medium,), dict(load or {}))
         link.lease_s = float(lease_s)
-        link.attach_again(link.epoch, time.monotonic() + _REGISTER_TIMEOUT_S)
+        link.attach_again(link.epoch, time.monotonic() + _REGISTER_TIMEOUT_S, begins_anew=True)
         self._begin_background()
         return link.epoch
 

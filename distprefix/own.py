@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.radix import PrefixTree, RadixTreeNode
 
-__all__ = ["OwnBlocks", "node_at"]
+__all__ = ["OwnBlocks", "UnnamedChains", "node_at"]
 
 Node = RadixTreeNode[bool]
 _FEW_REFERENCES = 64
+_MAX_UNNAMED_BYTES = 16 * 2**20
 
 
 def node_at(node: RadixTreeNode[bool], depth: int) -> Node | None:
@@ -181,3 +182,31 @@ class OwnBlocks:
         if above is not None and above.parent is not None and not above.gone and not above.children:
             self._leaves[above] = None
         return chain
+
+
+class UnnamedChains:
+    """The chains that this worker published last without naming blocks, up to 16 MiB of hashes."""
+
+    def __init__(self, max_bytes: int = _MAX_UNNAMED_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._chains: OrderedDict[bytes, None] = OrderedDict()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Longest ago first."""
+        return iter(self._chains)
+
+    def add(self, chain: bytes) -> None:
+        """It was published now."""
+        if chain in self._chains:
+            self._chains.move_to_end(chain)
+            return
+        self._chains[chain] = None
+        self._bytes += len(chain)
+        while self._bytes > self._max_bytes:
+            self._bytes -= len(self._chains.popitem(last=False)[0])
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._chains.clear()
+        self._bytes = 0

@@ -166,6 +166,7 @@ class Publisher:
                 self._retract(state.own.give_up())
                 self._name(hashes, last, prompt.chunks)
             else:
+                state.unnamed.add(hashes)
                 path = l1.find(prompt, now).path
                 if path:
                     self._name(hashes, path[-1], prompt.chunks)

@@ -22,8 +22,8 @@ class Republisher:
     def __init__(self, state: State, publisher: Publisher) -> None:
         self._state = state
         self._publisher = publisher
-        self._losses = 0
-        """Of those that the link counts: what the newest of them lost is in the queue."""
+        self._renewed = 0
+        """Of the epochs that the link took anew: what has to be published under the newest is in the queue."""
         self._nodes: deque[Node] = deque()
         self._chains: deque[bytes] = deque()
         """Chains that the worker named no blocks for."""
@@ -35,9 +35,9 @@ class Republisher:
 
     def work(self) -> None:
         """Publish for a while what the server has lost. One call a chain; what fails for now is tried again."""
-        losses = sum(self._state.link.losses.values())
-        if losses != self._losses:
-            self._losses = losses
+        renewed = self._state.link.renewed
+        if renewed != self._renewed:
+            self._renewed = renewed
             self._begin()
         if not self.waiting:
             return
@@ -52,7 +52,7 @@ class Republisher:
         state = self._state
         with state.lock:
             self._nodes = deque(reversed(state.own.leaves()))
-            self._chains = deque(state.held)
+            self._chains = deque(state.unnamed)
         for lease in state.reservations.active():
             lease.protect_again()
 

@@ -18,7 +18,7 @@ from distprefix.feed import Feed
 from distprefix.l1 import L1, Found, Node
 from distprefix.operations import WINDOW, Usage
 from distprefix.outbox import Outbox
-from distprefix.own import OwnBlocks
+from distprefix.own import OwnBlocks, UnnamedChains
 from distprefix.redis.link import Link
 from distprefix.reservations import Reservations
 
@@ -26,7 +26,6 @@ __all__ = ["State"]
 
 _log = logging.getLogger("distprefix")
 _BLIND_TTL_S = 1.0
-_MAX_LOST_BYTES = 16 * 2**20
 
 
 class State:
@@ -56,20 +55,14 @@ class State:
         """Chains and who L1 said holds how much of them, to be checked against Redis."""
         self.guesses: deque[tuple[Node, int]] = deque(maxlen=32)
         """Where prompts ended, to be gone on from in the background."""
-        self.held: dict[bytes, None] = {}
-        """Chains that this worker holds without having named blocks, and that Redis may have lost; at most 16 MiB."""
+        self.unnamed = UnnamedChains()
         self.reservations = Reservations(self)
         self._warned_of_cut = False
         self._root = config.root
 
     def _distrust_all(self) -> None:
-        """The server has lost history. L1 asks again; what this worker holds without having named blocks is kept."""
-        with self.lock:
-            room = _MAX_LOST_BYTES - sum(map(len, self.held))
-            for chain in self.l1.held_by(self.config.holder, self.link.epoch, room):
-                if len(self.own.ids(chain)) * HASH_BYTES < len(chain):
-                    self.held[chain] = None
-            self.feed.distrust_all()
+        """The server has lost history: L1 asks again, and the background takes a new epoch now."""
+        self.feed.distrust_all()
         self.wake()
 
     def find(self, prompt: Prompt, now: float) -> Found:

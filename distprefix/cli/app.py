@@ -14,6 +14,7 @@ from distprefix.cli.maintain import maintain
 from distprefix.cli.namespaces import namespaces
 from distprefix.cli.node import node
 from distprefix.cli.replay import replay
+from distprefix.cli.restored import restored
 from distprefix.cli.stats import stats
 from distprefix.cli.top import top
 from distprefix.cli.tree import tree
@@ -45,5 +46,5 @@ def _main(
     del version
 
 
-for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain):
+for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain, restored):
     app.command()(command)

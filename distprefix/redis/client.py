@@ -188,14 +188,11 @@ def _admit(endpoint: Endpoint, connection: Any) -> None:
 class Caller(Protocol):
     """Who calls: a member whose writes the shard counts, and that looks whether it still has them."""
 
-    header: bytes
-    """The first argument of its calls."""
-
-    def before_call(self) -> Any:
-        """What to compare the reply of a call with that is sent now."""
+    def before_call(self) -> tuple[bytes, Any]:
+        """The first argument of a call that is sent now, and what to compare its reply with."""
         ...
 
-    def after_call(self, before: Any, generation: bytes, position: int) -> None:
+    def after_call(self, before: Any, generation: bytes, had: int, has: int) -> None:
         """Take note of which history a reply is."""
         ...
 
@@ -222,15 +219,18 @@ def run(
         if sent is not None:
             sent.append(call.script)
         failed = None
-        args = call.args if caller is None else (caller.header, *call.args[1:])
-        before = None if caller is None else caller.before_call()
+        args = call.args
+        before: Any = None
+        if caller is not None:
+            header, before = caller.before_call()
+            args = (header, *args[1:])
         try:
-            reply, generation, position = client.call(call.script, meta, args, deadline)
+            reply, generation, had, has = client.call(call.script, meta, args, deadline)
         except errors.UnavailableError as error:
             failed = error  # for the operation to say what counts of what came before
             continue
         if caller is not None:
-            caller.after_call(before, generation, position)
+            caller.after_call(before, generation, had, has)
 
 
 class Client:

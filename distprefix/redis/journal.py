@@ -57,6 +57,7 @@ class RedisJournal:
         """
         reply, generation = self._stream(self._ttl_ms)
         held, _, number, _, seq, digest, at, epoch, state, written = reply
+        reading = read_roster(self._client, self._keys, "", self._deadline())  # what fails leaves all as it was
         before, self._number = self._number, 0
         if held.decode() != self._owner:
             return None
@@ -69,7 +70,6 @@ class RedisJournal:
             raise LostHistoryError("the server has lost what was written of this stream: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
-        reading = read_roster(self._client, self._keys, "", self._deadline())
         current = (reading.epochs or {}).get(self._member, 0)
         self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
         return Lead(position, int(epoch), current, state)
@@ -111,7 +111,7 @@ class RedisJournal:
         for change in changes:
             args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
         try:
-            reply, generation, _ = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
+            reply, generation, _, _ = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
             if generation != self._generation:
                 raise LostHistoryError("the server was restored: what was written of this stream may be lost")
         except LostHistoryError:
@@ -123,7 +123,7 @@ class RedisJournal:
     def _stream(self, ttl_ms: int) -> tuple[list[Any], bytes]:
         """What `stream` says, and the generation of the shard."""
         args = (SCHEMA, self._member, self._owner, ttl_ms, self._source)
-        reply, generation, _ = self._client.call("stream", self._keys.meta, args, self._deadline())
+        reply, generation, _, _ = self._client.call("stream", self._keys.meta, args, self._deadline())
         return reply, generation
 
     def _deadline(self) -> float:

@@ -52,7 +52,8 @@ class Link:
         """How often the server had lost some of that, by how it showed."""
         self.on_loss: Callable[[], object] = lambda: None
         """Called once for each loss."""
-        self.header = b"%s %s" % (SCHEMA, config.member.encode())
+        self.renewed = 0
+        """How often a new epoch was taken under which what this worker holds has to be published again."""
         self._warned_of_stale_epoch = False
         self._attaching = threading.Lock()
         self.roster = Roster()
@@ -89,7 +90,7 @@ class Link:
         self.cold_is_elsewhere = attached.cold_is_elsewhere
         member, asked = self._config.member, time.monotonic()
         epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
-        self.history = History(attached.generation, epoch)
+        self.history = History(attached.generation, epoch, b"%s %d %s" % (SCHEMA, epoch, member.encode()))
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
         self.attached = True
 
@@ -98,16 +99,18 @@ class Link:
         """What this worker publishes under; 0 before it is attached."""
         return self.history.epoch
 
-    def attach_again(self, seen_epoch: int, deadline: float) -> None:
+    def attach_again(self, seen_epoch: int, deadline: float, *, begins_anew: bool = False) -> None:
         """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch`.
 
-        Four calls. Raises NamespaceError or UnavailableError.
+        What this worker holds is published again, unless it `begins_anew`. Four calls. Raises NamespaceError or
+        UnavailableError.
         """
         if not self._attaching.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise UnavailableError("another thread is still attaching")
         try:
             if self.epoch == seen_epoch:
                 self._attach(self.publishes, deadline)
+                self.renewed += not begins_anew
                 _log.info("attached to namespace %s again, under epoch %d", self._config.namespace, self.epoch)
         finally:
             self._attaching.release()
@@ -158,17 +161,22 @@ class Link:
 
     def administer(self, operation: Generator[Call, Any, T], timeout_s: float = 60.0) -> T:
         """Run something that nobody waits for on a request."""
-        return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s, None, self)
-
-    def before_call(self) -> tuple[History, int]:
-        """What the reply of a call that is sent now is compared with."""
         history = self.history
-        return history, history.acked
+        try:
+            return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s, None, self)
+        except NotAttachedError:
+            self._lose(history, Loss.GONE)
+            raise
 
-    def after_call(self, before: tuple[History, int], generation: bytes, position: int) -> None:
+    def before_call(self) -> tuple[bytes, tuple[History, int]]:
+        """The first argument of a call that is sent now, and what to compare its reply with."""
+        history = self.history
+        return history.header, (history, history.acked)
+
+    def after_call(self, before: tuple[History, int], generation: bytes, had: int, has: int) -> None:
         """Look whether a reply shows that the server lost what it had acknowledged: then a new epoch is needed."""
         history, acked = before
-        loss = history.check(acked, generation, position)
+        loss = history.check(acked, generation, had, has)
         if loss is not None:
             self._lose(history, loss)
 
@@ -189,15 +197,19 @@ class Link:
 
     def refresh(self) -> None:
         """Learn who counts. One call, more when this worker has to attach anew. Never raises."""
-        deadline, seen_epoch, asked = self.publish_deadline(), self.epoch, time.monotonic()
+        deadline, history, asked = self.publish_deadline(), self.history, time.monotonic()
         outdated = self.roster.has_leases and asked - self.roster.read_at >= _LEASES_READ_S
         try:
             if self.attached:
                 version = "" if outdated else self.roster.version
                 self.roster.update(read_roster(self.publishes, self.keys, version, deadline), asked)
-            # Flushed, older data were restored, or made void.
-            if not self.attached or self._is_void(self.roster.epoch(self._config.member), deadline):
-                self.attach_again(seen_epoch, deadline)
+                current = self.roster.epoch(self._config.member)
+                if current < history.epoch:
+                    self._lose(history, Loss.EPOCH)
+                elif current > history.epoch and self._is_void(current, deadline):
+                    self.attached = False
+            if not self.attached:
+                self.attach_again(history.epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)
 
@@ -220,9 +232,7 @@ class Link:
             self.endpoint.renew("replica", generation)
 
     def _is_void(self, current: int, deadline: float) -> bool:
-        """Whether nobody has this worker's epoch: neither this process nor a newer one. A call if not this one."""
-        if current <= self.epoch:
-            return current < self.epoch
+        """Whether this worker was given up, rather than replaced by a newer process. One call."""
         voided = self.publishes.command("HGET", self.keys.voided, self._config.member, deadline=deadline)
         return voided == str(current).encode()
 

@@ -1,5 +1,10 @@
--- Every reply says of which history it is: the shard's generation, and how many of the caller's writes it has, this one
--- included. A caller that was acknowledged more, or another generation, knows that history was lost.
+-- Every reply says of which history it is: the shard's generation, how many of the caller's writes it had before the
+-- call, and how many it has now. A caller that was acknowledged more, or another generation, knows that some are lost.
 local function answer(reply)
-  return { reply, generation or '', caller == '' and written or redis.call('HINCRBY', writers, caller, 1) }
+  local has = written
+  if caller ~= '' and written >= 0 then
+    has = written + 1
+    redis.call('HSET', writers, caller, caller_epoch .. ':' .. has)
+  end
+  return { reply, generation or '', written, has }
 end
