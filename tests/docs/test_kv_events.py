@@ -31,7 +31,7 @@ PROMPT = list(range(500, 590))
 FOLLOWS = "--model llama-8b --address"
 EXPECTED = {
     FOLLOWS: r"│ vllm-0/0 +│ following +│ 2 +│ 10 gpu +│ \d+\.\d s +│ .*events 3, messages 3, renewed, new 1",
-    "distprefix workers\n": r"(?s)\Aworkers of llama-8b.*│ vllm-0 │ +0 │ +1 │ +\d+ s │ 10 gpu +│ to 2, "
+    "distprefix workers\n": r"(?s)\Aworkers of llama-8b.*│ vllm-0 │ +0 │ \d{13} │ +\d+ s │ 10 gpu +│ to 2, "
     r"\d+\.\d s behind │ llama-8b http://127\.0\.0\.1:\d+ │",
     "/tokenize": r"\A\Z",
     "lookup prompt.json\n": r"(?s)│ matched │ 80 of 90 tokens \(5 chunks\) .*│ holder +│ vllm-0/0@gpu: first 80 t",
