@@ -1,6 +1,6 @@
 """What it costs that each reply says of which history it is: python benchmarks/reply_history.py.
 
-The scripts as they are, against the same scripts without the generation and the caller's writes, in one run on one server.
+The scripts as they are, against the same ones without the generation and the caller's writes, in one run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _without(body: str) -> str:
     head, _, rest = body.partition("local function answer(reply)\n")
     _, _, rest = rest.partition("\nend\n")
     plain = head + "local function answer(reply)\n  return reply\nend\n" + rest
-    start = plain.index("local writers, written")
+    start = plain.index("local writers, epoch_of")
     stop = plain.index("local function answer")
     return plain[:start] + plain[stop:]
 

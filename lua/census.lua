@@ -2,7 +2,7 @@
 -- census: who covers some nodes, and which nodes lie right behind them; of one member all that is needed to go on.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    member whose chunks and keys are wanted as well, or "": then chunks and keys are ""
 -- ARGV[3..]  heads of nodes, in hex; "root" for what lies above all
 -- returns    {parent, depth, {head of a child, ...}, holder, "epoch:k", chunks, keys, holder, ...} for each there is

@@ -2,7 +2,7 @@
 -- claim: say that a worker computes a chunk that nobody has, or learn who said so before; or take that back.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; the claim's key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the chunk's hash, in hex
 -- ARGV[3]    worker
 -- ARGV[4]    how long it counts, ms; 0 takes it back

@@ -4,7 +4,7 @@
 -- tree with all that follows it.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the tier: @warm or @cold
 -- ARGV[3]    the node's chunks up to that one, 16 bytes each, from its head on
 -- ARGV[4]    size of the payload as the reader knows it, 4 bytes

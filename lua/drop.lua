@@ -2,7 +2,7 @@
 -- drop: take out a whole subtree, leaves before their parents, at most so many nodes a call: call again until done.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the subtree's head in hex, or "root" for all there is
 -- ARGV[3]    the most nodes to remove in this call
 -- returns    {nodes removed, chunks removed, 1 when nothing is left of it, else 0}

@@ -3,7 +3,7 @@
 -- became so again meanwhile, that server has to be told to keep it after all.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the chunk, 16 bytes
 -- returns    1 when it is to be kept, else 0
 -- errors     DPGONE, DPSCHEMA

@@ -3,7 +3,7 @@
 -- is enough, else all of it; its parent may be a leaf then. Leased and pinned leaves stay.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the most leaves to take in this call
 -- ARGV[3]    chunks that may stay, "" for any number
 -- ARGV[4]    bytes that may stay, likewise

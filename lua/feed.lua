@@ -2,7 +2,7 @@
 -- feed: what the log says since an entry that the caller has, that entry included: if it is missing, more is.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; the log is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    id of the last entry that the caller has; "" to begin: the newest entry alone
 -- ARGV[3]    the most entries to read
 -- returns    {when the shard was made, number of the newest entry, id, {field, value, ...}, id, {...}, ...}

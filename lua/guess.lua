@@ -2,7 +2,7 @@
 -- guess: what a prompt most likely goes on with: child after child, the one used last, where there are few.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    hash of the last chunk of the node to go on from, in hex
 -- ARGV[3]    chunks after which the call ends
 -- returns    {-1, then each node as prewarm tells it}

@@ -2,7 +2,7 @@
 -- hot: the candidates for pre-warming with the most hits.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    how many, at most
 -- returns    {hash of the last chunk, depth behind it, hits, accessed, created, head, ... for each}
 -- errors     DPGONE, DPSCHEMA

@@ -2,7 +2,7 @@
 -- idle: nodes whose warm payloads nobody has used for long, behind which none is warm: what may become cold next.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    how long ago the last use has to be, ms by the server's clock
 -- ARGV[3]    rank among the leaves to begin with, in the order of eviction
 -- ARGV[4]    how many leaves to look at, with what lies above them

@@ -2,7 +2,7 @@
 -- ingest: write what an engine's events changed, and with it up to which message that is: both or neither.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the most chunks a run may have
 -- ARGV[3]    the stream: the member whose coverage changes, <worker>/<rank>
 -- ARGV[4]    number of the caller's right to write, as stream told it, and how often the stream was written, as the

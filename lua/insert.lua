@@ -2,7 +2,7 @@
 -- insert: publish a chain. Splits where it leaves a run, extends a leaf that has room, creates nodes, sets coverage.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the most chunks a run may have
 -- ARGV[3]    holder
 -- ARGV[4]    epoch of the holder

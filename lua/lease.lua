@@ -3,7 +3,7 @@
 -- lies above a node stays as long as it does.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    name of the lease
 -- ARGV[3]    how long, ms; 0 ends it
 -- ARGV[4]    the chain, 16 bytes a chunk, at most 4,096 and one run; begins at a node's head

@@ -3,7 +3,7 @@
 -- before and would have gone by themselves; those that were moved go.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the node's head, in hex
 -- ARGV[3]    the tier that the payloads were in: @warm or @cold
 -- ARGV[4]    their sizes there, 4 bytes a chunk, as the mover saw them; of leading chunks alone when they become warm

@@ -2,7 +2,7 @@
 -- prewarm: the hottest nodes with all that lies above them, parents first, each once a call.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    rank of the candidate to begin with, 0 for the hottest
 -- ARGV[3]    chunks after which the call ends
 -- returns    {rank to go on with or -1, then each node as walk tells it, with its place and run before:

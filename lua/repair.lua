@@ -2,7 +2,7 @@
 -- repair: correct the shard's counts, if they still are what the caller saw before it counted.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2..]  nodes, chunks, bytes, warm, cold, number of the newest log entry as the caller saw them; true nodes,
 --            chunks, bytes, warm, cold
 -- returns    1 when written, 0 when something changed meanwhile

@@ -3,7 +3,7 @@
 -- acknowledged may be lost. Who learns of it takes a new epoch, and publishes again what it has.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- returns    the new generation
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room

@@ -3,7 +3,7 @@
 -- the tree has dropped meanwhile has to go there after all.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the node's head, in hex
 -- ARGV[3]    the chunks that the server was told to keep, 16 bytes each
 -- returns    1 when settled, 0 when more has become cold meanwhile

@@ -3,7 +3,7 @@
 -- by themselves; from now on they stay.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the most chunks a run may have
 -- ARGV[3]    depth of the chain's first chunk; above 0 that must be a node's head, and all above it be warm
 -- ARGV[4]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run

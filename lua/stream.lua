@@ -2,7 +2,7 @@
 -- stream: take, keep or give up the right to write what one engine's events say, and learn how far they are written.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; the stream's key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the stream: the member whose coverage it tells, <worker>/<rank>
 -- ARGV[3]    who asks: a name that nobody else has
 -- ARGV[4]    how long the right lasts, ms; 0 gives it up

@@ -2,7 +2,7 @@
 -- sweep: take away coverage of nodes that counts for nothing, and tell what lies behind them; what nobody covers goes.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    heads of nodes, in hex, with spaces between them; "root" for what lies above all
 -- ARGV[3..]  member, epoch, ...: coverage of the member under an older epoch goes
 -- returns    {chunks of coverage taken away, nodes removed, chunks removed, head of a child, ...}

@@ -3,7 +3,7 @@
 -- nodes with enough hits become candidates for pre-warming.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    hits that make a candidate, 0 for never
 -- ARGV[3..]  head in hex, hits, ms since the last use, for each node; at most 1,000 nodes
 -- returns    how many of the nodes were there

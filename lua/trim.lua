@@ -3,7 +3,7 @@
 -- Coverage stays closed under prefix: who covers a node covers all that lies above it. What nobody covers goes.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    holder
 -- ARGV[3]    epoch of the holder
 -- ARGV[4]    the chain up to the lost chunk, 16 bytes a chunk, at most 4,096 and one run; begins at a node's head

@@ -2,7 +2,7 @@
 -- walk: the longest prefix of a chain that the tree has, node by node, beginning at a node's head.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; the node keys are derived from it and share its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    holder whose block ids are wanted, or ""
 -- ARGV[3]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run; its first chunk is a node's head
 -- returns    {size, matched, accessed, hits, created, metadata, blocks, holders, (holder, "epoch:k")..., size, ...}

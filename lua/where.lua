@@ -2,7 +2,7 @@
 -- where: in which tier the payloads of chains' leading chunks lie, of each up to the first that has none.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
--- ARGV[1]    schema version the caller speaks
+-- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2..]  chains, 16 bytes a chunk, each from a node's head on; at most 4,096 chunks in all, and one run
 -- returns    for each chain: {sizes of the warm ones, sizes of the cold ones, 4 bytes a chunk each, 0 for those in the
 --            other tier, first chunks of its nodes, with commas between}

@@ -237,7 +237,8 @@ class Backend:
             if name == self.keys.writers:
                 continue
             if kind == b"hash":
-                found[name] = admin.hgetall(key)
+                counts = name == self.keys.meta
+                found[name] = {at: value for at, value in admin.hgetall(key).items() if not (counts and b" " in at)}
             elif kind == b"zset":
                 found[name] = admin.zrange(key, 0, -1, withscores=True)
             elif kind == b"string":

@@ -38,7 +38,7 @@ class Keys:
         self.hot = f"{self.base}hot"
         """Candidates for pre-warming by hits."""
         self.writers = f"{self.base}writers"
-        """Members to how many writes of each the shard has: who was acknowledged more knows that some were lost."""
+        """Members to the name under which meta has how many of their writes the shard has taken."""
         self.trash = f"{self.base}trash"
         """Chunks whose cold payloads on another server have to be deleted."""
         self.kept = f"{self.base}kept"
