@@ -71,7 +71,7 @@ def _without(body: str) -> str:
     head, _, rest = body.partition("local function answer(reply)\n")
     _, _, rest = rest.partition("\nend\n")
     plain = head + "local function answer(reply)\n  return reply\nend\n" + rest
-    start = plain.index("local writers, epoch_of")
+    start = plain.index("local writers, epoch_of, written")
     stop = plain.index("local function answer")
     return plain[:start] + plain[stop:]
 
