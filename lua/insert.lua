@@ -17,6 +17,7 @@
 -- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; a split moves no child
 -- @include guard
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include walk
 -- @include path
@@ -29,6 +30,7 @@
 -- @include fields
 -- @include discard
 -- @include edit
+-- @include cover
 -- @include create
 -- @include publish
 local chain, used = ARGV[6], ('%.0f'):format(now)

@@ -14,6 +14,7 @@
 -- cost       HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
 -- @include guard
 -- @include keys
+-- @include tally
 -- @include policies
 -- @include score
 -- @include payload

@@ -13,6 +13,7 @@
 -- cost       a STRLEN and a PERSIST for each part, and what insert costs
 -- @include guard
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include walk
 -- @include path
@@ -25,6 +26,7 @@
 -- @include fields
 -- @include discard
 -- @include edit
+-- @include cover
 -- @include create
 -- @include publish
 local chain = ARGV[4]

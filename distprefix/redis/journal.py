@@ -11,14 +11,14 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import FencedError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
-from distprefix.operations import SCHEMA, Call
+from distprefix.operations import ITEMS_A_CALL, SCHEMA, WORK_A_CALL, Call
 from distprefix.redis.client import Client, run
+from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
 
 __all__ = ["RedisJournal", "census"]
 
-_NODES_A_CALL = 100
 _READ_TIMEOUT_S = 60.0
 _AT_ONCE_S = 0.001
 _RIGHT_S = 10.0
@@ -45,6 +45,8 @@ class RedisJournal:
         self._number = 0
         """Of the right to write: whoever takes it over gets a higher one."""
         self._epoch = 0
+        self._resume: dict[tuple[str, bytes], bytes] = {}
+        """Of withdrawals that were done in part, by medium and chain: where the script resumes."""
 
     def lead(self) -> Lead | None:
         """Take the right to write, or keep it; None while another ingester has it. Two calls.
@@ -85,10 +87,15 @@ class RedisJournal:
         heartbeat(self._client, self._keys, self._member, epoch, _AT_ONCE_S, self._info, self._deadline())
 
     def covered(self, epoch: int) -> list[Covered]:
-        """What the tree says that the engine holds under this epoch. One call for 100 nodes."""
-        operation = census(self._member)
+        """What the tree says that the engine holds under this epoch.
+
+        One call for 1,000 holders that there are, and one for about 100 of the engine's nodes.
+        """
+        deadline = time.monotonic() + _READ_TIMEOUT_S
+        named = read_holders(self._client, self._keys, deadline, self._member)
         found: list[Covered] = []
-        for parent, depth, holders in run(operation, self._client, self._keys.meta, time.monotonic() + _READ_TIMEOUT_S):
+        nodes = run(census(named), self._client, self._keys.meta, deadline) if named else []
+        for parent, depth, holders in nodes:
             for holder, (held_epoch, chunks, keys) in holders.items():
                 if held_epoch == epoch:
                     found.append(Covered(holder.rpartition("@")[2], parent, depth, chunks, keys))
@@ -100,9 +107,14 @@ class RedisJournal:
         args += (position.seq, position.digest, repr(position.at)) if position else ("", "", "")
         args.append(state)
         for change in changes:
-            args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
+            labels = change.labels if change.publish else self._resume.get((change.medium, change.chain), b"")
+            args += (change.medium, change.depth if change.publish else "", change.chain, labels)
         reply = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
-        return [_outcome(word.decode()) for word in reply]
+        words: list[bytes] = list(reply)
+        told = zip(changes, words, strict=False)
+        again = [(change, word) for change, word in told if word.startswith(b"again ")]
+        self._resume = {(change.medium, change.chain): word.removeprefix(b"again ") for change, word in again}
+        return [_outcome(word.decode()) for word in words]
 
     def _stream(self, ttl_ms: int) -> list[Any]:
         args = (SCHEMA, self._member, self._owner, ttl_ms, self._source)
@@ -113,7 +125,7 @@ class RedisJournal:
 
 
 def _outcome(word: str) -> Outcome:
-    first, *rest = word.split()
+    first, *rest = word.split(" ")
     return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
 
 
@@ -127,22 +139,21 @@ class Node(NamedTuple):
     """Holder to epoch, chunks and an engine's keys."""
 
 
-def census(member: str = "") -> Generator[Call, Any, list[Node]]:
-    """Every node, or every one that a member covers: who covers a node covers all above it. 1 call for 100 nodes.
+def census(holders: Sequence[str] = ()) -> Generator[Call, Any, list[Node]]:
+    """Every node, or those that any of some holders covers. One call for some 100 nodes.
 
-    Without a member, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
-    Goes from the top down: what is split meanwhile is not missed.
+    Without holders, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
+    Parents come before their children: what is split meanwhile is not missed.
     """
-    found: list[Node] = []
-    waiting: list[Any] = ["root"]
-    while waiting:
-        batch, waiting = waiting[:_NODES_A_CALL], waiting[_NODES_A_CALL:]
-        for parent, depth, children, *rest in (yield Call("census", (SCHEMA, member, *batch))):
-            node = _node_of(parent, depth, rest, with_chunks=bool(member))
-            if node.holders or not member or batch[0] == "root":
-                waiting += children
-            found.append(node)
-    return found
+    found: dict[bytes, Node] = {}
+    stack: list[bytes] = [b"root"]
+    while stack:
+        items = b" ".join(stack[-ITEMS_A_CALL:])
+        left, *nodes = yield Call("census", (SCHEMA, WORK_A_CALL, items, *holders))
+        stack[-ITEMS_A_CALL:] = left
+        for head, parent, depth, *rest in nodes:
+            found.setdefault(head, _node_of(parent, depth, rest, with_chunks=bool(holders)))
+    return list(found.values())
 
 
 def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool) -> Node:
