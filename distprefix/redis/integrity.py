@@ -227,9 +227,7 @@ def _check_counts(
 ) -> None:
     """A junction counts for each holder how many of its children that holder covers; `holders` does so for the roots."""
     for last in sorted({*counts, *children}):
-        covered = Counter(
-            name[2:] for head in children.get(last, ()) for name in nodes[head] if name.startswith(b"h:")
-        )
+        covered = Counter(name[2:] for head in children.get(last, ()) for name in nodes[head] if name.startswith(b"h:"))
         counted = {name: value for name, value in counts.get(last, {}).items() if b"@" in name}
         for holder in sorted({*covered, *counted}):
             told, true = counted.get(holder, b"0"), covered[holder]
