@@ -48,7 +48,7 @@ local function read_node(head)
 end
 
 repeat
-  spend(0.5)
+  spend(2)
   local head, cursor = table.remove(items):match('^(%w+):?(.*)$')
   local last = head
   if cursor == '' and head ~= 'root' then

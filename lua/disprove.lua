@@ -31,6 +31,7 @@
 -- @include discard
 -- @include unlink
 -- @include uncover
+-- @include climb
 -- @include descend
 -- @include withdraw
 local tier, chain, size, header, digest = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]

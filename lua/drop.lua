@@ -23,6 +23,7 @@
 -- @include fields
 -- @include discard
 -- @include unlink
+-- @include climb
 -- @include descend
 allow(tonumber(ARGV[4]))
 redis.call('ZCARD', base .. 'leaves')

@@ -40,6 +40,7 @@
 -- @include publish
 -- @include unlink
 -- @include uncover
+-- @include climb
 -- @include descend
 -- @include withdraw
 local max_run, member, number, epoch = tonumber(ARGV[2]), ARGV[3], ARGV[4], tonumber(ARGV[5])

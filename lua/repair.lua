@@ -9,8 +9,8 @@
 -- ARGV[5]    warm, likewise
 -- ARGV[6]    cold, likewise
 -- ARGV[7]    number of the newest log entry, likewise
--- ARGV[8..]  true nodes, chunks, bytes, warm, cold; then last chunk of a node ("root" for the roots), holder, true number
---            of its children that the holder covers, for as many as are wrong
+-- ARGV[8..]  true nodes, chunks, bytes, warm, cold; then, for each count that is wrong, the last chunk of the node or
+--            "root" for the roots, the holder, and the true number of the children that it covers
 -- returns    1 when written, 0 when something changed meanwhile
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room to speak of

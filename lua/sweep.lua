@@ -53,14 +53,16 @@ repeat
   local head, kind, rest = item:match('^(%w+)([:/]?)(.*)$')
   if kind == ':' then
     read_on(head, rest)
+  elseif head == 'root' then
+    read_on(head, '0')
   else
-    local last = head == 'root' and head or last_of(head)
-    local is_below = kind == '' or (rest == '' and last and counts_stale(head, last, holders, newest))
-    if kind == '/' and last and not is_below then
-      clean(head, newest, reply)
-    elseif last and is_below then
-      items[#items + 1] = head ~= 'root' and head .. (kind == '' and '/' or '/!') or nil
+    local last, stale = look_at(head, holders, newest)
+    local is_leaf = not last or redis.call('HLEN', junction_key(last)) == 0
+    if last and not is_leaf and (kind == '' or (rest == '' and is_counted(last, stale))) then
+      items[#items + 1] = head .. (kind == '' and '/' or '/!')
       read_on(last, '0')
+    elseif last and (#stale > 0 or (is_leaf and kind ~= '')) then
+      clean(head, stale, reply)
     end
   end
 until #items == 0 or is_spent()

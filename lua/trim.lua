@@ -29,6 +29,7 @@
 -- @include discard
 -- @include unlink
 -- @include uncover
+-- @include climb
 -- @include descend
 -- @include withdraw
 allow(tonumber(ARGV[6]))

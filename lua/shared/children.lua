@@ -26,6 +26,6 @@ local function children_of(parent, cursor, holders)
       found[#found + 1] = child
     end
   end
-  spend(#reply[2] / (holders and 20 or 100))
+  spend(1 + #reply[2] / (holders and 5 or 25))
   return found, reply[1]
 end

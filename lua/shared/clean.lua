@@ -10,33 +10,27 @@ local function is_sound(flat, node)
   return sound
 end
 
--- The holders whose coverage of a node, by its fields, is of an older epoch than `newest` has.
-local function stale_holders(flat, newest)
-  local stale = {}
-  for i = 1, #flat, 2 do
-    local holder = flat[i]:match('^h:(.*)$')
-    if holder and (tonumber(flat[i + 1]:match('^%d+') or '') or math.huge) < (newest[holder] or 0) then
+-- The last chunk of a node in hex, nil when it is not there or damaged, and those of the holders that cover it under an
+-- older epoch than `newest` has.
+local function look_at(head, holders, newest)
+  local fields, stale = { 'r' }, {}
+  for i, holder in ipairs(holders) do
+    fields[i + 1] = 'h:' .. holder
+  end
+  local values = redis.call('HMGET', node_key(head), unpack(fields))
+  spend(1 + #holders / 50)
+  for i, holder in ipairs(holders) do
+    if (tonumber((values[i + 1] or ''):match('^%d+') or '') or math.huge) < newest[holder] then
       stale[#stale + 1] = holder
     end
   end
-  return stale
+  local run = values[1]
+  return run and #run > 0 and #run % 16 == 0 and hex(run) or nil, stale
 end
 
--- The last chunk of a node in hex; nil when it is not there, or damaged.
-local function last_of(head)
-  local run = redis.call('HGET', node_key(head), 'r')
-  return run and #run > 0 and #run % 16 == 0 and hex(run) or nil
-end
-
--- Whether children of the node still have what counts for nothing: it was split meanwhile.
-local function counts_stale(head, last, holders, newest)
-  local flat = {}
-  for _, holder in ipairs(holders) do
-    flat[#flat + 1] = 'h:' .. holder
-    flat[#flat + 1] = redis.call('HGET', node_key(head), 'h:' .. holder) or ''
-  end
-  spend(#holders / 20)
-  for _, holder in ipairs(stale_holders(flat, newest)) do
+-- Whether children of the node with this last chunk still have what counts for nothing: it was split meanwhile.
+local function is_counted(last, stale)
+  for _, holder in ipairs(stale) do
     if covered_children(last, holder) > 0 then
       return true
     end
@@ -46,13 +40,12 @@ end
 
 -- Takes from a node what counts for nothing. A leaf that nobody covers is removed, one that nobody covers to its end is
 -- cut. Adds chunks of coverage, nodes and chunks to `total`.
-local function clean(head, newest, total)
+local function clean(head, stale, total)
   local flat, node = fields_of(head)
-  spend(1 + #flat / 50)
+  spend(2 + #flat / 50)
   if not is_sound(flat, node) then
     return
   end
-  local stale = stale_holders(flat, newest)
   for _, holder in ipairs(stale) do
     total[1] = total[1] + uncover(head, holder, 0, true)
   end

@@ -18,7 +18,7 @@ local function uncover(head, holder, keep, of_nothing)
     unpack(redis.call('HMGET', key, 'r', 'h:' .. holder, 'b:' .. holder, 'e:' .. holder, 'p'))
   local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
   local left, columns = math.min(tonumber(covered), keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
-  spend(1)
+  spend(0.5)
   if left == tonumber(covered) then
     return 0, 0, 0
   end
@@ -28,6 +28,7 @@ local function uncover(head, holder, keep, of_nothing)
     release(holder, run, columns['b:'], left)
     spend((covered - left) / 10)
   end
+  spend(3)
   if left == 0 then
     redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder)
     tally(parent or '', holder, -1)

@@ -33,7 +33,7 @@ local function unlink(head, flat, node)
   account(-1, -size, -holders, -extra, -warm, -cold)
   release_all(node, 0)
   tell('removed', head)
-  spend(3 + #flat / 100)
+  spend(6 + #flat / 50)
   local owner = leave_junction(head, node.p or '', flat, holders)
   if not owner then
     return size
@@ -65,7 +65,7 @@ local function shorten(head, keep, flat, node)
   redis.call('HSET', key, 'r', slice(node.r, 0, keep))
   disown(hex(node.r, keep - 1))
   redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
-  spend(3 + #flat / 50)
+  spend(5 + #flat / 25)
   local holders_left, extra_left, warm_left, cold_left = weigh(redis.call('HGETALL', key))
   account(0, -cut, holders_left - holders, extra_left - extra, warm_left - warm, cold_left - cold)
   tell('trimmed', head, 'size', keep)

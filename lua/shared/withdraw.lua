@@ -18,7 +18,7 @@ local function find_end(chain, holder, epoch, first)
       return nil, #chain / 16
     end
     first = first + matched
-    spend(0.3)
+    spend(0.8)
     if is_spent() then
       return nil, first
     end
