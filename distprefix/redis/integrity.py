@@ -38,7 +38,7 @@ class Report:
     """Junctions by last chunk, and the children that they name and that are not there."""
     missing: dict[str, int] = field(default_factory=dict[str, int])
     """Leaves that `leaves` does not name, with their last access in ms."""
-    miscounted: list[tuple[str, bytes, int]] = field(default_factory=list[tuple[str, bytes, int]])
+    miscounted: list[tuple[str, str, int]] = field(default_factory=list[tuple[str, str, int]])
     """Junctions by last chunk ("root" for the roots), a holder, and how many of the children it covers in truth."""
 
     @property
@@ -225,18 +225,17 @@ def _check_counts(
     children: dict[str, set[str]],
     report: Report,
 ) -> None:
-    """A junction counts for each holder how many of its children that holder covers; `holders` does so for the roots."""
+    """A junction counts for each holder how many of its children it covers; `holders` does so for the roots."""
     for last in sorted({*counts, *children}):
         covered = Counter(name[2:] for head in children.get(last, ()) for name in nodes[head] if name.startswith(b"h:"))
         counted = {name: value for name, value in counts.get(last, {}).items() if b"@" in name}
         for holder in sorted({*covered, *counted}):
-            told, true = counted.get(holder, b"0"), covered[holder]
+            told = counted.get(holder, b"0")
+            true = covered[holder]
             if told != b"%d" % true or (holder in counted) != bool(true):
-                report.miscounted.append((last, holder, true))
-                report.problems.append(
-                    f"junction {last} counts {told.decode(errors='replace')} children that "
-                    f"{holder.decode(errors='replace')} covers, there are {true}"
-                )
+                name = holder.decode(errors="surrogateescape")
+                report.miscounted.append((last, name, true))
+                report.problems.append(f"junction {last} counts {told!r} children that {name} covers, there are {true}")
 
 
 def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:

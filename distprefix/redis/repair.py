@@ -36,7 +36,8 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
                 str(number).encode() for number in (report.nodes, report.chunks, report.bytes, report.warm, report.cold)
             ]
             for i in range(0, len(report.miscounted) or 1, _COUNTS_A_CALL):
-                wrong = [part for each in report.miscounted[i : i + _COUNTS_A_CALL] for part in each]
+                some = report.miscounted[i : i + _COUNTS_A_CALL]
+                wrong = [part for last, name, true in some for part in (last, name.encode(errors="surrogateescape"), true)]
                 client.call("repair", keys.meta, (SCHEMA, *seen, *counted, *wrong), deadline)
                 seen = [*counted, seen[-1]]
     return first or Report(), False

@@ -1,5 +1,5 @@
 -- The node that a chain ends in, from its chunk `first` on, which a node begins with. Returns the node, or nil and the
--- chunk reached: all of the chain is not there, or the budget is spent; or nil, nil and an error.
+-- chunk reached: the end where the chain is not there, less where the budget is spent; or nil, nil and an error.
 local function find_end(chain, holder, epoch, first)
   while first * 16 < #chain do
     local head = hex(chain, first)
@@ -39,9 +39,6 @@ local function withdraw(chain, holder, epoch, resume)
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
   local last, reached, problem = find_end(chain, holder, epoch, begin)
-  if not last and not problem and reached * 16 == #chain and begin > 0 then
-    last, reached, problem = find_end(chain, holder, epoch, 0) -- no node begins there any more
-  end
   if problem then
     return nil, problem
   elseif not last and reached * 16 < #chain then
