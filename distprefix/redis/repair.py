@@ -37,7 +37,9 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
             ]
             for i in range(0, len(report.miscounted) or 1, _COUNTS_A_CALL):
                 some = report.miscounted[i : i + _COUNTS_A_CALL]
-                wrong = [part for last, name, true in some for part in (last, name.encode(errors="surrogateescape"), true)]
+                wrong = [
+                    part for last, name, true in some for part in (last, name.encode(errors="surrogateescape"), true)
+                ]
                 client.call("repair", keys.meta, (SCHEMA, *seen, *counted, *wrong), deadline)
                 seen = [*counted, seen[-1]]
     return first or Report(), False

@@ -11,7 +11,7 @@ local function descend(top, resume, visit)
   local function read_portion(scan, last)
     local reply = redis.call('HSCAN', junction_key(last), scan.at, 'COUNT', 32)
     scan.next, scan.left, scan.size = reply[1], {}, #reply[2] / 2
-    scan.is_whole = scan.at == '0' and scan.next == '0' -- small hashes are read at once: then `name` marks the place
+    scan.is_whole = scan.at == '0' and scan.next == '0' -- small hashes come at once: `name` marks the place in them
     for i = 1, #reply[2], 2 do
       local field = reply[2][i]
       if is_child(field) and not (scan.is_whole and scan.name and field <= scan.name) then
@@ -36,7 +36,7 @@ local function descend(top, resume, visit)
         if visit.wants(scan.name, last) then
           scan.found = true
           return scan.name
-        elseif scan.is_whole and is_spent() then
+        elseif scan.is_whole and scan.size > 32 and is_spent() then
           return false
         end
       end
