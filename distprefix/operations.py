@@ -48,12 +48,12 @@ SCHEMA = b"4"
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 TOUCHES_A_CALL = 300
-TRIMS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
-DROPS_A_CALL = 500
-SWEEPS_A_CALL = 5
-"""Nodes: each holder of each may be a change."""
+WORK_A_CALL = 150
+"""Units of about 10 microseconds that a trim, drop, sweep or census does in a call; the next one resumes."""
+ITEMS_A_CALL = 64
+"""Of the stack of a sweep or census, so many are passed to the script."""
 
 
 class Call(NamedTuple):
@@ -288,17 +288,21 @@ def publish(
 def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
     """`holder` no longer has the last chunk of a chain, given from the root. Returns the coverage taken away.
 
-    One call while few branches lie behind it; chains over 4,096 chunks are walked first, to find the node to begin at.
+    One call while few nodes that the holder covers follow it, else one for some 50 of them; chains over 4,096 chunks
+    are walked first, to find the node to begin at.
     """
     begin = 0
     if len(chain) > WINDOW * HASH_BYTES:
         views = yield from walk(chain, 0)
         begin = views[-1].start if views else 0
-    taken, done = 0, False
-    while not done:
-        reply = yield Call("trim", (SCHEMA, holder, epoch, chain[begin * HASH_BYTES :], TRIMS_A_CALL))
-        taken, done = taken + reply[0], bool(reply[3])
-    return taken
+    taken = 0
+    resume = b""
+    while True:
+        reply = yield Call("trim", (SCHEMA, holder, epoch, chain[begin * HASH_BYTES :], resume, WORK_A_CALL))
+        taken += reply[0]
+        resume = reply[3]
+        if not resume:
+            return taken
 
 
 def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) -> Generator[Call, Any, int]:
@@ -317,12 +321,14 @@ def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) ->
 
 
 def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
-    """Take out a subtree, or everything. One call for every 500 nodes. Returns nodes and chunks removed."""
+    """Take out a subtree, or everything. One call for some 50 nodes. Returns nodes and chunks removed."""
     nodes = chunks = 0
+    resume = b""
     while True:
-        reply = yield Call("drop", (SCHEMA, head, DROPS_A_CALL))
+        reply = yield Call("drop", (SCHEMA, head, resume, WORK_A_CALL))
         nodes, chunks = nodes + reply[0], chunks + reply[1]
-        if reply[2]:
+        resume = reply[2]
+        if not resume:
             return nodes, chunks
 
 
@@ -338,16 +344,18 @@ def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
 
 
 def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
-    """Take away all coverage of these members under older epochs than these. One call for 5 nodes.
+    """Take away all coverage of these holders, at most 100, under older epochs than these. One call for some 50 nodes.
 
-    Goes from the top down: what is split meanwhile is not missed.
+    Children come before their parents, so that a sweep that is interrupted leaves no coverage that the next one does
+    not find. Only nodes that these holders cover are looked at.
     """
-    members = [part for member, epoch in newest.items() for part in (member, epoch)]
-    waiting, total = [b"root"], Swept(0, 0, 0)
-    while waiting:
-        heads, waiting = waiting[:SWEEPS_A_CALL], waiting[SWEEPS_A_CALL:]
-        coverage, nodes, chunks, *children = yield Call("sweep", (SCHEMA, b" ".join(heads), *members))
-        waiting += children
+    holders = [part for holder, epoch in newest.items() for part in (holder, epoch)]
+    stack = [b"root"]
+    total = Swept(0, 0, 0)
+    while stack:
+        items = b" ".join(stack[-ITEMS_A_CALL:])
+        coverage, nodes, chunks, *left = yield Call("sweep", (SCHEMA, WORK_A_CALL, items, *holders))
+        stack[-ITEMS_A_CALL:] = left
         total = total.then(Swept(coverage, nodes, chunks))
     return total
 

@@ -10,16 +10,18 @@
 -- ARGV[4]    size of the payload as the reader knows it, 4 bytes
 -- ARGV[5]    header of a value that failed its check, "" for one that is missing or has another length
 -- ARGV[6]    SHA-1 of that value in hex, "" where it is too long to be read here
--- ARGV[7]    the most nodes to change in this call
--- returns    {1 when the evidence holds, chunks of coverage trimmed, 1 when done, 0 to be called again}
+-- ARGV[7]    what the call before returned to resume with, "" in the first
+-- ARGV[8]    units of work to do in this call
+-- returns    {1 when the evidence holds, chunks of coverage trimmed, "" when done, else what to resume with}
 -- errors     DPGONE, DPSCHEMA, DPSTALE, DPDAMAGED
 -- flags      allow-oom: it only makes room
--- cost       an HMGET, a STRLEN for each part, a GET with a SHA-1; then what trim costs, twice
+-- cost       an HMGET, a STRLEN for each part, a GET with a SHA-1; then what trim costs
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include walk
--- @include path
 -- @include policies
 -- @include score
 -- @include payload
@@ -30,9 +32,12 @@
 -- @include discard
 -- @include unlink
 -- @include uncover
+-- @include climb
+-- @include descend
 -- @include withdraw
 local tier, chain, size, header, digest = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local at, budget = #chain / 16 - 1, tonumber(ARGV[7])
+local at = #chain / 16 - 1
+allow(tonumber(ARGV[8]))
 local elsewhere = tier == '@cold' and redis.call('HGET', KEYS[1], 'elsewhere') == '1' -- the caller asked that server
 local run, sizes = unpack(redis.call('HMGET', node_key(hex(chain, 0)), 'r', 'b:' .. tier))
 
@@ -48,20 +53,13 @@ local function is_as_seen()
 end
 
 if not run or slice(run, 0, at + 1) ~= chain or (sizes or ''):sub(at * 4 + 1, at * 4 + 4) ~= size then
-  return answer({ 0, 0, 1 })
+  return answer({ 0, 0, '' })
 elseif not elsewhere and not is_as_seen() then
-  return answer({ 0, 0, 1 })
+  return answer({ 0, 0, '' })
 end
-local trimmed, done = 0, 1
-for _, each in ipairs({ '@cold', '@warm' }) do
-  local taken, problem, _, word = withdraw(chain, each, 1, budget)
-  if not taken then
-    return problem
-  end
-  trimmed, done = trimmed + taken, word == 'again' and 0 or done
-  if done == 0 then
-    break
-  end
+local trimmed, problem, _, _, resume = withdraw(chain, tier, 1, ARGV[7])
+if not trimmed then
+  return problem
 end
 settle()
-return answer({ 1, trimmed, done })
+return answer({ 1, trimmed, resume })

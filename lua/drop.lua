@@ -1,17 +1,20 @@
 #!lua flags=allow-oom
--- drop: take out a whole subtree, leaves before their parents, at most so many nodes a call: call again until done.
+-- drop: take out a whole subtree, leaves before their parents, so much of it a call: call again until done.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    the subtree's head in hex, or "root" for all there is
--- ARGV[3]    the most nodes to remove in this call
--- returns    {nodes removed, chunks removed, 1 when nothing is left of it, else 0}
+-- ARGV[3]    what the call before returned to resume with, "" in the first
+-- ARGV[4]    units of work to do in this call
+-- returns    {nodes removed, chunks removed, "" when nothing is left of it, else what to resume with}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
--- cost       one HGET, one HKEYS and one removal a node; every junction on the way down is read once
+-- cost       two HMGET, a share of an HSCAN and one removal a node
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include policies
 -- @include score
 -- @include payload
@@ -21,30 +24,27 @@
 -- @include fields
 -- @include discard
 -- @include unlink
-local top, budget = ARGV[2], tonumber(ARGV[3])
+-- @include climb
+-- @include descend
+allow(tonumber(ARGV[4]))
 redis.call('ZCARD', base .. 'leaves')
 redis.call('XLEN', base .. 'log')
 
-local stack, opened, nodes, chunks = { top }, {}, 0, 0
-while #stack > 0 and nodes < budget do
-  local head = stack[#stack]
-  local run = head ~= 'root' and redis.call('HGET', node_key(head), 'r')
-  if not opened[head] and (run or head == 'root') then
-    opened[head] = true
-    local depth = #stack
-    for _, child in ipairs(redis.call('HKEYS', junction_key(run and hex(run) or ''))) do
-      if #stack - depth >= budget - nodes then
-        break -- enough for this call: it ends before it comes back here
-      elseif child ~= 'o' then
-        stack[#stack + 1] = child
-      end
+local nodes, chunks = 0, 0
+local visit = {
+  wanted = function(last) return redis.call('HLEN', junction_key(last)) end,
+  wants = function(child, last)
+    if redis.call('HEXISTS', node_key(child), 'r') == 1 then
+      return true
     end
-  else
-    stack[#stack] = nil
-    if run then
+    redis.call('HDEL', junction_key(last), child) -- its key was lost, as a failover may
+  end,
+  leave = function(head, run)
+    if head ~= 'root' and run then
       nodes, chunks = nodes + 1, chunks + unlink(head, fields_of(head))
     end
-  end
-end
+  end,
+}
+local resume = descend(ARGV[2], ARGV[3], visit)
 settle()
-return answer({ nodes, chunks, #stack == 0 and 1 or 0 })
+return answer({ nodes, chunks, resume })

@@ -15,7 +15,9 @@
 -- cost       a ZRANGE and an HGETALL a leaf, and its removal
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include policies
 -- @include score
@@ -45,7 +47,6 @@ local function excess()
   local chunks, bytes = (held[1] or 0) + added.chunks - most_chunks, (held[2] or 0) + added.bytes - most_bytes
   return math.max(chunks, 0), math.max(bytes, 0)
 end
-
 local nodes, chunks, moved, skipped, most_skipped = 0, 0, 0, 0, 200
 local over, over_bytes = excess()
 while over + over_bytes > 0 and nodes + moved < most and skipped < most_skipped do

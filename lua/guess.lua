@@ -20,7 +20,7 @@ local reply, chunks = { -1 }, 0
 local function likeliest(junction)
   local best, latest = nil, -1
   for _, child in ipairs(redis.call('HKEYS', junction)) do
-    local accessed = child ~= 'o' and tonumber(redis.call('HGET', node_key(child), 'a') or '-1') or -1
+    local accessed = is_child(child) and tonumber(redis.call('HGET', node_key(child), 'a') or '-1') or -1
     if accessed > latest then
       best, latest = child, accessed
     end

@@ -9,28 +9,15 @@
 -- returns    {rank to go on with, -1 at the end, head, run, sizes of its warm payloads, head, ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       a ZRANGE, and an HMGET and an HKEYS a node
+-- cost       a ZRANGE, and an HMGET and an HGET a node
 -- @include guard
 -- @include reads
 -- @include keys
+-- @include tally
 -- @include clock
-local before, rank, most, most_children = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
+local before, rank, most = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
 local reply = { #leaves == most and rank + most or -1 }
-
--- Whether any child of the node is warm; those with very many are left alone.
-local function has_warm_child(run)
-  local junction = junction_key(hex(run))
-  if redis.call('HLEN', junction) > most_children then
-    return true
-  end
-  for _, child in ipairs(redis.call('HKEYS', junction)) do
-    if child ~= 'o' and redis.call('HEXISTS', node_key(child), 'h:@warm') == 1 then
-      return true
-    end
-  end
-  return false
-end
 
 for _, leaf in ipairs(leaves) do
   local head = leaf
@@ -41,7 +28,7 @@ for _, leaf in ipairs(leaves) do
     local n = #reply
     if run and not held then
       head = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
-    elseif run and tonumber(accessed) <= before and not has_warm_child(run) then
+    elseif run and tonumber(accessed) <= before and covered_children(hex(run), '@warm') == 0 then
       reply[n + 1], reply[n + 2], reply[n + 3] = head, slice(run, 0, #sizes / 4), sizes
       break
     else

@@ -13,15 +13,18 @@
 -- ARGV[8]    when the engine made it
 -- ARGV[9]    what the caller needs to go on from here
 -- ARGV[10..] changes, 4 arguments each: medium; depth of the chain's first chunk, or "" when its last chunk is lost;
---            chain, from a node's head; the engine's keys, as many bytes for each chunk
--- returns    {"heads" and the chunks that nodes begin with | "done" | "again", told as far as time allowed | "absent" |
+--            chain, from a node's head; the engine's keys, as many bytes for each chunk, or for a chunk that is lost
+--            what to resume with, as "again" told it before, else ""
+-- returns    {"heads" and the chunks that nodes begin with | "done" | "again" and what to resume with | "absent" |
 --             "noparent" | "refused" for each change that was looked at}
 -- errors     DPGONE, DPSCHEMA, DPFENCED, DPLOST; DPNOPARENT, DPSTALE, DPDAMAGED of a change become words of the reply
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       what insert and trim cost, for each change
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include walk
 -- @include path
@@ -34,13 +37,16 @@
 -- @include fields
 -- @include discard
 -- @include edit
+-- @include cover
 -- @include create
 -- @include publish
 -- @include unlink
 -- @include uncover
+-- @include climb
+-- @include descend
 -- @include withdraw
 local max_run, member, epoch = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[5])
-local key, reply, complete, budget = base .. 's:' .. member, {}, true, 500
+local key, reply, complete = base .. 's:' .. member, {}, true
 local number, writes = ARGV[4]:match('^(%d+) (%d+)$')
 local right, has = unpack(redis.call('HMGET', key, 'f', 'n'))
 if right ~= number then
@@ -53,9 +59,8 @@ end
 local function change(medium, depth, chain, keys)
   local holder = member .. '@' .. medium
   if depth == '' then
-    local taken, nodes, _, word = withdraw(chain, holder, epoch, budget)
-    budget = taken and math.max(1, budget - nodes) or budget
-    return taken and word or nodes.err
+    local taken, problem, _, word, resume = withdraw(chain, holder, epoch, keys)
+    return taken and (word == 'again' and 'again ' .. resume or word) or problem.err
   end
   local done, problem = publish(chain, tonumber(depth), '', {
     now = ('%.0f'):format(now), max_run = max_run, holder = holder, epoch = epoch,
@@ -67,7 +72,7 @@ end
 for i = 10, #ARGV, 4 do
   local well, word = pcall(change, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
   word = well and (word:match('^DPNOPARENT') and 'noparent' or word:match('^DP%u+') and 'refused' or word) or 'refused'
-  complete = complete and word ~= 'again' and word ~= 'noparent' and word ~= 'absent'
+  complete = complete and not word:match('^again') and word ~= 'noparent' and word ~= 'absent'
   reply[#reply + 1] = word
 end
 settle()

@@ -18,6 +18,7 @@
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include walk
 -- @include path
@@ -30,6 +31,7 @@
 -- @include fields
 -- @include discard
 -- @include edit
+-- @include cover
 -- @include create
 -- @include publish
 local chain, used = ARGV[6], ('%.0f'):format(now)

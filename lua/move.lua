@@ -15,6 +15,7 @@
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include tally
 -- @include policies
 -- @include score
 -- @include payload

@@ -14,6 +14,7 @@
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include tally
 -- @include clock
 -- @include walk
 -- @include path
@@ -26,6 +27,7 @@
 -- @include fields
 -- @include discard
 -- @include edit
+-- @include cover
 -- @include create
 -- @include publish
 local chain = ARGV[4]

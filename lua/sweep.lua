@@ -1,17 +1,23 @@
 #!lua flags=allow-oom
--- sweep: take away coverage of nodes that counts for nothing, and tell what lies behind them; what nobody covers goes.
+-- sweep: take away coverage that counts for nothing, deepest first, where junctions name the holders it is of; what
+-- nobody covers is removed. The caller keeps what is left to do, a stack of items, and calls until it is empty.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
--- ARGV[2]    heads of nodes, in hex, with spaces between them; "root" for what lies above all
--- ARGV[3..]  member, epoch, ...: coverage of the member under an older epoch goes
--- returns    {chunks of coverage taken away, nodes removed, chunks removed, head of a child, ...}
+-- ARGV[2]    units of work to do in this call
+-- ARGV[3]    items, the next one last, with spaces between them: "root" or "<head>" to begin with; "<last>:<cursor>"
+--            children of a junction yet to be read; "<head>/" below which all is done, "<head>/!" for the second time
+-- ARGV[4..]  holder, epoch, ...: coverage of the holder under an older epoch is removed; at most 100 holders
+-- returns    {chunks of coverage taken away, nodes removed, chunks removed, item left, ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it only makes room
--- cost       an HGETALL and an HKEYS a node, and its change
+-- cost       an HMGET and a share of an HSCAN for each child where a holder is counted; an HGETALL and its change for a
+--            node that a holder covers
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include policies
 -- @include score
 -- @include payload
@@ -22,59 +28,47 @@
 -- @include discard
 -- @include unlink
 -- @include uncover
-local newest, reply, taken, nodes, chunks = {}, { 0, 0, 0 }, 0, 0, 0
-for i = 3, #ARGV, 2 do
-  newest[ARGV[i]] = tonumber(ARGV[i + 1])
+-- @include children
+-- @include clean
+local newest, holders, items, reply = {}, {}, {}, { 0, 0, 0 }
+for i = 4, #ARGV, 2 do
+  newest[ARGV[i]], holders[#holders + 1] = tonumber(ARGV[i + 1]), ARGV[i]
 end
+allow(tonumber(ARGV[2]))
 redis.call('XLEN', base .. 'log')
 redis.call('ZCARD', base .. 'hot')
--- Whether a node's fields make sense. One that another hand wrote is passed over: look-ups refuse it as well.
-local function is_sound(flat, node)
-  local sound = node.r and #node.r > 0 and #node.r % 16 == 0
-  for i = 1, #flat, 2 do
-    if flat[i]:sub(1, 2) == 'h:' then
-      local epoch, covered = flat[i + 1]:match('^(%d+):(%d+)$')
-      sound = sound and epoch and tonumber(covered) > 0
-    end
-  end
-  return sound
+for item in ARGV[3]:gmatch('%S+') do
+  items[#items + 1] = item
 end
 
--- Takes from a node what counts for nothing. A leaf that nobody covers goes, one that nobody covers to its end is cut.
-local function clean(head)
-  local flat, node = fields_of(head)
-  if not is_sound(flat, node) then
-    return
-  end
-  for i = 1, #flat, 2 do
-    local holder = flat[i]:match('^h:(.*)$')
-    if holder and tonumber(flat[i + 1]:match('^%d+')) < (newest[holder:match('^[^@]*')] or 0) then
-      local lost, gone, cut = uncover(head, node.r, holder, 0, true)
-      taken, nodes, chunks = taken + lost, nodes + gone, chunks + cut
-    end
-  end
-  flat, node = fields_of(head)
-  if node.r and redis.call('HLEN', junction_key(hex(node.r))) == 0 then
-    local longest = longest_coverage(flat) -- a child that went after what covered this node had kept the rest of it
-    if longest == 0 then
-      nodes, chunks = nodes + 1, chunks + unlink(head, flat, node)
-    elseif longest < #node.r / 16 then
-      chunks = chunks + shorten(head, longest, flat, node)
-    end
+local function read_on(last, cursor)
+  local children, after = children_of(last, cursor, holders)
+  items[#items + 1] = after ~= '0' and last .. ':' .. after or nil
+  for _, child in ipairs(children) do
+    items[#items + 1] = child
   end
 end
 
-for head in ARGV[2]:gmatch('%w+') do
-  local run = head ~= 'root' and redis.call('HGET', node_key(head), 'r')
-  for _, child in ipairs((run or head == 'root') and redis.call('HKEYS', junction_key(run and hex(run) or '')) or {}) do
-    reply[#reply + 1] = child ~= 'o' and child or nil
+repeat
+  local item = table.remove(items)
+  local head, kind, rest = item:match('^(%w+)([:/]?)(.*)$')
+  if kind == ':' then
+    read_on(head, rest)
+  elseif head == 'root' then
+    read_on(head, '0')
+  else
+    local last, stale = look_at(head, holders, newest)
+    local is_leaf = not last or redis.call('HLEN', junction_key(last)) == 0
+    if last and not is_leaf and (kind == '' or (rest == '' and is_counted(last, stale))) then
+      items[#items + 1] = head .. (kind == '' and '/' or '/!')
+      read_on(last, '0')
+    elseif last and (#stale > 0 or (is_leaf and kind ~= '')) then
+      clean(head, stale, reply)
+    end
   end
-  while run and head do
-    local above, before = redis.call('HGET', junction_key(redis.call('HGET', node_key(head), 'p') or ''), 'o'), nodes
-    clean(head)
-    head = nodes > before and above -- what lost its last child is looked at again
-  end
-end
+until #items == 0 or is_spent()
 settle()
-reply[1], reply[2], reply[3] = taken, nodes, chunks
+for _, item in ipairs(items) do
+  reply[#reply + 1] = item
+end
 return answer(reply)

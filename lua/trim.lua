@@ -7,16 +7,19 @@
 -- ARGV[2]    holder
 -- ARGV[3]    epoch of the holder
 -- ARGV[4]    the chain up to the lost chunk, 16 bytes a chunk, at most 4,096 and one run; begins at a node's head
--- ARGV[5]    the most nodes to change in this call, deepest first
--- returns    {chunks of coverage taken away, nodes removed, chunks removed, 1 when done, 0 to be called again}
+-- ARGV[5]    what the call before returned to resume with, "" in the first
+-- ARGV[6]    units of work to do in this call
+-- returns    {chunks of coverage taken away, nodes removed, chunks removed, "" when done, else what to resume with}
 -- errors     DPGONE, DPSCHEMA, DPSTALE, DPDAMAGED
 -- flags      allow-oom: it only makes room
--- cost       one HMGET a node on the path; an HMGET, HKEYS and HGETALL for each node that loses coverage
+-- cost       an HMGET a node on the path; an HMGET and its change for each node that loses coverage, and an HEXISTS for
+--            each of its siblings, where the junction counts any that is covered. The next call resumes
 -- @include guard
 -- @include writes
+-- @include budget
 -- @include keys
+-- @include tally
 -- @include walk
--- @include path
 -- @include policies
 -- @include score
 -- @include payload
@@ -27,10 +30,13 @@
 -- @include discard
 -- @include unlink
 -- @include uncover
+-- @include climb
+-- @include descend
 -- @include withdraw
-local taken, nodes, chunks, done = withdraw(ARGV[4], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[5]))
+allow(tonumber(ARGV[6]))
+local taken, nodes, chunks, _, resume = withdraw(ARGV[4], ARGV[2], tonumber(ARGV[3]), ARGV[5])
 if not taken then
   return nodes
 end
 settle()
-return answer({ taken, nodes, chunks, done == 'again' and 0 or 1 })
+return answer({ taken, nodes, chunks, resume })

@@ -95,7 +95,8 @@ def read_node(client: redis.Redis, keys: Keys, head: str) -> NodeRecord | None:
 
 def children_of(client: redis.Redis, keys: Keys, last: str) -> list[str]:
     """Heads of the children of the node whose last chunk is `last`; of the roots for ""."""
-    return sorted(name.decode() for name in _hash(client, keys.junction(last)) if name != b"o")
+    names = _hash(client, keys.junction(last))
+    return sorted(name.decode() for name in names if name != b"o" and b"@" not in name)
 
 
 def find_node(client: redis.Redis, keys: Keys, chunk: str) -> NodeRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,6 +38,8 @@ class Report:
     """Junctions by last chunk, and the children that they name and that are not there."""
     missing: dict[str, int] = field(default_factory=dict[str, int])
     """Leaves that `leaves` does not name, with their last access in ms."""
+    miscounted: list[tuple[str, str, int]] = field(default_factory=list[tuple[str, str, int]])
+    """Junctions by last chunk ("root" for the roots), a holder, and how many of the children it covers in truth."""
 
     @property
     def ok(self) -> bool:
@@ -132,7 +135,7 @@ def _there(server: redis.Redis, keys: Keys, kind: str) -> dict[str, _Values]:
 
 
 def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Report:
-    """Every node has its parent, junctions and leaves agree, runs and coverage are in bounds, the counts are exact.
+    """Every node has its parent, junctions and leaves agree, runs and coverage are in bounds, all counts are exact.
 
     Meaningful while nobody writes. Costs a SCAN of the server and one HGETALL for every key of the shard.
     """
@@ -171,6 +174,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
         problems += _check_closed(head, node, above, newest) if above else []
     _check_leaves(client, keys, nodes, junctions, children, owners, report)
+    _check_counts(nodes, {**junctions, "root": _read(client, keys.holders) or {}}, children, report)
     meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
     for name, count in (
         ("nodes", report.nodes),
@@ -202,12 +206,36 @@ def _check_leaves(
     report.missing = {head: int(nodes[head].get(b"a", b"0")) for head in expected - leaves}
     report.strays = [*sorted(leaves - expected), *(head.decode() for head in hot if head.decode() not in nodes)]
     for last, junction in junctions.items():
-        gone = {name.decode() for name in junction if name != b"o"} - children.get(last, set())
+        gone = _children(junction) - children.get(last, set())
         if gone or last not in children:
             report.childless[last] = sorted(gone)
     report.orphans = [head for head, node in nodes.items() if _is_orphan(node, owners)]
     problems += [f"leaf {head} is not in leaves" for head in sorted(expected - leaves)]
     problems += [f"leaves names {head}, which is no leaf" for head in sorted(leaves - expected)]
+
+
+def _children(junction: dict[bytes, bytes]) -> set[str]:
+    """The heads that a junction names; its other fields are the owner, and holders, which all contain "@"."""
+    return {name.decode() for name in junction if name != b"o" and b"@" not in name}
+
+
+def _check_counts(
+    nodes: dict[str, dict[bytes, bytes]],
+    counts: dict[str, dict[bytes, bytes]],
+    children: dict[str, set[str]],
+    report: Report,
+) -> None:
+    """A junction counts for each holder how many of its children it covers; `holders` does so for the roots."""
+    for last in sorted({*counts, *children}):
+        covered = Counter(name[2:] for head in children.get(last, ()) for name in nodes[head] if name.startswith(b"h:"))
+        counted = {name: value for name, value in counts.get(last, {}).items() if b"@" in name}
+        for holder in sorted({*covered, *counted}):
+            told = counted.get(holder, b"0")
+            true = covered[holder]
+            if told != b"%d" % true or (holder in counted) != bool(true):
+                name = holder.decode(errors="surrogateescape")
+                report.miscounted.append((last, name, true))
+                report.problems.append(f"junction {last} counts {told!r} children that {name} covers, there are {true}")
 
 
 def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:
@@ -270,7 +298,7 @@ def _check_links(
 ) -> None:
     for last, heads in children.items():
         junction = junctions.get(last, {})
-        named = {name.decode() for name in junction if name != b"o"}
+        named = _children(junction)
         problems += [f"node {head} has no parent" for head in sorted(heads) if last != "root" and last not in owners]
         if named != heads:
             problems.append(f"junction {last} names {sorted(named)}, its children are {sorted(heads)}")

@@ -11,14 +11,14 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import FencedError, LostHistoryError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
-from distprefix.operations import SCHEMA, Call
+from distprefix.operations import ITEMS_A_CALL, SCHEMA, WORK_A_CALL, Call
 from distprefix.redis.client import Client, run
+from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
 
 __all__ = ["RedisJournal", "census"]
 
-_NODES_A_CALL = 100
 _READ_TIMEOUT_S = 60.0
 _AT_ONCE_S = 0.001
 _RIGHT_S = 10.0
@@ -48,6 +48,8 @@ class RedisJournal:
         """How often the stream was written, as the server acknowledged."""
         self._generation = b""
         self._epoch = 0
+        self._resume: dict[tuple[str, bytes], bytes] = {}
+        """Of withdrawals that were done in part, by medium and chain: where the script resumes."""
 
     def lead(self) -> Lead | None:
         """Take the right to write, or keep it; None while another ingester has it. Two calls.
@@ -94,10 +96,15 @@ class RedisJournal:
         heartbeat(self._client, self._keys, self._member, epoch, _AT_ONCE_S, self._info, self._deadline())
 
     def covered(self, epoch: int) -> list[Covered]:
-        """What the tree says that the engine holds under this epoch. One call for 100 nodes."""
-        operation = census(self._member)
+        """What the tree says that the engine holds under this epoch.
+
+        One call for 1,000 holders that there are, and one for about 100 of the engine's nodes.
+        """
+        deadline = time.monotonic() + _READ_TIMEOUT_S
+        named = read_holders(self._client, self._keys, deadline, self._member)
         found: list[Covered] = []
-        for parent, depth, holders in run(operation, self._client, self._keys.meta, time.monotonic() + _READ_TIMEOUT_S):
+        nodes = run(census(named), self._client, self._keys.meta, deadline) if named else []
+        for parent, depth, holders in nodes:
             for holder, (held_epoch, chunks, keys) in holders.items():
                 if held_epoch == epoch:
                     found.append(Covered(holder.rpartition("@")[2], parent, depth, chunks, keys))
@@ -109,7 +116,8 @@ class RedisJournal:
         args += (position.seq, position.digest, repr(position.at)) if position else ("", "", "")
         args.append(state)
         for change in changes:
-            args += (change.medium, change.depth if change.publish else "", change.chain, change.labels)
+            labels = change.labels if change.publish else self._resume.get((change.medium, change.chain), b"")
+            args += (change.medium, change.depth if change.publish else "", change.chain, labels)
         try:
             reply, generation, _, _ = self._client.call("ingest", self._keys.meta, tuple(args), self._deadline())
             if generation != self._generation:
@@ -118,7 +126,11 @@ class RedisJournal:
             self._number = 0  # the right to write is asked for anew, and with it what is there
             raise
         self._written += 1
-        return [_outcome(word.decode()) for word in reply]
+        words: list[bytes] = list(reply)
+        told = zip(changes, words, strict=False)
+        again = [(change, word) for change, word in told if word.startswith(b"again ")]
+        self._resume = {(change.medium, change.chain): word.removeprefix(b"again ") for change, word in again}
+        return [_outcome(word.decode()) for word in words]
 
     def _stream(self, ttl_ms: int) -> tuple[list[Any], bytes]:
         """What `stream` says, and the generation of the shard."""
@@ -131,7 +143,7 @@ class RedisJournal:
 
 
 def _outcome(word: str) -> Outcome:
-    first, *rest = word.split()
+    first, *rest = word.split(" ")
     return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
 
 
@@ -145,22 +157,21 @@ class Node(NamedTuple):
     """Holder to epoch, chunks and an engine's keys."""
 
 
-def census(member: str = "") -> Generator[Call, Any, list[Node]]:
-    """Every node, or every one that a member covers: who covers a node covers all above it. 1 call for 100 nodes.
+def census(holders: Sequence[str] = ()) -> Generator[Call, Any, list[Node]]:
+    """Every node, or those that any of some holders covers. One call for some 100 nodes.
 
-    Without a member, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
-    Goes from the top down: what is split meanwhile is not missed.
+    Without holders, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
+    Parents come before their children: what is split meanwhile is not missed.
     """
-    found: list[Node] = []
-    waiting: list[Any] = ["root"]
-    while waiting:
-        batch, waiting = waiting[:_NODES_A_CALL], waiting[_NODES_A_CALL:]
-        for parent, depth, children, *rest in (yield Call("census", (SCHEMA, member, *batch))):
-            node = _node_of(parent, depth, rest, with_chunks=bool(member))
-            if node.holders or not member or batch[0] == "root":
-                waiting += children
-            found.append(node)
-    return found
+    found: dict[bytes, Node] = {}
+    stack: list[bytes] = [b"root"]
+    while stack:
+        items = b" ".join(stack[-ITEMS_A_CALL:])
+        left, *nodes = yield Call("census", (SCHEMA, WORK_A_CALL, items, *holders))
+        stack[-ITEMS_A_CALL:] = left
+        for head, parent, depth, *rest in nodes:
+            found.setdefault(head, _node_of(parent, depth, rest, with_chunks=bool(holders)))
+    return list(found.values())
 
 
 def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool) -> Node:

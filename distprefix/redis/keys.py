@@ -35,6 +35,8 @@ class Keys:
         """The one key that every script declares; the others of the shard are derived from it."""
         self.leaves = f"{self.base}leaves"
         self.log = f"{self.base}log"
+        self.holders = f"{self.base}holders"
+        """Holders, to how many roots they cover. Who covers anything covers a root."""
         self.hot = f"{self.base}hot"
         """Candidates for pre-warming by hits."""
         self.writers = f"{self.base}writers"

@@ -1,8 +1,8 @@
-"""Putting a shard right after keys were lost: orphans go, leaves are those that are there, counts are exact."""
+"""Putting a shard right after keys were lost: orphans go, leaves are those that are there, all counts are exact."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from distprefix.operations import SCHEMA, drop
 from distprefix.redis.client import Client, run
@@ -12,6 +12,7 @@ from distprefix.redis.keys import Keys
 __all__ = ["repair"]
 
 _ATTEMPTS = 5
+_COUNTS_A_CALL = 300
 
 
 def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[Report, bool]:
@@ -34,7 +35,13 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
             counted = [
                 str(number).encode() for number in (report.nodes, report.chunks, report.bytes, report.warm, report.cold)
             ]
-            client.call("repair", keys.meta, (SCHEMA, *seen, *counted), deadline)
+            for i in range(0, len(report.miscounted) or 1, _COUNTS_A_CALL):
+                some = report.miscounted[i : i + _COUNTS_A_CALL]
+                wrong = [
+                    part for last, name, true in some for part in (last, name.encode(errors="surrogateescape"), true)
+                ]
+                client.call("repair", keys.meta, (SCHEMA, *seen, *counted, *wrong), deadline)
+                seen = [*counted, seen[-1]]
     return first or Report(), False
 
 
@@ -45,7 +52,8 @@ def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
         junction = keys.junction("" if last == "root" else last)
         for head in gone:
             client.command("HDEL", junction, head, deadline=deadline)
-        if client.command("HKEYS", junction, deadline=deadline) in ([], [b"o"]):
+        names = cast("list[bytes]", client.command("HKEYS", junction, deadline=deadline))
+        if all(name == b"o" or b"@" in name for name in names):  # what is left counts children that are not there
             client.command("DEL", junction, deadline=deadline)
     for head in report.strays:
         client.command("ZREM", keys.leaves, head, deadline=deadline)

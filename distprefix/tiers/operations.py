@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.operations import SCHEMA, TRIMS_A_CALL, WINDOW, Call, Usage, walk
+from distprefix.operations import SCHEMA, WINDOW, WORK_A_CALL, Call, Usage, walk
 
 __all__ = [
     "Disproved",
@@ -117,11 +117,12 @@ def disprove(run: bytes, evidence: Evidence) -> Generator[Call, Any, Disproved]:
     seen = (evidence.size.to_bytes(4, "little"), evidence.header, evidence.digest)
     agreed = False
     trimmed = 0
+    resume = b""
     while True:
-        holds, taken, done = yield Call("disprove", (SCHEMA, evidence.tier, run, *seen, TRIMS_A_CALL))
+        holds, taken, resume = yield Call("disprove", (SCHEMA, evidence.tier, run, *seen, resume, WORK_A_CALL))
         agreed = agreed or bool(holds)
         trimmed += taken
-        if done:
+        if not resume:
             return Disproved(agreed, trimmed)
 
 

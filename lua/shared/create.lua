@@ -28,8 +28,8 @@ local function grow(node, chain, stop)
 end
 
 -- Makes the planned nodes for the chain from chunk `first` on, below the node `owner` (nil above the first root).
--- Returns the last node's head, a leaf now.
-local function create(chain, first, depth, owner, with, new)
+-- `fresh`: `owner` is a leaf. Returns the last node's head, a leaf now.
+local function create(chain, first, depth, owner, with, new, fresh)
   local total, parent, size, ids, width =
     #chain / 16, first > 0 and hex(chain, first - 1) or '', 0, with.ids, with.width
   local warm = with.holder == '@warm' and sum_of(ids, first) or 0
@@ -48,8 +48,13 @@ local function create(chain, first, depth, owner, with, new)
     redis.call('HSET', node_key(head), 'p', parent, 'd', depth + first, 'r', slice(chain, first, first + size),
       'a', with.now, 'n', '0', 'c', with.now, 'h:' .. with.holder, with.epoch .. ':' .. size,
       unpack(ids == '' and {} or { with.column .. with.holder, ids:sub(first * width + 1, (first + size) * width) }))
-    redis.call('HSET', junction_key(parent), head, '', unpack(owner and { 'o', owner } or {}))
-    owner, parent = head, last
+    if fresh then
+      redis.call('HSET', junction_key(parent), 'o', owner, head, '', with.holder, 1)
+    else
+      redis.call('HSET', junction_key(parent), head, '', unpack(owner and { 'o', owner } or {}))
+      tally(parent, with.holder, 1)
+    end
+    owner, parent, fresh = head, last, true
   end
   redis.call('ZADD', base .. 'leaves', score(with.now, 0, depth + first, size), owner)
   return owner

@@ -15,7 +15,7 @@ end
 -- Where a run ends anew, children that are there already are orphans. Without them nothing below can be reached.
 local function disown(last)
   for _, child in ipairs(redis.call('HKEYS', junction_key(last))) do
-    if child ~= 'o' then
+    if is_child(child) then
       discard(child)
     end
   end

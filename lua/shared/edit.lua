@@ -9,6 +9,7 @@ end
 local function split(node, at, is_leaf, width)
   local key, last, lower_head = node_key(node.head), hex(node.run, at - 1), hex(node.run, at)
   local upper, lower = { 'r', slice(node.run, 0, at) }, { 'p', last, 'r', slice(node.run, at, node.size) }
+  local counts, shorter = { 'o', node.head, lower_head, '' }, {}
   local function add(half, name, value)
     half[#half + 1], half[#half + 2] = name, value
   end
@@ -22,7 +23,10 @@ local function split(node, at, is_leaf, width)
       if tonumber(covered) > at then
         add(upper, name, epoch .. ':' .. at)
         add(lower, name, epoch .. ':' .. covered - at)
+        add(counts, name:sub(3), 1)
         account(0, 0, 1, 0)
+      elseif not is_leaf and not tiers[name:sub(3)] then
+        shorter[#shorter + 1] = name:sub(3)
       end
     elseif is_column(name) then
       local cut = at * width_of(name, value, named)
@@ -40,6 +44,15 @@ local function split(node, at, is_leaf, width)
       add(lower, name, value)
     end
   end
+  -- A newer process may have published less than an older one: what the children still say of that one counts for
+  -- nothing, but is only found if every node above it names the holder.
+  for _, holder in ipairs(shorter) do
+    if covered_children(hex(node.run), holder) > 0 then
+      add(lower, 'h:' .. holder, '0:1')
+      add(counts, holder, 1)
+      account(0, 0, 1, 0)
+    end
+  end
   discard(lower_head)
   set(node_key(lower_head), lower)
   set(key, upper)
@@ -51,25 +64,7 @@ local function split(node, at, is_leaf, width)
     redis.call('HSET', junction_key(hex(node.run)), 'o', lower_head)
   end
   disown(last)
-  redis.call('HSET', junction_key(last), 'o', node.head, lower_head, '')
+  set(junction_key(last), counts)
   tell('split', node.head, 'lower', lower_head)
   node.run, node.size, node.covered, node.ids = upper[2], at, math.min(node.covered, at), node.ids:sub(1, at * width)
-end
-
--- The holder has the first k chunks of the node. Within an epoch coverage only grows here; trim is what shrinks it.
-local function cover(node, with, k)
-  local field, width = with.column .. with.holder, with.width
-  local ids = with.ids:sub(node.first * width + 1, (node.first + k) * width)
-  if node.epoch == with.epoch then
-    ids, k = ids .. node.ids:sub(#ids + 1), math.max(k, node.covered)
-  end
-  account(0, 0, node.held and 0 or 1, #ids - #node.ids, field == 'b:@warm' and sum_of(ids) - sum_of(node.ids) or 0)
-  if node.epoch ~= with.epoch or k > node.covered then
-    redis.call('HSET', node_key(node.head), 'h:' .. with.holder, with.epoch .. ':' .. k)
-  end
-  if ids ~= '' and ids ~= node.ids then
-    redis.call('HSET', node_key(node.head), field, ids)
-  elseif ids == '' and node.ids ~= '' then
-    redis.call('HDEL', node_key(node.head), field)
-  end
 end

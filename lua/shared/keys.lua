@@ -18,6 +18,11 @@ local function junction_key(last)
   return base .. 'j:' .. (last == '' and 'root' or last)
 end
 
+-- Whether a junction's field names a child; the others are its owner, and holders, whose names all contain "@".
+local function is_child(field)
+  return field ~= 'o' and not field:find('@', 1, true)
+end
+
 -- Chunks [first, last) of a packed run, 16 bytes each.
 local function slice(packed, first, last)
   return packed:sub(first * 16 + 1, last * 16)

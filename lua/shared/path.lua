@@ -5,8 +5,8 @@ local function read_path(chain, holder, epoch, column)
   local path, first, total = {}, 0, #chain / 16
   while first < total do
     local head = hex(chain, first)
-    local run, accessed, held, ids, hits, depth =
-      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, column .. holder, 'n', 'd'))
+    local run, accessed, held, ids, hits, depth, parent =
+      unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, column .. holder, 'n', 'd', 'p'))
     if not run then
       break
     end
@@ -22,6 +22,7 @@ local function read_path(chain, holder, epoch, column)
       head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
       accessed = tonumber(accessed) or 0, hits = tonumber(hits) or 0, depth = tonumber(depth) or 0,
       epoch = tonumber(held_epoch), covered = tonumber(covered), held = held,
+      parent = parent or '',
     }
     first = first + matched
     if matched * 16 < #run then

@@ -7,12 +7,7 @@ local function may_move(head, to)
     local run, held = unpack(owner and redis.call('HMGET', node_key(owner), 'r', 'h:@warm') or {})
     return parent == '' or (run and held == '1:' .. #run / 16)
   end
-  for _, child in ipairs(redis.call('HKEYS', junction_key(hex(redis.call('HGET', node_key(head), 'r'))))) do
-    if child ~= 'o' and redis.call('HEXISTS', node_key(child), 'h:@warm') == 1 then
-      return false
-    end
-  end
-  return true
+  return covered_children(hex(redis.call('HGET', node_key(head), 'r')), '@warm') == 0
 end
 
 -- The sizes of a node's payloads in a tier, once these copies are there as well.
@@ -29,11 +24,16 @@ end
 -- behind those that were moved.
 local function place(head, run, from, to, moved, rest, there, after)
   local key, stays = node_key(head), rest ~= ''
+  local parent, held = unpack(redis.call('HMGET', key, 'p', 'h:' .. to))
+  if not held then
+    tally(parent or '', to, 1)
+  end
   redis.call('HSET', key, 'h:' .. to, '1:' .. #after / 4, 'b:' .. to, after)
   if stays then
     redis.call('HSET', key, 'b:' .. from, ('\0'):rep(#moved) .. rest)
   else
     redis.call('HDEL', key, 'h:' .. from, 'b:' .. from)
+    tally(parent or '', from, -1)
   end
   release(from, run, moved, 0)
   local warm, cold = sum_of(after) - sum_of(there), -sum_of(moved)

@@ -20,6 +20,7 @@ local function publish(chain, depth, metadata, with)
   end
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
+  redis.call('HLEN', base .. 'holders')
   if splits or stop > pos then
     redis.call('HLEN', junction_key(hex(chain, stop - 1)))
   end
@@ -42,7 +43,7 @@ local function publish(chain, depth, metadata, with)
     for i = 1, #new do
       starts[#starts + 1] = pos + (i - 1) * max_run
     end
-    tail = create(chain, pos, depth, tail, with, new)
+    tail = create(chain, pos, depth, tail, with, new, last and is_leaf and not splits)
   else
     local accessed = ('%.0f'):format(math.max(tonumber(with.now), tonumber(last.accessed)))
     redis.call('HSET', node_key(tail), 'a', accessed)

@@ -9,14 +9,16 @@ local function longest_coverage(fields)
   return longest
 end
 
--- The holder keeps the first `keep` chunks of a node at most. A leaf that nobody covers goes, one that nobody covers to
--- its end is cut. Nobody is told of coverage that counted for nothing. Returns chunks of coverage taken away, nodes
--- removed, chunks removed.
-local function uncover(head, run, holder, keep, counted_for_nothing)
+-- The holder keeps the first `keep` chunks of a node at most. A leaf that nobody covers is removed, one that nobody
+-- covers to its end is cut, unless `of_nothing`: then the coverage counted for nothing, readers are not told, and the
+-- caller looks at the leaf. Returns chunks of coverage taken away, nodes removed, chunks removed.
+local function uncover(head, holder, keep, of_nothing)
   local key = node_key(head)
-  local held, ids, keys = unpack(redis.call('HMGET', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder))
+  local run, held, ids, keys, parent =
+    unpack(redis.call('HMGET', key, 'r', 'h:' .. holder, 'b:' .. holder, 'e:' .. holder, 'p'))
   local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
   local left, columns = math.min(tonumber(covered), keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
+  spend(0.5)
   if left == tonumber(covered) then
     return 0, 0, 0
   end
@@ -24,9 +26,12 @@ local function uncover(head, run, holder, keep, counted_for_nothing)
     local gone = -sum_of(columns['b:'], left)
     account(0, 0, 0, 0, holder == '@warm' and gone or 0, holder == '@cold' and gone or 0)
     release(holder, run, columns['b:'], left)
+    spend((covered - left) / 10)
   end
+  spend(3)
   if left == 0 then
     redis.call('HDEL', key, 'h:' .. holder, 'b:' .. holder, 'e:' .. holder)
+    tally(parent or '', holder, -1)
     account(0, 0, -1, -#columns['b:'] - #columns['e:'])
   else
     redis.call('HSET', key, 'h:' .. holder, epoch .. ':' .. left)
@@ -38,20 +43,21 @@ local function uncover(head, run, holder, keep, counted_for_nothing)
       end
     end
   end
-  if redis.call('HLEN', junction_key(hex(run))) == 0 then
+  if of_nothing then
+    return covered - left, 0, 0
+  elseif redis.call('HLEN', junction_key(hex(run))) == 0 then
     local flat, node = fields_of(head)
     local longest = longest_coverage(flat)
+    spend(#flat / 100)
     if longest == 0 then
-      return tonumber(covered) - left, 1, unlink(head, flat, node)
+      return covered - left, 1, unlink(head, flat, node)
     elseif longest < #run / 16 then
-      if left < longest and not counted_for_nothing then
+      if left < longest then
         tell('changed', head)
       end
-      return tonumber(covered) - left, 0, shorten(head, longest, flat, node)
+      return covered - left, 0, shorten(head, longest, flat, node)
     end
   end
-  if not counted_for_nothing then
-    tell('changed', head)
-  end
-  return tonumber(covered) - left, 0, 0
+  tell('changed', head)
+  return covered - left, 0, 0
 end

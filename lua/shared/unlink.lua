@@ -1,3 +1,26 @@
+-- Takes a node out of its parent's junction, and out of what that counts. Returns the parent's head when the node was
+-- its last child: the junction is removed then.
+local function leave_junction(head, parent, flat, holders)
+  local junction = junction_key(parent)
+  local owner, fields = redis.call('HGET', junction, 'o'), redis.call('HLEN', junction)
+  if owner and fields <= 2 + holders then
+    redis.call('DEL', junction) -- the only child: all that is counted are its holders, of which there may be thousands
+    return owner
+  end
+  redis.call('HDEL', junction, head)
+  tally_all(parent, flat, -1)
+  if not owner or redis.call('HLEN', junction) > 32 then
+    return nil
+  end
+  for _, field in ipairs(redis.call('HKEYS', junction)) do
+    if is_child(field) then
+      return nil
+    end
+  end
+  redis.call('DEL', junction)
+  return owner
+end
+
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
 -- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
 local function unlink(head, flat, node)
@@ -10,13 +33,11 @@ local function unlink(head, flat, node)
   account(-1, -size, -holders, -extra, -warm, -cold)
   release_all(node, 0)
   tell('removed', head)
-  local junction = junction_key(node.p or '')
-  redis.call('HDEL', junction, head)
-  local owner = redis.call('HGET', junction, 'o')
-  if not owner or redis.call('HLEN', junction) > 1 then
+  spend(6 + #flat / 50)
+  local owner = leave_junction(head, node.p or '', flat, holders)
+  if not owner then
     return size
   end
-  redis.call('DEL', junction)
   local run, accessed, hits, depth = unpack(redis.call('HMGET', node_key(owner), 'r', 'a', 'n', 'd'))
   if run then
     local newer = ('%.0f'):format(math.max(tonumber(node.a) or 0, tonumber(accessed) or 0))
@@ -44,6 +65,7 @@ local function shorten(head, keep, flat, node)
   redis.call('HSET', key, 'r', slice(node.r, 0, keep))
   disown(hex(node.r, keep - 1))
   redis.call('HDEL', key, 'm') -- of a prompt that ended behind the cut
+  spend(5 + #flat / 25)
   local holders_left, extra_left, warm_left, cold_left = weigh(redis.call('HGETALL', key))
   account(0, -cut, holders_left - holders, extra_left - extra, warm_left - warm, cold_left - cold)
   tell('trimmed', head, 'size', keep)

@@ -27,15 +27,18 @@ from tests.workers import LONG_S, calls_of, held, learn, sound
 def test_a_sweep_with_nothing_to_do_costs_two_calls(any_server: Backend) -> None:
     """Nobody died, so the tree is not read; nor is it when all was swept before."""
     cache, dead = any_server.open("w1"), any_server.open("w2")
-    cache.cache_prefix(prompt(8))
     with calls_of(cache) as sent:
+        assert cache.sweep() == Swept(0, 0, 0)
+        assert sent == ["roster", "HGETALL", "HSCAN", "HSET"]  # ranks that cover nothing
+        cache.cache_prefix(prompt(8))
+        sent.clear()
         assert cache.sweep() == Swept(0, 0, 0)
         assert sent == ["roster", "HGETALL"]
         dead.cache_prefix(prompt(9))
         cache.drop_worker("w2")
         sent.clear()
         assert cache.sweep() == Swept(9, 0, 1)
-        assert sent == ["roster", "HGETALL", "SET", "sweep", "sweep", "HSET", "DEL"]
+        assert sent == ["roster", "HGETALL", "HSCAN", "SET", "sweep", "HSET", "DEL"]
         sent.clear()
         assert cache.sweep() == Swept(0, 0, 0)
         assert sent == ["roster", "HGETALL"]
@@ -174,14 +177,14 @@ def test_readers_are_told_what_went(any_server: Backend) -> None:
 
 def test_an_interrupted_sweep_is_done_again(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is cut short leaves coverage that counts for nothing, and lets the next one begin at once, which ends it."""
-    monkeypatch.setattr(operations, "SWEEPS_A_CALL", 1)
+    monkeypatch.setattr(operations, "WORK_A_CALL", 1)
     live, dead = any_server.open("w1"), any_server.open("w2")
     live.cache_prefix(prompt(5))
     for tail in range(1, 201):
         dead.cache_prefix([*prompt(5), tail, *range(15)])
     live.drop_worker("w2")
     client = live._state.link.admin
-    call, left = client.call, [1]
+    call, left = client.call, [100]
 
     def fail(script: str, *args: Any) -> Any:
         if script == "sweep" and left[0] == 0:
@@ -232,7 +235,8 @@ def test_sweepers_and_publishers_at_once(real_server: Backend) -> None:
 
     def sweep(cache: PrefixCacheOptimizer) -> None:
         epochs = cache._state.link.roster._epochs
-        cache._state.link.administer(operations.sweep(dict(epochs)))
+        newest = {f"{member}@gpu": epoch for member, epoch in epochs.items()}
+        cache._state.link.administer(operations.sweep(newest))
         learn(cache)
 
     threads = [threading.Thread(target=work, args=(lambda c=cache: sweep(c),)) for cache in sweepers]
@@ -256,14 +260,14 @@ def test_sweepers_and_publishers_at_once(real_server: Backend) -> None:
 
 
 def test_a_sweep_of_very_many_members(any_server: Backend) -> None:
-    """All of them, some hundreds a pass over the tree."""
+    """Those that cover nothing are noted as swept without a look at the tree."""
     live, dead = any_server.open("w1"), any_server.open("w9999")
     live.cache_prefix(prompt(5))
     dead.cache_prefix(prompt(9))
     any_server.admin.hset(any_server.keys.epochs, mapping={f"w{i}/0": 2 for i in range(2, 1203)})
     live.drop_worker("w9999")
     assert live.sweep() == Swept(9, 0, 4)
-    assert any_server.admin.hlen(any_server.keys.swept) == 1202
+    assert any_server.admin.hlen(any_server.keys.swept) == 1203
     assert live.sweep() == Swept(0, 0, 0)
     sound(live, 5, 1)
 
@@ -330,7 +334,7 @@ def test_what_a_sweep_leaves_is_what_the_living_have(
             wanted = {f"{worker}/0@gpu": size for worker in model.has if (size := model.held(worker, chunks))}
             assert held(caches["s"], tokens(chunks)) == wanted
         before = backend.dump()
-        operation = operations.sweep({f"{worker}/0": 1 << 40 for worker in dead})
+        operation = operations.sweep({f"{worker}/0@gpu": 1 << 40 for worker in dead})
         assert caches["s"]._state.link.administer(operation) == Swept(0, 0, 0)
         assert backend.dump() == before
     finally:

@@ -217,7 +217,7 @@ def test_hits_reach_redis_with_the_next_batch(any_server: Backend) -> None:
 
 def test_drop_takes_a_subtree_in_portions(any_server: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropping a head removes all below it, in as many calls as the bound asks for, and leaves the rest sound."""
-    monkeypatch.setattr(operations, "DROPS_A_CALL", 3)
+    monkeypatch.setattr(operations, "WORK_A_CALL", 3)
     cache = any_server.open(max_run=2)
     cache.cache_prefix(prompt(20))
     cache.cache_prefix(prompt(20, tail=4))

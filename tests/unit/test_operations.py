@@ -53,11 +53,11 @@ class Tree:
             elif call.script == "insert":
                 reply = [1, len(call.args[5]) // 16, 50, 900, 9000, 5, b"9", *self.nodes(call.args[5])]
             elif call.script == "trim":
-                reply = [2, 0, 0, int(len(self.calls) > 3)]
+                reply = [2, 0, 0, b"" if len(self.calls) > 3 else b"%d" % len(self.calls)]
             elif call.script == "touch":
                 reply = (len(call.args) - 2) // 3
             else:
-                reply = [2, 8, int(len(self.calls) == 3)]
+                reply = [2, 8, b"" if len(self.calls) == 3 else b"%d" % len(self.calls)]
 
 
 CALLS = [(1, 1), (4095, 1), (4096, 1), (4097, 2), (8192, 2), (9000, 3)]
@@ -136,6 +136,7 @@ def test_a_trim_is_called_until_it_is_done() -> None:
     assert tree.run(operations.trim(chain_of(10), "w", 1)) == 8
     assert [call.script for call in tree.calls] == ["trim"] * 4
     assert tree.calls[0].args[:4] == (SCHEMA, "w", 1, chain_of(10))
+    assert [call.args[4] for call in tree.calls] == [b"", b"1", b"2", b"3"]
 
 
 def test_a_long_trim_walks_first() -> None:
@@ -161,4 +162,5 @@ def test_a_drop_is_called_until_it_is_done() -> None:
     """A drop repeats until nothing is left and adds up what went."""
     tree = Tree(0)
     assert tree.run(operations.drop("ab")) == (6, 24)
-    assert [call.args for call in tree.calls] == [(SCHEMA, "ab", operations.DROPS_A_CALL)] * 3
+    units = operations.WORK_A_CALL
+    assert [call.args for call in tree.calls] == [(SCHEMA, "ab", resume, units) for resume in (b"", b"1", b"2")]
