@@ -12,6 +12,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheTier, PrefixEntry
 from distprefix.nodes import Snapshot
+from distprefix.operations import HotNode
 from distprefix.radix import PrefixTree
 from distprefix.results import entry_of
 from distprefix.state import State
@@ -44,13 +45,22 @@ def prewarm(
     began, before = time.monotonic(), state.l1.bytes
     chains: dict[bytes, bytes] = {}
     nodes, chunks, rank, complete = 0, 0, 0, False
-    while time.monotonic() - began < time_s and state.l1.bytes - before < max_bytes:
-        generation = state.feed.generation
+    above = ""
+    lower: list[HotNode] = []
+    waiting = generation = 0
+    while time.monotonic() - began < time_s and state.l1.bytes - before + waiting < max_bytes:
+        if not above:
+            generation = state.feed.generation
         deadline = min(began + time_s, state.link.publish_deadline())
         try:
-            rank, found = state.link.publish(operations.prewarm(rank, _CHUNKS_A_CALL), deadline)
+            rank, above, found = state.link.publish(operations.prewarm(rank, _CHUNKS_A_CALL, above), deadline)
         except DistPrefixError:
             break
+        found += lower
+        lower = found if above else []
+        waiting = sum(len(node.run) for node in lower)
+        if above:  # the lower part of a long path waits for what precedes it
+            continue
         with state.lock:
             sure, room = generation == state.feed.generation, True
             for node in found:

@@ -6,16 +6,19 @@
 -- ARGV[2]    how long ago the last use has to be, ms by the server's clock
 -- ARGV[3]    rank among the leaves to begin with, in the order of eviction
 -- ARGV[4]    how many leaves to look at, with what lies above them
--- returns    {rank to go on with, -1 at the end, head, run, sizes of its warm payloads, head, ...}
+-- ARGV[5]    "", or the head of a node above the leaf of that rank, to go on with upwards
+-- returns    {rank to go on with, -1 at the end, head to go on with or "", head, run, sizes of its warm payloads, head,
+--            ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       a ZRANGE, and an HMGET and an HKEYS a node
+-- cost       a ZRANGE, and an HMGET and an HKEYS a node, at most about 400 nodes
 -- @include guard
 -- @include keys
+-- @include budget
 -- @include clock
 local before, rank, most, most_children = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), 64
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
-local reply = { #leaves == most and rank + most or -1 }
+local reply = { #leaves == most and rank + most or -1, '' }
 
 -- Whether any child of the node is warm; those with very many are left alone.
 local function has_warm_child(run)
@@ -31,9 +34,14 @@ local function has_warm_child(run)
   return false
 end
 
-for _, leaf in ipairs(leaves) do
-  local head = leaf
+for i, leaf in ipairs(leaves) do
+  local head = i == 1 and ARGV[5] ~= '' and ARGV[5] or leaf
   while head and not seen[head] do
+    if is_spent() then
+      reply[1], reply[2] = rank + i - 1, head
+      return reply
+    end
+    spend(0.5)
     seen[head] = true
     local run, held, sizes, accessed, parent = unpack(redis.call('HMGET', node_key(head),
       'r', 'h:@warm', 'b:@warm', 'a', 'p'))

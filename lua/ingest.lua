@@ -13,13 +13,14 @@
 -- ARGV[9]    what the caller needs to go on from here
 -- ARGV[10..] changes, 4 arguments each: medium; depth of the chain's first chunk, or "" when its last chunk is lost;
 --            chain, from a node's head; the engine's keys, as many bytes for each chunk
--- returns    {"heads" and the chunks that nodes begin with | "done" | "again", told as far as time allowed | "absent" |
---             "noparent" | "refused" for each change that was looked at}
+-- returns    {"heads" and the chunks that nodes begin with | "part", chunks published, those that nodes begin with |
+--             "done" | "again", done in part | "absent" | "noparent" | "refused" for each change looked at}
 -- errors     DPGONE, DPSCHEMA, DPFENCED; for one change DPNOPARENT, DPSTALE and DPDAMAGED become words of the reply
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       what insert and trim cost, for each change
 -- @include guard
 -- @include keys
+-- @include budget
 -- @include clock
 -- @include walk
 -- @include path
@@ -55,17 +56,20 @@ local function change(medium, depth, chain, keys)
     now = ('%.0f'):format(now), max_run = max_run, holder = holder, epoch = epoch,
     column = 'e:', width = #keys * 16 / #chain, ids = keys,
   })
-  return done and 'heads ' .. table.concat(done.starts, ' ') or problem.err
+  return done and done.word .. table.concat(done.starts, ' ') or problem.err
 end
 
 for i = 10, #ARGV, 4 do
+  if is_spent() then
+    break
+  end
   local well, word = pcall(change, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
   word = well and (word:match('^DPNOPARENT') and 'noparent' or word:match('^DP%u+') and 'refused' or word) or 'refused'
-  complete = complete and word ~= 'again' and word ~= 'noparent' and word ~= 'absent'
+  complete = complete and word ~= 'again' and word ~= 'noparent' and word ~= 'absent' and not word:match('^part')
   reply[#reply + 1] = word
 end
 settle()
-if complete and ARGV[6] ~= '' then
+if complete and #reply * 4 == #ARGV - 9 and ARGV[6] ~= '' then
   redis.call('HSET', key, 'q', ARGV[6], 'x', ARGV[7], 't', ARGV[8], 'p', epoch, 'g', ARGV[9])
 end
 return reply

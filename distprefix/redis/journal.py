@@ -114,6 +114,9 @@ class RedisJournal:
 
 def _outcome(word: str) -> Outcome:
     first, *rest = word.split()
+    if first == "part":
+        chunks, *heads = map(int, rest)
+        return Outcome(Fate.PART, tuple(heads), chunks)
     return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
 
 

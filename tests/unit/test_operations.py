@@ -51,7 +51,8 @@ class Tree:
             if call.script == "walk":
                 reply = self.nodes(call.args[2])
             elif call.script == "insert":
-                reply = [1, len(call.args[5]) // 16, 50, 900, 9000, 5, b"9", *self.nodes(call.args[5])]
+                taken = len(call.args[5]) // 16
+                reply = [1, taken, 50, 900, 9000, 5, b"9", taken, *self.nodes(call.args[5])]
             elif call.script == "trim":
                 reply = [2, 0, 0, int(len(self.calls) > 3)]
             elif call.script == "touch":
