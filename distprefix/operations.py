@@ -48,7 +48,7 @@ SCHEMA = b"3"
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 _MIN_WINDOW = 64
-TOUCHES_A_CALL = 300
+TOUCHES_A_CALL = 100
 TRIMS_A_CALL = 500
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
@@ -326,7 +326,7 @@ def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
 
 
 def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) -> Generator[Call, Any, int]:
-    """Record uses of nodes (head, hits, ms since the last use). One call for every 300 of them.
+    """Record uses of nodes (head, hits, ms since the last use). One call for every 100 of them.
 
     Returns how many were there. With `candidate_hits` hits, unless that is 0, a node becomes a candidate for
     pre-warming.
@@ -411,13 +411,13 @@ def feed(last: str, most: int) -> Generator[Call, Any, FeedPage]:
     return FeedPage(created.decode(), int(newest), entries)
 
 
-def prewarm(rank: int, chunks: int, above: str = "") -> Generator[Call, Any, tuple[int, str, list[HotNode]]]:
-    """The hottest nodes from `rank` on, with their parents before them. One call, for about so many chunks.
+def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int, str, list[HotNode]]]:
+    """Nodes with what precedes them, parents first. One call, for about so many chunks, or 50 nodes.
 
-    Returns the rank to go on with, -1 when there are no more; the head to go on with as `above` when the last path was
-    too long for the call, else "": what that brings comes before these nodes; and the nodes.
+    Returns how many of the heads are done; a head to go on with when the path of the last of these was too long for the
+    call, else "": what that brings precedes these nodes; and the nodes.
     """
-    reply = yield Call("prewarm", (SCHEMA, rank, chunks, above))
+    reply = yield Call("prewarm", (SCHEMA, chunks, *heads))
     return reply[0], reply[1].decode(), _parse_hot(reply, 2)
 
 
@@ -441,11 +441,11 @@ def _parse_hot(reply: Sequence[Any], at: int) -> list[HotNode]:
     return nodes
 
 
-def hot(limit: int) -> Generator[Call, Any, list[Candidate]]:
-    """The candidates for pre-warming with the most hits. One call for 200."""
+def hot(limit: int, first: int = 0) -> Generator[Call, Any, list[Candidate]]:
+    """The candidates for pre-warming with the most hits, from rank `first` on. One call for 200."""
     reply: list[Any] = []
-    for rank in range(0, limit, HOT_A_CALL):
-        size = min(HOT_A_CALL, limit - rank)
+    for rank in range(first, first + limit, HOT_A_CALL):
+        size = min(HOT_A_CALL, first + limit - rank)
         page = yield Call("hot", (SCHEMA, rank, size))
         reply += page
         if not page:

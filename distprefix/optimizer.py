@@ -448,7 +448,7 @@ class PrefixCacheOptimizer:
     def flush(self) -> None:
         """Tell Redis now what otherwise goes in the background: touches, retractions. Never raises on Redis failing.
 
-        One call for 300 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
+        One call for 100 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
         """
         self._state.check_usable()
         self._upkeep.flush()

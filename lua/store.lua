@@ -13,7 +13,7 @@
 --            budget, else 0, nodes, chunks, bytes and leaves in the shard}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
--- cost       a STRLEN and a PERSIST for each part, of about 1,200 values at most, and what insert costs
+-- cost       a STRLEN and a PERSIST for each part, of about 600 values at most, and what insert costs
 -- @include guard
 -- @include keys
 -- @include budget
@@ -38,7 +38,11 @@ local known, total, more = #sizes[1] / 4, #chain / 16, 0
 -- First only look: what the tree refuses expires.
 allow(150)
 for at = known, total - 1 do
-  local size, found = whole_size('@warm', hex(chain, at))
+  local first = base .. 'kv:' .. hex(chain, at)
+  local size, found = length_of(first), { first }
+  if size == part then
+    size, found = whole_size('@warm', hex(chain, at))
+  end
   if size == 0 then
     total = at
     break
@@ -48,7 +52,7 @@ for at = known, total - 1 do
     keys[#keys + 1] = found[i]
   end
   ends[at + 1] = #keys
-  spend(#found / 8)
+  spend(#found / 4)
   if is_spent() and at + 1 < total then
     total, more = at + 1, 1
     break

@@ -10,7 +10,7 @@
 --            from its last node
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       an HMGET a node, at most about 400 nodes
+-- cost       an HMGET a node, at most about 300 nodes
 -- @include guard
 -- @include keys
 -- @include budget
@@ -46,7 +46,7 @@ for at = 2, #ARGV do
     end
     whole = sizes_of(run, matched, held, sizes, others, warm, cold)
     first = first + matched
-    spend(0.5 + matched / 60)
+    spend(0.65 + matched / 60)
     if is_spent() then
       break
     end

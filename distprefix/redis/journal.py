@@ -14,7 +14,7 @@ from distprefix.events.journal import Fate, Lead, Outcome, Position
 from distprefix.operations import SCHEMA, Call
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
-from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
+from distprefix.redis.roster import WorkerInfo, heartbeat, register
 
 __all__ = ["RedisJournal", "census"]
 
@@ -60,8 +60,8 @@ class RedisJournal:
             raise FencedError("another ingester wrote this stream meanwhile: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
-        reading = read_roster(self._client, self._keys, "", self._deadline())
-        current = (reading.epochs or {}).get(self._member, 0)
+        found = self._client.command("HGET", self._keys.epochs, self._member, deadline=self._deadline())
+        current = int(found) if found and found.isdigit() else 0
         self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
         return Lead(position, int(epoch), current, state)
 

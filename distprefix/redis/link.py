@@ -145,15 +145,21 @@ class Link:
         return run(operation, self.admin, self.keys.meta, time.monotonic() + timeout_s)
 
     def refresh(self) -> None:
-        """Learn who counts. One call, more when this worker has to attach anew. Never raises."""
+        """Learn who counts. One call, more when this worker has to attach anew, or over 500 changed. Never raises."""
         deadline, seen_epoch, asked = self.publish_deadline(), self.epoch, time.monotonic()
+        member, current = self._config.member, 0
         outdated = self.roster.has_leases and asked - self.roster.read_at >= _LEASES_READ_S
         try:
             if self.attached:
-                version = "" if outdated else self.roster.version
-                self.roster.update(read_roster(self.publishes, self.keys, version, deadline), asked)
+                version = self.roster.version
+                with_leases = outdated or not version
+                reading = read_roster(
+                    self.publishes, self.keys, version, deadline, with_leases=with_leases, member=member
+                )
+                self.roster.update(reading, asked)
+                current = reading.own_epoch
             # Flushed, older data were restored, or made void.
-            if not self.attached or self._is_void(self.roster.epoch(self._config.member), deadline):
+            if not self.attached or self._is_void(current, deadline):
                 self.attach_again(seen_epoch, deadline)
         except DistPrefixError as error:
             _log.debug("could not refresh: %s", error)

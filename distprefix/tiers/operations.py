@@ -25,22 +25,24 @@ __all__ = [
 ]
 
 CHAINS_A_CALL = 500
-STORES_A_CALL = 1024
+STORES_A_CALL = 512
 """Chunks: each is looked for, and kept, in each of its parts."""
+_MIN_STORES = 16
 
 
 def store(chain: bytes, start: int, *, max_run: int) -> Generator[Call, Any, tuple[int, Usage]]:
     """Say that the chain's payloads, written before, are there. `start` as in `walk`.
 
-    One call for every 1,024 chunks, more where payloads have several parts or nodes are short. Returns how many leading
+    One call for every 512 chunks, more where payloads have several parts or nodes are short. Returns how many leading
     chunks of the chain have payloads now, and what the shard holds.
     """
-    total, pos, known = len(chain) // HASH_BYTES, 0, 0
+    total, pos, known, size = len(chain) // HASH_BYTES, 0, 0, STORES_A_CALL
     while True:
-        window = chain[pos * HASH_BYTES : (pos + known + STORES_A_CALL) * HASH_BYTES]
+        window = chain[pos * HASH_BYTES : (pos + known + size) * HASH_BYTES]
         stored, last, stopped, *usage = yield Call("store", (SCHEMA, max_run, start + pos, window, known))
         if pos + stored == total or (stored < len(window) // HASH_BYTES and not stopped):
             return pos + stored, Usage(*usage)
+        size = min(STORES_A_CALL, max(_MIN_STORES, 2 * (stored - known if stopped else size)))
         pos, known = pos + last, stored - last  # the next call has to begin at a node's head
 
 

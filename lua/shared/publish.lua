@@ -8,7 +8,7 @@ local function publish(chain, depth, metadata, with)
   spend(2)
   -- First only look, at every key that is going to change: what is wrong must show before anything is written.
   local path, pos, stopped = read_path(chain, holder, epoch, with.column, function(fields, count)
-    spend(2 + fields / 12) -- read twice, written once
+    spend(3 + fields / 12) -- read twice, written once
     return count > 1 and is_spent() -- a call may begin with a node that the one before took
   end)
   if not path then

@@ -24,7 +24,7 @@ end
 -- payload costs by its parts, each of which is looked for and removed.
 local function affordable(size, node)
   local warm, cold, cut = node['b:@warm'] or '', node['b:@cold'] or '', 0
-  spend(3)
+  spend(6)
   while cut < size and not (is_spent() and cut > 0) do
     cut = cut + 1
     local parts = (size_at(warm, size - cut) + size_at(cold, size - cut)) / part
