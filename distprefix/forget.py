@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
+from distprefix.roster import member_of
 
 __all__ = ["FORGET_AFTER_S", "forget_members"]
 
@@ -16,17 +19,26 @@ _MEMBERS_A_CALL = 50
 def forget_members(client: Client, keys: Keys, deadline: float, after_s: float = FORGET_AFTER_S) -> int:
     """Forget members that were made void long ago and of whose coverage nothing is left. Returns how many.
 
-    Once an hour for all workers of a namespace: one call, or two and one for every 50 void members. Raises what the
-    client raises.
+    Once an hour for all workers of a namespace: one call, or three and one for every 500 holders in the tree, 500 void
+    members, and 50 void members of which no coverage is left. Raises what the client raises.
     """
     if client.command("SET", keys.forgetting, "1", "NX", "PX", _LOCK_MS, deadline=deadline) is None:
         return 0
-    forgotten, cursor = 0, b"0"
-    while True:
-        cursor, flat = client.command("HSCAN", keys.voided, cursor, "COUNT", 500, deadline=deadline)
-        members = flat[::2]
+    covering = {member_of(holder) for page in _scan(client, f"{keys.base}holders", deadline) for holder in page}
+    forgotten = 0
+    for page in _scan(client, keys.voided, deadline):
+        members = [member for member in page if member not in covering]
         for at in range(0, len(members), _MEMBERS_A_CALL):
             args = (int(1000 * after_s), *members[at : at + _MEMBERS_A_CALL])
             forgotten += client.call("forget", keys.epochs, args, deadline)
-        if cursor == b"0":
-            return forgotten
+    return forgotten
+
+
+def _scan(client: Client, key: str, deadline: float) -> Iterator[list[str]]:
+    """The fields of a hash, page by page."""
+    cursor = b"0"
+    while True:
+        cursor, flat = client.command("HSCAN", key, cursor, "COUNT", 500, deadline=deadline)
+        yield [name.decode(errors="surrogateescape") for name in flat[::2]]
+        if int(cursor) == 0:
+            return
