@@ -31,9 +31,9 @@ FIGURES = (
 
 
 def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[str, Any]]:
-    """Every rank that counts, or did: one dictionary each. Three calls, one for 100 nodes, for 500 ranks and their
-    streams, and for each rank with a lease.
+    """Every rank that counts, or did: one dictionary each.
 
+    Three calls, one for 100 nodes, one for 500 ranks and one for their streams, and one for each rank with a lease.
     Ranks that hold neither a lease nor anything in the tree, and report nothing, are left out.
     """
     members = read_members(client, keys, deadline)
