@@ -121,8 +121,8 @@ class Bench:
     def close(self) -> None:
         """End the caches and the server."""
         for cache in self._caches:
-            cache._state.unusable = "its server ends"
-            cache._state.link.close()
+            cache.close()
+        self.client.close()
         self._server.stop()
 
 
