@@ -4,6 +4,7 @@
     python benchmarks/longest_scripts.py --quick             # small trees: to see that it runs
     python benchmarks/longest_scripts.py --full              # with 200,000 prompts under one root
     python benchmarks/longest_scripts.py --only holders      # trees whose names have this in them
+    python benchmarks/longest_scripts.py --worst             # of each script the tree with its longest call
     python benchmarks/longest_scripts.py --checkout ../before
 
 Starts a server of its own for each tree. Times are the server's, from SLOWLOG: what other clients wait for. Parts of
@@ -395,11 +396,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="trees of a hundredth: to see that it runs")
     parser.add_argument("--full", action="store_true", help="with 200,000 prompts under one root")
     parser.add_argument("--only", default="", help="trees whose names have this in them")
+    parser.add_argument("--worst", action="store_true", help="of each script only the tree with its longest call")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--checkout", type=Path, default=_ROOT, help="measure the package and scripts of this checkout")
     options = parser.parse_args()
     sys.path.insert(0, str(options.checkout.resolve()))
     rows = measure(0.01 if options.quick else 1.0, options.only, full=options.full)
+    if options.worst:
+        longest = sorted(rows, key=lambda row: row.longest_ms)
+        rows = list({row.script: row for row in longest}.values())
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return

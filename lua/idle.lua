@@ -11,7 +11,7 @@
 --            ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       a ZRANGE, and an HMGET and an HKEYS a node, at most about 400 nodes
+-- cost       a ZRANGE, and an HMGET and an HKEYS a node, at most about 300 nodes
 -- @include guard
 -- @include keys
 -- @include budget
@@ -41,7 +41,7 @@ for i, leaf in ipairs(leaves) do
       reply[1], reply[2] = rank + i - 1, head
       return reply
     end
-    spend(0.5)
+    spend(0.7)
     seen[head] = true
     local run, held, sizes, accessed, parent = unpack(redis.call('HMGET', node_key(head),
       'r', 'h:@warm', 'b:@warm', 'a', 'p'))

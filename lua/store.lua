@@ -13,7 +13,7 @@
 --            budget, else 0, nodes, chunks, bytes and leaves in the shard}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
--- cost       a STRLEN and a PERSIST for each part, of about 600 values at most, and what insert costs
+-- cost       a STRLEN and a PERSIST for each part, of about 520 values at most, and what insert costs
 -- @include guard
 -- @include keys
 -- @include budget
@@ -36,7 +36,7 @@ local sizes = { stored_before(chain, tonumber(ARGV[5])) }
 local known, total, more = #sizes[1] / 4, #chain / 16, 0
 
 -- First only look: what the tree refuses expires.
-allow(150)
+allow(175)
 for at = known, total - 1 do
   local first = base .. 'kv:' .. hex(chain, at)
   local size, found = length_of(first), { first }
@@ -52,7 +52,7 @@ for at = known, total - 1 do
     keys[#keys + 1] = found[i]
   end
   ends[at + 1] = #keys
-  spend(#found / 4)
+  spend(#found / 3)
   if is_spent() and at + 1 < total then
     total, more = at + 1, 1
     break

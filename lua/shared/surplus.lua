@@ -28,7 +28,7 @@ local function affordable(size, node)
   while cut < size and not (is_spent() and cut > 0) do
     cut = cut + 1
     local parts = (size_at(warm, size - cut) + size_at(cold, size - cut)) / part
-    spend(parts / 4 + (#warm + #cold > 0 and 0.05 or 0))
+    spend(parts / 3 + (#warm + #cold > 0 and 0.05 or 0))
   end
   return cut
 end
