@@ -47,9 +47,11 @@ SCHEMA = b"4"
 """Version of the data model. Another one is refused at attach and by every script."""
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
-TOUCHES_A_CALL = 300
+_MIN_WINDOW = 64
+TOUCHES_A_CALL = 100
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
+HOT_A_CALL = 200
 WORK_A_CALL = 150
 """Units of about 10 microseconds that a trim, drop, sweep or census does in a call; the next one resumes."""
 ITEMS_A_CALL = 64
@@ -110,11 +112,18 @@ class Evicted(NamedTuple):
     """Leased leaves that it passed over."""
     more: bool
     """Whether the shard still is over its bounds, and more can go."""
+    rank: int = 0
+    """Where the next call goes on in the order of eviction, behind the leased leaves that were passed over; -1 when the
+    last leaf was seen."""
 
     def then(self, later: Evicted) -> Evicted:
         """What both took."""
         return Evicted(
-            self.nodes + later.nodes, self.chunks + later.chunks, self.leased + later.leased, more=later.more
+            self.nodes + later.nodes,
+            self.chunks + later.chunks,
+            self.leased + later.leased,
+            more=later.more,
+            rank=later.rank,
         )
 
 
@@ -216,15 +225,25 @@ def _made(
         yield NodeView(at, size, size, now_ms, 0, now_ms, ending, b"", {holder: (epoch, end)})
 
 
+def _next_window(window: int, taken: int, *, stopped: bool) -> int:
+    """How many chunks the next call carries.
+
+    Twice what a call took that stopped for its budget, so that little is sent in vain where nodes are short, and more
+    again once a call takes all that it carries.
+    """
+    return min(WINDOW, max(_MIN_WINDOW, 2 * taken if stopped else 2 * window))
+
+
 def walk(
     chain: bytes, start: int, blocks_of: str = "", *, in_part: bool = False
 ) -> Generator[Call, Any, list[NodeView]]:
     """The nodes that a chain passes; its first chunk lies at depth `start` and is a node's head (or in no tree).
 
-    One call for every 4,096 chunks that are there. `in_part`: when a later call fails, the nodes of those before count.
+    One call for every 4,096 chunks that are there, and for about 120 nodes, fewer where many hold them. `in_part`:
+    when a later call fails, the nodes of those before count.
     """
     views: list[NodeView] = []
-    total, pos, limit = len(chain) // HASH_BYTES, 0, WINDOW
+    total, pos, limit, size = len(chain) // HASH_BYTES, 0, WINDOW, WINDOW
     while True:
         window = chain[pos * HASH_BYTES : limit * HASH_BYTES]
         try:
@@ -233,11 +252,13 @@ def walk(
             if in_part and views:
                 return views
             raise
-        views += parse_nodes(reply, start + pos)
+        stopped = bool(reply) and reply[-1] == b"more"
+        views += parse_nodes(reply[:-1] if stopped else reply, start + pos)
         reached = views[-1].start + views[-1].matched - start if views else 0
-        if reached < min(limit, total) or reached >= total:
+        if not stopped and (reached < min(limit, total) or reached >= total):
             return views
-        pos, limit = reached, limit + WINDOW
+        size = _next_window(size, reached - pos, stopped=stopped)
+        pos, limit = reached, reached + size
         if views[-1].matched < views[-1].size:  # the window ended inside this node: ask again from its head
             pos = views.pop().start - start
 
@@ -254,10 +275,11 @@ def publish(
 ) -> Generator[Call, Any, Published]:
     """Put a chain into the tree and say that `holder` has it. `start` as in `walk`; blocks begin there as well.
 
-    One call for every 4,096 chunks. Running it twice does the same as once.
+    One call for every 4,096 chunks, and for about 70 nodes, fewer where many hold them. Running it twice does the same
+    as once.
     """
     views: list[NodeView] = []
-    total, pos, limit = len(chain) // HASH_BYTES, 0, WINDOW
+    total, pos, limit, size = len(chain) // HASH_BYTES, 0, WINDOW, WINDOW
     nodes = chunks = 0
     while True:
         stop = min(limit, total)
@@ -276,13 +298,15 @@ def publish(
         )
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         now_ms = int(reply[6])
-        told = parse_nodes(reply, start + pos, 7)
+        taken = pos + reply[7]
+        told = parse_nodes(reply, start + pos, 8)
         reached = told[-1].start + told[-1].matched if told else start + pos
         views += told
-        views += _made(reached, start + stop, max_run, holder, epoch, now_ms, metadata if stop == total else b"")
-        if stop == total:
+        views += _made(reached, start + taken, max_run, holder, epoch, now_ms, metadata if taken == total else b"")
+        if taken == total:
             return Published(views, nodes, chunks, Usage(*reply[2:6]))
-        pos, limit = views.pop().start - start, limit + WINDOW
+        size = _next_window(size, taken - pos, stopped=taken < stop)
+        pos, limit = views.pop().start - start, taken + size
 
 
 def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
@@ -306,7 +330,7 @@ def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
 
 
 def touch(touches: Sequence[tuple[bytes, int, int]], candidate_hits: int = 0) -> Generator[Call, Any, int]:
-    """Record uses of nodes (head, hits, ms since the last use). One call for every 300 of them.
+    """Record uses of nodes (head, hits, ms since the last use). One call for every 100 of them.
 
     Returns how many were there. With `candidate_hits` hits, unless that is 0, a node becomes a candidate for
     pre-warming.
@@ -332,13 +356,17 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
             return nodes, chunks
 
 
-def evict(bounds: Bounds, batch: int) -> Generator[Call, Any, Evicted]:
-    """Take at most `batch` leaves while a shard is over its bounds. One call for every 25."""
+def evict(bounds: Bounds, batch: int, rank: int = 0) -> Generator[Call, Any, Evicted]:
+    """Take at most `batch` leaves while a shard is over its bounds, beginning at a rank in the order of eviction.
+
+    One call for every 25, fewer where payloads have many parts, and for about 150 leased leaves that are passed over.
+    """
     limits = tuple("" if bound is None else bound for bound in bounds)
-    total = Evicted(0, 0, 0, more=True)
+    total = Evicted(0, 0, 0, more=True, rank=rank)
     while total.more and batch > 0:
-        nodes, chunks, leased, more = yield Call("evict", (SCHEMA, min(batch, EVICTS_A_CALL), *limits))
-        total = total.then(Evicted(nodes, chunks, leased, bool(more)))
+        args = (SCHEMA, min(batch, EVICTS_A_CALL), *limits, total.rank)
+        nodes, chunks, leased, more, next_rank = yield Call("evict", args)
+        total = total.then(Evicted(nodes, chunks, leased, bool(more), next_rank))
         batch -= EVICTS_A_CALL
     return total
 
@@ -361,12 +389,18 @@ def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
 
 
 def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:
-    """Keep a chain, beginning at a node's head, from eviction; 0 ms ends that. One call.
+    """Keep a chain, beginning at a node's head, from eviction; 0 ms ends that. One call, and one for about 400 nodes.
 
     Returns how many leading chunks are there, and when the lease ends in ms of the server's clock.
     """
-    reply = yield Call("lease", (SCHEMA, name, ttl_ms, chain))
-    return reply[0], reply[1]
+    pos, size = 0, WINDOW
+    while True:
+        window = chain[pos * HASH_BYTES : (pos + size) * HASH_BYTES]
+        there, ends, go_on = yield Call("lease", (SCHEMA, name, ttl_ms, window))
+        if go_on < 0:
+            return pos + there, ends
+        size = _next_window(size, there, stopped=True)
+        pos += go_on
 
 
 def claim(chunk: bytes, worker: str, ttl_ms: int) -> Generator[Call, Any, Claimed]:
@@ -385,24 +419,24 @@ def feed(last: str, most: int) -> Generator[Call, Any, FeedPage]:
     return FeedPage(created.decode(), int(newest), entries)
 
 
-def prewarm(rank: int, chunks: int) -> Generator[Call, Any, tuple[int, list[HotNode]]]:
-    """The hottest nodes from `rank` on, with their parents before them. One call, for about so many chunks.
+def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int, str, list[HotNode]]]:
+    """Nodes with what precedes them, parents first. One call, for about so many chunks, or 50 nodes.
 
-    Returns the rank to go on with, -1 when there are no more, and the nodes.
+    Returns how many of the heads are done; a head to go on with when the path of the last of these was too long for the
+    call, else "": what that brings precedes these nodes; and the nodes.
     """
-    reply = yield Call("prewarm", (SCHEMA, rank, chunks))
-    return reply[0], _parse_hot(reply)
+    reply = yield Call("prewarm", (SCHEMA, chunks, *heads))
+    return reply[0], reply[1].decode(), _parse_hot(reply, 2)
 
 
 def guess(last: bytes, chunks: int) -> Generator[Call, Any, list[HotNode]]:
     """What most likely follows the node whose last chunk is `last`, for about so many chunks. One call."""
     reply = yield Call("guess", (SCHEMA, last.hex(), chunks))
-    return _parse_hot(reply)
+    return _parse_hot(reply, 1)
 
 
-def _parse_hot(reply: Sequence[Any]) -> list[HotNode]:
+def _parse_hot(reply: Sequence[Any], at: int) -> list[HotNode]:
     nodes: list[HotNode] = []
-    at = 1
     try:
         while at < len(reply):
             parent, depth, run = reply[at : at + 3]
@@ -415,9 +449,15 @@ def _parse_hot(reply: Sequence[Any]) -> list[HotNode]:
     return nodes
 
 
-def hot(limit: int) -> Generator[Call, Any, list[Candidate]]:
-    """The candidates for pre-warming with the most hits. One call."""
-    reply = yield Call("hot", (SCHEMA, limit))
+def hot(limit: int, first: int = 0) -> Generator[Call, Any, list[Candidate]]:
+    """The candidates for pre-warming with the most hits, from rank `first` on. One call for 200."""
+    reply: list[Any] = []
+    for rank in range(first, first + limit, HOT_A_CALL):
+        size = min(HOT_A_CALL, first + limit - rank)
+        page = yield Call("hot", (SCHEMA, rank, size))
+        reply += page
+        if not page:
+            break
     try:
         return [
             Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))

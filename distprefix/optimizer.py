@@ -105,7 +105,8 @@ class PrefixCacheOptimizer:
         `max_cache_hit_length`: the most tokens to match, of bytes and chains too. Engines have to compute one token at
         least: with the prompt's tokens less one, `remaining_tokens` is never empty. None: a prompt may match whole.
         `blocks_of` names a holder whose block ids are wanted, and asks Redis for them; by default this worker's own.
-        Redis calls: 0 when L1 answers, else 1 for every 4,096 chunks. Redis failing gives a miss, or what L1 has.
+        Redis calls: 0 when L1 answers, else 1 for every 4,096 chunks and for about 120 nodes. Redis failing gives a
+        miss, or what L1 has.
         Raises InvalidInputError for what is no prompt, and what went wrong with Redis only when `strict`.
         """
         return look_up(self._state, token_ids, blocks_of, max_cache_hit_length)
@@ -159,9 +160,9 @@ class PrefixCacheOptimizer:
         A prompt without a full chunk, or of less than `min_prefix_length` tokens, is not published, which is counted:
         the hash is then empty.
         `block_ids`: one a full chunk. `metadata`: up to 4 KiB as msgpack; who matches just this prompt gets it.
-        Redis calls: 1 for every 4,096 chunks that this worker has not just published. When Redis fails, this process
-        knows the prefix, the others do not, and it is counted as dropped. Raises InvalidInputError, and when `strict`
-        what went wrong with Redis.
+        Redis calls: 1 for every 4,096 chunks that this worker has not just published, and for about 60 nodes. When
+        Redis fails, this process knows the prefix, the others do not, and it is counted as dropped. Raises
+        InvalidInputError, and when `strict` what went wrong with Redis.
         """
         prompt = self._state.read(token_ids)
         blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
@@ -214,8 +215,9 @@ class PrefixCacheOptimizer:
         `payloads`: one buffer a chunk, 1 byte to 512 MiB, in the engine's own layout; None for what is there already. A
         chunk behind one that is not there is not stored. The bytes go first, over connections of their own; then
         one script says that they are there. What was never told of goes by itself.
-        Redis calls: a walk, a SET for every 8 MiB of what is not there yet, and 1 for every 4,096 chunks. When Redis
-        fails, what was stored until then stays, and it is counted. Raises InvalidInputError for what does not fit.
+        Redis calls: a walk, a SET for every 8 MiB of what is not there yet, and 1 for every 512 chunks or about 30
+        nodes. When Redis fails, what was stored until then stays, and it is counted. Raises InvalidInputError for what
+        does not fit.
         """
         return self.store_batch([(token_ids, payloads)])[0]
 
@@ -265,8 +267,9 @@ class PrefixCacheOptimizer:
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
     def find_stored(self, token_ids: Any, *, is_counted: bool = True) -> int:
-        """How many leading chunks of a prompt have payloads, in either tier. One Redis call for 4,096 chunks.
+        """How many leading chunks of a prompt have payloads, in either tier.
 
+        One Redis call for 4,096 chunks, and for about 300 nodes.
         It is a use of what is found, and counts as a look-up in `get_metrics`. Not `is_counted`: the caller knows later
         how much of it is of use, and says so with `count_lookup`.
         0 when Redis fails, which is counted as a failed look-up. Raises what went wrong when `strict`.
@@ -274,8 +277,9 @@ class PrefixCacheOptimizer:
         return self.find_stored_batch([token_ids], is_counted=is_counted)[0]
 
     def find_stored_batch(self, prompts: Iterable[Any], *, as_one: bool = False, is_counted: bool = True) -> list[int]:
-        """As `find_stored` for each of several prompts. One Redis call for 4,096 chunks of all together.
+        """As `find_stored` for each of several prompts.
 
+        One Redis call for 4,096 chunks of all together, and for about 300 nodes.
         `as_one`: they are parts of one request, which counts as one look-up.
         """
         read = [self._state.read(prompt) for prompt in prompts]
@@ -359,7 +363,8 @@ class PrefixCacheOptimizer:
     ) -> Prewarmed:
         """Bring the hottest prefixes of the namespace into L1, most hits first; `progress` is told after each call.
 
-        Ends after `time_s` or when L1 grew by `max_bytes`, by default as configured. One call for about 4,096 chunks.
+        Ends after `time_s` or when L1 grew by `max_bytes`, by default as configured. One call for 200 candidates,
+        and one for about 4,096 chunks or 50 nodes.
         Never raises on Redis failing: the result says what came.
         """
         self._state.check_usable()
@@ -449,7 +454,7 @@ class PrefixCacheOptimizer:
     def flush(self) -> None:
         """Tell Redis now what otherwise goes in the background: touches, retractions. Never raises on Redis failing.
 
-        One call for 300 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
+        One call for 100 nodes touched, one for a retraction, one for the epochs; at most three publish deadlines.
         """
         self._state.check_usable()
         self._upkeep.flush()

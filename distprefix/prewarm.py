@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheTier, PrefixEntry
 from distprefix.nodes import Snapshot
+from distprefix.operations import HotNode
 from distprefix.radix import PrefixTree
 from distprefix.results import entry_of
 from distprefix.state import State
@@ -19,6 +20,7 @@ from distprefix.state import State
 __all__ = ["Prewarmed", "candidates", "prewarm", "speculate"]
 
 _CHUNKS_A_CALL = 4096
+_CANDIDATES_A_CALL = 200
 _CHUNKS_A_GUESS = 512
 
 
@@ -39,38 +41,101 @@ def prewarm(
 ) -> Prewarmed:
     """Bring the hottest nodes and all that lies above them into L1, most hits first. Never raises on Redis failing.
 
-    `progress` is called after each Redis call; one call brings about 4,096 chunks.
+    `progress` is called after each call that brings nodes: about 4,096 chunks, or 50 nodes. One call more finds 200
+    candidates.
     """
     began, before = time.monotonic(), state.l1.bytes
-    chains: dict[bytes, bytes] = {}
-    nodes, chunks, rank, complete = 0, 0, 0, False
-    while time.monotonic() - began < time_s and state.l1.bytes - before < max_bytes:
-        generation = state.feed.generation
+    paths = _Paths()
+    nodes = chunks = generation = 0
+    complete = False
+
+    def is_over() -> bool:
+        held = state.l1.bytes - before + paths.waiting_bytes
+        return time.monotonic() - began >= time_s or held >= max_bytes
+
+    while not is_over():
         deadline = min(began + time_s, state.link.publish_deadline())
+        if not paths.waiting:
+            generation = state.feed.generation
         try:
-            rank, found = state.link.publish(operations.prewarm(rank, _CHUNKS_A_CALL), deadline)
+            complete = not paths.heads and not paths.find(state, deadline)
+            if complete:
+                break
+            reply = state.link.publish(operations.prewarm(paths.heads, _CHUNKS_A_CALL), deadline)
         except DistPrefixError:
             break
         with state.lock:
-            sure, room = generation == state.feed.generation, True
-            for node in found:
-                room = state.l1.bytes - before < max_bytes
-                if not room:
+            sure = generation == state.feed.generation
+            for chain, node in paths.take(*reply):
+                if is_over():
                     break
-                chain = chains.get(node.parent, b"") + node.run
-                chains[node.run[-HASH_BYTES:]] = chain
-                if len(chain) != HASH_BYTES * (node.view.start + node.view.size):
-                    continue  # another hand wrote its depth
-                state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure)
-                nodes, chunks = nodes + 1, chunks + node.view.size
+                if len(chain) == HASH_BYTES * (node.view.start + node.view.size):  # else another hand wrote its depth
+                    state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure)
+                    nodes, chunks = nodes + 1, chunks + node.view.size
             state.l1.shrink()
         if progress is not None:
-            progress(Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, rank < 0))
-        if rank < 0 or not room:
-            complete = room
-            break
+            progress(Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, complete=False))
     state.counts["prewarmed_chunks"] += chunks
     return Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, complete)
+
+
+class _Paths:
+    """The way from candidates up to the root, as it comes in parts, the lower ones first."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+        """What to ask for."""
+        self.waiting: list[HotNode] = []
+        """Nodes of which something that precedes them has not come yet."""
+        self._rank = 0
+        self._lasts: dict[str, bytes] = {}
+        """Heads of candidates to the hashes of their last chunks."""
+        self._known: dict[bytes, tuple[bytes, bytes]] = {}
+        """Last chunk of a node that came with all that precedes it, to the chunk before the node and the run."""
+        self._path = (b"", b"")
+        """The last chunk of the node that came last, and the chain up to there."""
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the nodes take that wait."""
+        return sum(len(node.run) for node in self.waiting)
+
+    def find(self, state: State, deadline: float) -> bool:
+        """Find candidates that have not come yet. Whether there are any more."""
+        while not self.heads:
+            page = state.link.publish(operations.hot(_CANDIDATES_A_CALL, self._rank), deadline)
+            self._rank += _CANDIDATES_A_CALL
+            self._lasts = {one.head.hex(): bytes.fromhex(one.last) for one in page}
+            self.heads = [head for head, last in self._lasts.items() if last not in self._known]
+            if not page:
+                return False
+        return True
+
+    def take(self, done: int, above: str, nodes: list[HotNode]) -> Iterator[tuple[bytes, HotNode]]:
+        """What a call brought: nodes that came with all that precedes them, with their chains."""
+        ready, self.waiting = [*nodes, *self.waiting], []
+        for node in ready:
+            if node.parent and node.parent not in self._known:
+                self.waiting.append(node)
+                continue
+            last = node.run[-HASH_BYTES:]
+            if last not in self._known:
+                self._known[last] = (node.parent, node.run)
+                self._path = (last, self._chain_to(node.parent) + node.run)
+                yield self._path[1], node
+        if not above:
+            self.waiting = []  # the way up is broken
+        left = [head for head in self.heads[done:] if self._lasts.get(head) not in self._known]
+        self.heads = [above, *left] if self.waiting else left
+
+    def _chain_to(self, last: bytes) -> bytes:
+        if last == self._path[0]:
+            return self._path[1]
+        runs: list[bytes] = []
+        while last:
+            last, run = self._known[last]
+            runs.append(run)
+        return b"".join(reversed(runs))
 
 
 def speculate(state: State) -> None:

@@ -25,9 +25,15 @@ class Reading(NamedTuple):
     """The server's clock when it was read."""
     version: str
     epochs: Mapping[str, int] | None
-    """Member to epoch; None when nothing has changed since the version that the caller knew."""
+    """Member to epoch, of those that changed since the version that the caller knew; None when there is nothing new."""
     lease_ends_ms: Mapping[str, int]
     """Member to the end of its lease by the server's clock; members that hold none are not in it."""
+    is_whole: bool = True
+    """Whether `epochs` has all members: those that are not in it are unknown."""
+    has_all_leases: bool = True
+    """Whether `lease_ends_ms` has all leases, not only those of members in `epochs`."""
+    own_epoch: int = 0
+    """Epoch of the member that was asked for, 0 when it has none."""
 
 
 class Roster:
@@ -56,8 +62,16 @@ class Roster:
         if reading.epochs is None:
             return
         ends = {member: asked_at + (end - reading.server_ms) / 1000 for member, end in reading.lease_ends_ms.items()}
-        self._epochs, self._ends = dict(reading.epochs), ends
-        self.version, self.read_at = reading.version, asked_at
+        self.version = reading.version
+        if reading.is_whole:
+            self._epochs = dict(reading.epochs)
+        else:
+            self._epochs |= reading.epochs
+        if reading.has_all_leases:
+            self._ends = ends
+            self.read_at = asked_at
+        else:  # a new dictionary: `is_live` may be reading the one before
+            self._ends = {member: end for member, end in self._ends.items() if member not in reading.epochs} | ends
 
     def is_live(self, holder: str, epoch: int, now: float) -> bool:
         """Whether coverage under this epoch counts: a shared tier's always, a worker's until a newer epoch is known.

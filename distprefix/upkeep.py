@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from distprefix.background import Schedule
 from distprefix.budget import maintain
 from distprefix.errors import DistPrefixError
+from distprefix.forget import forget_members
 from distprefix.metrics import metrics_of
 from distprefix.prewarm import speculate
 from distprefix.publisher import Publisher
@@ -30,6 +31,7 @@ _log = logging.getLogger("distprefix")
 _SWEEP_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 10.0
 _ROLE_INTERVAL_S = 1.0
+_FORGET_INTERVAL_S = 3600.0
 
 
 class Upkeep:
@@ -123,6 +125,9 @@ class Upkeep:
             swept = self.sweep()
             self._state.counts["swept_coverage"] += swept.coverage
             self._state.counts["swept_chunks"] += swept.chunks
+            if self._schedule.is_due("forget", _FORGET_INTERVAL_S):
+                link = self._state.link
+                forget_members(link.admin, link.keys, time.monotonic() + _SWEEP_TIMEOUT_S)
 
     def _report(self, *, withdraw: bool = False) -> None:
         """Let everybody see how this cache is doing, or no longer."""

@@ -4,7 +4,7 @@
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    hash of the last chunk of the node to go on from, in hex
--- ARGV[3]    chunks after which the call ends
+-- ARGV[3]    chunks after which the call ends; it ends with its budget as well
 -- returns    {-1, then each node as prewarm tells it}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
@@ -12,6 +12,7 @@
 -- @include guard
 -- @include reads
 -- @include keys
+-- @include budget
 -- @include walk
 local last, budget, most_children = ARGV[2], tonumber(ARGV[3]), 64
 local reply, chunks = { -1 }, 0
@@ -19,7 +20,9 @@ local reply, chunks = { -1 }, 0
 -- The child used last, with its depth and run.
 local function likeliest(junction)
   local best, latest = nil, -1
-  for _, child in ipairs(redis.call('HKEYS', junction)) do
+  local children = redis.call('HKEYS', junction)
+  spend(1 + #children / 8)
+  for _, child in ipairs(children) do
     local accessed = is_child(child) and tonumber(redis.call('HGET', node_key(child), 'a') or '-1') or -1
     if accessed > latest then
       best, latest = child, accessed
@@ -28,14 +31,14 @@ local function likeliest(junction)
   return unpack(best and redis.call('HMGET', node_key(best), 'd', 'r') or {})
 end
 
-while chunks < budget and redis.call('HLEN', junction_key(last)) <= most_children do
+while chunks < budget and not is_spent() and redis.call('HLEN', junction_key(last)) <= most_children do
   local depth, run = likeliest(junction_key(last))
   if not run then
     break
   end
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3] = last, depth, run
-  walk(run, '', reply)
+  walk(run, '', reply, spend, is_spent)
   last, chunks = hex(run), chunks + #run / 16
 end
 return answer(reply)

@@ -6,22 +6,30 @@
 -- ARGV[2]    how long ago the last use has to be, ms by the server's clock
 -- ARGV[3]    rank among the leaves to begin with, in the order of eviction
 -- ARGV[4]    how many leaves to look at, with what lies above them
--- returns    {rank to go on with, -1 at the end, head, run, sizes of its warm payloads, head, ...}
+-- ARGV[5]    "", or the head of a node above the leaf of that rank, to go on with upwards
+-- returns    {rank to go on with, -1 at the end, head to go on with or "", head, run, sizes of its warm payloads, head,
+--            ...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       a ZRANGE, and an HMGET and an HGET a node
+-- cost       a ZRANGE, and an HMGET and an HGET a node, at most about 300 nodes
 -- @include guard
 -- @include reads
 -- @include keys
+-- @include budget
 -- @include tally
 -- @include clock
 local before, rank, most = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
-local reply = { #leaves == most and rank + most or -1 }
+local reply = { #leaves == most and rank + most or -1, '' }
 
-for _, leaf in ipairs(leaves) do
-  local head = leaf
+for i, leaf in ipairs(leaves) do
+  local head = i == 1 and ARGV[5] ~= '' and ARGV[5] or leaf
   while head and not seen[head] do
+    if is_spent() then
+      reply[1], reply[2] = rank + i - 1, head
+      return answer(reply)
+    end
+    spend(0.7)
     seen[head] = true
     local run, held, sizes, accessed, parent = unpack(redis.call('HMGET', node_key(head),
       'r', 'h:@warm', 'b:@warm', 'a', 'p'))

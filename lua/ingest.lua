@@ -15,8 +15,8 @@
 -- ARGV[10..] changes, 4 arguments each: medium; depth of the chain's first chunk, or "" when its last chunk is lost;
 --            chain, from a node's head; the engine's keys, as many bytes for each chunk, or for a chunk that is lost
 --            what to resume with, as "again" told it before, else ""
--- returns    {"heads" and the chunks that nodes begin with | "done" | "again" and what to resume with | "absent" |
---             "noparent" | "refused" for each change that was looked at}
+-- returns    {"heads" and the chunks that nodes begin with | "part", chunks published, those that nodes begin with |
+--             "done" | "again" and what to resume with | "absent" | "noparent" | "refused" for each change looked at}
 -- errors     DPGONE, DPSCHEMA, DPFENCED, DPLOST; DPNOPARENT, DPSTALE, DPDAMAGED of a change become words of the reply
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       what insert and trim cost, for each change
@@ -45,6 +45,7 @@
 -- @include climb
 -- @include descend
 -- @include withdraw
+-- @include change
 local max_run, member, epoch = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[5])
 local key, reply, complete = base .. 's:' .. member, {}, true
 local number, writes = ARGV[4]:match('^(%d+) (%d+)$')
@@ -55,29 +56,19 @@ elseif (has or '0') ~= writes then
   return redis.error_reply('DPLOST ' .. member .. ' was written ' .. (writes or '?') .. ' times, not ' .. (has or '0'))
 end
 
--- What became of one change: a word, and chunks.
-local function change(medium, depth, chain, keys)
-  local holder = member .. '@' .. medium
-  if depth == '' then
-    local taken, problem, _, word, resume = withdraw(chain, holder, epoch, keys)
-    return taken and (word == 'again' and 'again ' .. resume or word) or problem.err
-  end
-  local done, problem = publish(chain, tonumber(depth), '', {
-    now = ('%.0f'):format(now), max_run = max_run, holder = holder, epoch = epoch,
-    column = 'e:', width = #keys * 16 / #chain, ids = keys,
-  })
-  return done and 'heads ' .. table.concat(done.starts, ' ') or problem.err
-end
-
 for i = 10, #ARGV, 4 do
-  local well, word = pcall(change, ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3])
+  if is_spent() then
+    break
+  end
+  local well, word = pcall(change, member, epoch, max_run, unpack(ARGV, i, i + 3))
   word = well and (word:match('^DPNOPARENT') and 'noparent' or word:match('^DP%u+') and 'refused' or word) or 'refused'
-  complete = complete and not word:match('^again') and word ~= 'noparent' and word ~= 'absent'
+  local is_done = word == 'done' or word == 'refused' or word:match('^heads')
+  complete = complete and is_done
   reply[#reply + 1] = word
 end
 settle()
 redis.call('HINCRBY', key, 'n', 1)
-if complete and ARGV[6] ~= '' then
+if complete and #reply * 4 == #ARGV - 9 and ARGV[6] ~= '' then
   redis.call('HSET', key, 'q', ARGV[6], 'x', ARGV[7], 't', ARGV[8], 'p', epoch, 'g', ARGV[9])
 end
 return answer(reply)

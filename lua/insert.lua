@@ -1,5 +1,6 @@
 #!lua
--- insert: publish a chain. Splits where it leaves a run, extends a leaf that has room, creates nodes, sets coverage.
+-- insert: publish a chain. Splits where it leaves a run, extends a leaf that has room, creates nodes, sets coverage. A
+-- call takes as many leading chunks as its budget allows: the next one begins with the last node of those.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
@@ -10,14 +11,17 @@
 -- ARGV[6]    the chain, 16 bytes a chunk, at most 4,096 chunks and one run
 -- ARGV[7]    block ids, 4 bytes a chunk, or ""
 -- ARGV[8]    metadata of the chain, msgpack, or "": kept with a node that ends where the chain does
--- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, the server's time in ms, then the
---            path as walk reports it, without the new nodes at its end: they are as sent, in runs of ARGV[2]}
+-- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, the server's time in ms, chunks
+--            taken, then the path as walk reports it, without the new nodes at its end: they are as sent, in runs of
+--            ARGV[2]}
 -- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
--- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; a split moves no child
+-- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; at most about 70 nodes; a
+--            split moves no child
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include budget
 -- @include tally
 -- @include clock
 -- @include walk
@@ -43,4 +47,5 @@ if not done then
   return problem
 end
 local nodes, chunks, bytes, leaves = unpack(settle())
-return answer(walk(slice(chain, 0, done.there), '', { done.nodes, done.chunks, nodes, chunks, bytes, leaves, used }))
+return answer(walk(slice(chain, 0, done.there), '', { done.nodes, done.chunks, nodes, chunks, bytes, leaves, used,
+  done.taken }))

@@ -1,30 +1,37 @@
 #!lua flags=no-writes
--- prewarm: the hottest nodes with all that lies above them, parents first, each once a call.
+-- prewarm: nodes with all that precedes them, parents first, each once a call. A long path comes in several calls, the
+-- lower part of it first.
 --
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
--- ARGV[2]    rank of the candidate to begin with, 0 for the hottest
--- ARGV[3]    chunks after which the call ends
--- returns    {rank to go on with or -1, then each node as walk tells it, with its place and run before:
+-- ARGV[2]    chunks after which the call ends; it ends with its budget as well
+-- ARGV[3..]  heads of the nodes, in hex
+-- returns    {heads that are done, head to go on with upwards in place of the last of these or "", then each node as
+--            walk tells it, with its place and run before:
 --             parent, depth, run, size, matched, accessed, hits, created, metadata, "", holders, (holder, epoch:k)...}
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       an HGETALL a node and an HGET a step up
+-- cost       an HGETALL a node and an HGET a step up, at most about 50 nodes
 -- @include guard
 -- @include reads
 -- @include keys
+-- @include budget
 -- @include walk
-local rank, budget = tonumber(ARGV[2]), tonumber(ARGV[3])
-local reply, sent, chunks = { -1 }, {}, 0
+local budget, reply, sent, chunks = tonumber(ARGV[2]), { 0, '' }, {}, 0
 
--- A candidate's path, deepest first, up to what was sent already; nil when the way up is broken.
+-- The path of a node, deepest first, up to what was sent already; nil when the way up is broken. Where the budget ends
+-- before the path does, also the head to go on with.
 local function path_of(head)
   local path = {}
   while not sent[head] do
+    if is_spent() and #path > 0 then
+      return path, head
+    end
     local parent, depth = unpack(redis.call('HMGET', node_key(head), 'p', 'd'))
     if not parent then
       return nil
     end
+    spend(3.5 + redis.call('HLEN', node_key(head)) / 12)
     path[#path + 1] = { head = head, parent = parent, depth = depth }
     head = redis.call('HGET', junction_key(parent), 'o')
     if parent == '' or not head then
@@ -34,12 +41,13 @@ local function path_of(head)
   return path
 end
 
-while chunks < budget do
-  local head = redis.call('ZREVRANGE', base .. 'hot', rank, rank)[1]
-  if not head then
-    return answer(reply)
+for at = 3, #ARGV do
+  if chunks >= budget or is_spent() then
+    break
   end
-  local path = path_of(head) or {}
+  spend(0.2)
+  local path, above = path_of(ARGV[at])
+  path = path or {}
   for i = #path, 1, -1 do
     local run, n = redis.call('HGET', node_key(path[i].head), 'r'), #reply
     if not run then
@@ -49,7 +57,6 @@ while chunks < budget do
     walk(run, '', reply)
     sent[path[i].head], chunks = true, chunks + #run / 16
   end
-  rank = rank + 1
+  reply[1], reply[2] = at - 2, above or ''
 end
-reply[1] = rank
 return answer(reply)

@@ -10,11 +10,12 @@
 -- returns    the new epoch
 -- errors     DPDAMAGED
 -- flags      allow-oom: a worker may join a server that is full
--- cost       HGET, HSET, INCR; ZADD and HSET with a lease
+-- cost       HGET, HSET, ZADD, SET; ZADD and HSET with a lease
 -- @include clock
 -- @include roster
 local member, above, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('ZCARD', roster .. 'workers') -- fails here, before anything is written, if it is something else
+redis.call('ZCARD', roster .. 'changes')
 local current = redis.call('HGET', KEYS[1], member) or '0'
 if not current:match('^%d+$') then
   return redis.error_reply('DPDAMAGED the epoch of ' .. member .. ' is no number: ' .. current:sub(1, 20))
@@ -27,5 +28,5 @@ redis.call('HSET', KEYS[1], member, ('%.0f'):format(epoch))
 if ttl > 0 then
   hold(member, ttl, 4)
 end
-changed()
+changed(member)
 return epoch

@@ -5,7 +5,7 @@
 -- ARGV[1..]  member, epoch, ...: retired only while that is its epoch; "" for whichever it has
 -- returns    members retired
 -- flags      allow-oom: it only makes room
--- cost       HGET, HINCRBY, ZREM, DEL, INCR a member, whatever it holds
+-- cost       HGET, HINCRBY, ZREM, DEL, ZADD, SET a member, whatever it holds
 -- @include clock
 -- @include roster
 local retired = 0

@@ -5,7 +5,7 @@
 -- KEYS[1]    dp:{<ns>:<shard>}:meta; every other key is derived from it and shares its slot
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2]    hits that make a candidate, 0 for never
--- ARGV[3..]  head in hex, hits, ms since the last use, for each node; at most 1,000 nodes
+-- ARGV[3..]  head in hex, hits, ms since the last use, for each node; Python sends 100 a call
 -- returns    how many of the nodes were there
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: leaves keep their order on a server that is full

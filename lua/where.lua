@@ -5,19 +5,26 @@
 -- ARGV[1]    who calls: the schema it speaks, its epoch and member
 -- ARGV[2..]  chains, 16 bytes a chunk, each from a node's head on; at most 4,096 chunks in all, and one run
 -- returns    for each chain: {sizes of the warm ones, sizes of the cold ones, 4 bytes a chunk each, 0 for those in the
---            other tier, first chunks of its nodes, with commas between}
+--            other tier, first chunks of its nodes, with commas between}; and "more" or "rest" at the end when the
+--            call stopped for its budget: later chains were not looked at, and with "more" the last one told goes on
+--            from its last node
 -- errors     DPGONE, DPSCHEMA
 -- flags      no-writes: runs on replicas, and when the server is out of memory
--- cost       an HMGET a node
+-- cost       an HMGET a node, at most about 300 nodes
 -- @include guard
 -- @include reads
 -- @include keys
+-- @include budget
 -- @include walk
 local none, reply = '\0\0\0\0', {}
 
 -- The sizes of a node's leading payloads in each tier, as far as it has them without a gap, and whether that is all.
 local function sizes_of(run, matched, held, sizes, others, warm, cold)
   local covered = tonumber((held or ''):match('%d+$')) or 0
+  if matched > 0 and covered >= matched and #sizes >= matched * 4 and not sizes:find(none, 1, true) then
+    warm[#warm + 1], cold[#cold + 1] = sizes:sub(1, matched * 4), none:rep(matched) -- all warm, as most are
+    return matched * 16 == #run
+  end
   for at = 0, matched - 1 do
     local is_warm = at < covered
     local size = (is_warm and sizes or others or ''):sub(at * 4 + 1, at * 4 + 4)
@@ -40,8 +47,17 @@ for at = 2, #ARGV do
     end
     whole = sizes_of(run, matched, held, sizes, others, warm, cold)
     first = first + matched
+    spend(0.65 + matched / 60)
+    if is_spent() then
+      break
+    end
   end
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3] = table.concat(warm), table.concat(cold), table.concat(starts, ',')
+  local goes_on = whole and first < #chain / 16
+  if is_spent() and (goes_on or at < #ARGV) then
+    reply[n + 4] = goes_on and 'more' or 'rest'
+    break
+  end
 end
 return answer(reply)

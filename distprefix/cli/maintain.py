@@ -96,7 +96,7 @@ def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:
 def _evict(calls: Client, keys: Keys, bounds: Bounds, batch: int) -> dict[str, int]:
     total = Evicted(0, 0, 0, more=True)
     while total.more:
-        total = total.then(run(evict(bounds, batch), calls, keys.meta, time.monotonic() + 5))
+        total = total.then(run(evict(bounds, batch, max(0, total.rank)), calls, keys.meta, time.monotonic() + 5))
     return {"evicted_nodes": total.nodes, "evicted_chunks": total.chunks, "leased_leaves": total.leased}
 
 

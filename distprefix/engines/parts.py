@@ -25,7 +25,7 @@ class PartStore(EngineStore):
         self._alone = alone
 
     def look_up_parts(self, chain: bytes, chunks: Sequence[int]) -> Future[set[int]]:
-        """Which of a chain's chunks can be loaded. One Redis call for 4,096 chunks, or 500 of those asked for."""
+        """Which of a chain's chunks can be loaded. One Redis call for 4,096 chunks, 300 nodes, or 500 asked for."""
 
         def work(cache: PrefixCacheOptimizer) -> set[int]:
             asked = b"".join(_hashes(chain, chunk, chunk + 1) for chunk in chunks)

@@ -11,7 +11,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.events.blocks import Block
 from distprefix.events.holdings import Holdings
 
-__all__ = ["KEY_BYTES", "Change", "Covered", "blocks_of", "changes", "confirm", "reject"]
+__all__ = ["KEY_BYTES", "Change", "Covered", "blocks_of", "changes", "confirm", "confirm_part", "reject"]
 
 KEY_BYTES = 8
 _MOST_CHUNKS = 4096
@@ -162,6 +162,22 @@ def confirm(holdings: Holdings, change: Change, heads: Iterable[int] = ()) -> No
                 changed.pop(block, None)
         block.is_head = at in starts
         at += len(block.chunks) // HASH_BYTES
+
+
+def confirm_part(holdings: Holdings, change: Change, chunks: int, heads: Iterable[int]) -> bool:
+    """Redis knows the leading chunks of a publication now: the rest is told next. Whether any block of them is new.
+
+    Where none is, as in a block of more nodes than one call takes, the change is given up: it would never end.
+    """
+    mask, count, at = holdings.mask(change.medium), 0, 0
+    for block in change.path:
+        at += len(block.chunks) // HASH_BYTES
+        if at > chunks:
+            break
+        count += 1
+    is_new = any(not block.told & mask for block in change.path[:count])
+    confirm(holdings, change._replace(path=change.path[:count]) if is_new else change, heads)
+    return is_new
 
 
 def reject(holdings: Holdings, change: Change) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import xxhash
 
 from distprefix.errors import EventFormatError, FencedError, ReplayError, StaleEpochError
-from distprefix.events.changes import blocks_of, changes, confirm, reject
+from distprefix.events.changes import blocks_of, changes, confirm, confirm_part, reject
 from distprefix.events.decode import decode
 from distprefix.events.frames import Cleared, Frame, Removed, Stored
 from distprefix.events.holdings import Holdings
@@ -24,6 +24,7 @@ __all__ = ["Follower", "Replays"]
 
 _log = logging.getLogger("distprefix")
 _WRITTEN = (Fate.DONE, Fate.REFUSED)
+_IN_PART = (Fate.AGAIN, Fate.PART)
 _REMEMBERED = 20_000
 """Messages whose digests are kept: more than an engine replays."""
 _TOGETHER = 16_384
@@ -152,9 +153,13 @@ class Follower:
                 self.counts["changes_refused"] += outcome.fate is Fate.REFUSED
                 if outcome.fate is Fate.MOVED:
                     reject(self.holdings, change)
-                elif outcome.fate is not Fate.AGAIN and not (again and change.publish):
+                elif outcome.fate is Fate.PART and not again:
+                    if not confirm_part(self.holdings, change, outcome.chunks, outcome.heads):
+                        self.counts["changes_refused"] += 1
+                elif outcome.fate not in _IN_PART and not (again and change.publish):
                     confirm(self.holdings, change, outcome.heads)
-            if position is not None and all(outcome.fate in _WRITTEN for outcome in outcomes):
+            is_whole = len(outcomes) == len(batch) and all(outcome.fate in _WRITTEN for outcome in outcomes)
+            if position is not None and is_whole:
                 self._written = position
 
     def _take(self, frame: Frame) -> None:

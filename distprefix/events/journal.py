@@ -40,6 +40,8 @@ class Fate(Enum):
     DONE = "done"
     AGAIN = "again"
     """Part of it is done: tell it once more."""
+    PART = "part"
+    """Its leading chunks are published: tell the rest."""
     MOVED = "moved"
     """The chain does not begin with a head, or what lies before it is not covered: tell it from the root."""
     REFUSED = "refused"
@@ -51,6 +53,8 @@ class Outcome(NamedTuple):
 
     fate: Fate
     heads: tuple[int, ...] = ()
+    chunks: int = 0
+    """How many leading chunks were published, of a part."""
 
 
 class Journal(Protocol):

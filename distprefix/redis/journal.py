@@ -15,7 +15,7 @@ from distprefix.operations import ITEMS_A_CALL, SCHEMA, WORK_A_CALL, Call
 from distprefix.redis.client import Client, run
 from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
-from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register
+from distprefix.redis.roster import WorkerInfo, heartbeat, register
 
 __all__ = ["RedisJournal", "census"]
 
@@ -59,7 +59,8 @@ class RedisJournal:
         """
         reply, generation = self._stream(self._ttl_ms)
         held, _, number, _, seq, digest, at, epoch, state, written = reply
-        reading = read_roster(self._client, self._keys, "", self._deadline())  # what fails leaves all as it was
+        # What fails so far leaves all as it was.
+        found = self._client.command("HGET", self._keys.epochs, self._member, deadline=self._deadline())
         before, self._number = self._number, 0
         if held.decode() != self._owner:
             return None
@@ -72,7 +73,7 @@ class RedisJournal:
             raise LostHistoryError("the server has lost what was written of this stream: begin again")
         self._number = int(number)
         position = Position(int(seq), digest.decode(), float(at)) if seq else None
-        current = (reading.epochs or {}).get(self._member, 0)
+        current = int(found) if found and found.isdigit() else 0
         self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
         return Lead(position, int(epoch), current, state)
 
@@ -143,7 +144,10 @@ class RedisJournal:
 
 
 def _outcome(word: str) -> Outcome:
-    first, *rest = word.split(" ")
+    first, *rest = word.split()
+    if first == "part":
+        chunks, *heads = map(int, rest)
+        return Outcome(Fate.PART, tuple(heads), chunks)
     return Outcome(Fate.DONE, tuple(map(int, rest))) if first == "heads" else Outcome(_FATES[first])
 
 

@@ -17,17 +17,21 @@ class Keys:
         self.workers = f"dp:{{{namespace}}}:workers"
         """Members that hold a lease, by its end."""
         self.version = f"dp:{{{namespace}}}:version"
+        self.changes = f"dp:{{{namespace}}}:changes"
+        """Members by the version of their last change."""
         self.swept = f"dp:{{{namespace}}}:swept"
         """Members to the epoch below which none of their coverage is left."""
         self.sweeping = f"dp:{{{namespace}}}:sweeping"
         """Somebody is sweeping now."""
+        self.forgetting = f"dp:{{{namespace}}}:forgetting"
+        """Somebody has forgotten dead members lately."""
         self.metrics = f"dp:{{{namespace}}}:metrics"
         """What workers tell of themselves, by holder; for people and dashboards, nothing depends on it."""
         self.voided = f"dp:{{{namespace}}}:voided"
         """Members that were made void and that nobody has registered since, to the epoch that nobody has."""
         self.own = (
             *(self.descriptor, self.epochs, self.workers, self.version, self.voided, self.swept, self.sweeping),
-            self.metrics,
+            *(self.metrics, self.changes, self.forgetting),
         )
         """The namespace's keys that lie in no shard, but for those of the members."""
         self.base = f"dp:{{{namespace}:{shard}}}:"

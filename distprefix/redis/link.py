@@ -196,17 +196,21 @@ class Link:
         self.on_loss()
 
     def refresh(self) -> None:
-        """Learn who counts. One call, more when this worker has to attach anew. Never raises."""
+        """Learn who counts. One call, more when this worker has to attach anew, or over 500 changed. Never raises."""
         deadline, history, asked = self.publish_deadline(), self.history, time.monotonic()
+        member = self._config.member
         outdated = self.roster.has_leases and asked - self.roster.read_at >= _LEASES_READ_S
         try:
             if self.attached:
-                version = "" if outdated else self.roster.version
-                self.roster.update(read_roster(self.publishes, self.keys, version, deadline), asked)
-                current = self.roster.epoch(self._config.member)
-                if current < history.epoch:
+                version = self.roster.version
+                with_leases = outdated or not version
+                reading = read_roster(
+                    self.publishes, self.keys, version, deadline, with_leases=with_leases, member=member
+                )
+                self.roster.update(reading, asked)
+                if reading.own_epoch < history.epoch:
                     self._lose(history, Loss.EPOCH)
-                elif current > history.epoch and self._is_void(current, deadline):
+                elif reading.own_epoch > history.epoch and self._is_void(reading.own_epoch, deadline):
                     self.attached = False
             if not self.attached:
                 self.attach_again(history.epoch, deadline)

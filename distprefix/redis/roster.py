@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, cast
@@ -18,6 +18,7 @@ from distprefix.roster import Reading
 
 __all__ = ["GRACE_S", "Member", "WorkerInfo", "heartbeat", "read_members", "read_roster", "register", "retire"]
 
+_MEMBERS_A_PAGE = 500
 GRACE_S = 60.0
 """How long after its lease a member may come back with all that it published."""
 
@@ -93,17 +94,94 @@ def retire(client: Client, keys: Keys, members: Mapping[str, int | None], deadli
     return int(client.call("retire", keys.epochs, tuple(args), deadline))
 
 
-def read_roster(client: Client, keys: Keys, version: str, deadline: float) -> Reading:
-    """Who counts; short when nothing but the leases has changed since `version`, "" for all. One script call."""
-    server_ms, now_version, *rest = client.call("roster", keys.epochs, (version,), deadline)
-    if not rest:
-        return Reading(int(server_ms), now_version.decode(), None, {})
-    epochs, leases = rest
-    return Reading(int(server_ms), now_version.decode(), _numbers(epochs), _numbers(leases))
+def read_roster(
+    client: Client, keys: Keys, version: str, deadline: float, *, with_leases: bool = True, member: str = ""
+) -> Reading:
+    """Who counts: what changed since `version`, "" for all; with all leases when they are asked for.
+
+    One script call for every 500 members that changed, or that hold a lease. With `member` also the epoch of that one.
+    """
+    pages = _Pages(version, with_leases=with_leases)
+    while not pages.is_complete:
+        pages.take(client.call("roster", keys.epochs, (*pages.place(), _MEMBERS_A_PAGE, member), deadline))
+    return pages.reading()
+
+
+class _Pages:
+    """A reading of the roster as it comes, page by page. What a later page says of a member counts."""
+
+    def __init__(self, version: str, *, with_leases: bool) -> None:
+        self.is_complete = False
+        self._with_leases = with_leases
+        self._version = version
+        self._is_whole = not version
+        self._server_ms = 0
+        self._own_epoch = 0
+        self._is_changed = False
+        self._epochs: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        self._from = "-inf" if with_leases else ""
+        self._skipped = 0
+
+    def place(self) -> tuple[str, str, int]:
+        """Where to go on."""
+        return self._version, self._from, self._skipped
+
+    def take(self, reply: Sequence[Any]) -> None:
+        """The next page."""
+        server_ms, version, own, *rest = reply
+        self._server_ms = self._server_ms or int(server_ms)
+        self._own_epoch = _whole_number(own)
+        if not rest:
+            self.is_complete = True
+            return
+        go_on, is_unknown, changed, leases = rest
+        if is_unknown and not self._is_whole:  # data were lost, or older ones restored
+            self._is_whole = True
+            self._epochs.clear()
+        self._is_changed = True
+        self._version = go_on.decode()
+        self._take_changes(changed)
+        for name, end in _numbers(leases).items():
+            self._ends[name] = end
+        full = len(leases) == 2 * _MEMBERS_A_PAGE
+        if full:  # from the last end on: others may end at that very time
+            last = leases[-1]
+            same = sum(end == last for end in leases[1::2])
+            self._skipped = self._skipped + same if last.decode() == self._from else same
+            self._from = last.decode()
+        else:
+            self._from, self._skipped = "", 0
+        self.is_complete = not full and go_on == version
+
+    def reading(self) -> Reading:
+        """All that came."""
+        epochs = self._epochs if self._is_changed else None
+        return Reading(
+            self._server_ms,
+            self._version,
+            epochs,
+            self._ends,
+            is_whole=self._is_whole,
+            has_all_leases=self._with_leases,
+            own_epoch=self._own_epoch,
+        )
+
+    def _take_changes(self, changed: Sequence[bytes]) -> None:
+        for name, epoch, end in zip(changed[::3], changed[1::3], changed[2::3], strict=True):
+            member, number = name.decode(errors="replace"), _whole_number(epoch)
+            self._ends.pop(member, None)
+            if number:
+                self._epochs[member] = number
+            if _whole_number(end):
+                self._ends[member] = _whole_number(end)
 
 
 def read_members(client: Client, keys: Keys, deadline: float) -> list[Member]:
-    """Everybody who ever took an epoch, with what they say of themselves. One call, and one for each with a lease."""
+    """Everybody who took an epoch and is not forgotten, with what they say of themselves.
+
+    One call for 500, and one for each with a lease.
+    """
     reading = read_roster(client, keys, "", deadline)
     members: list[Member] = []
     for name, epoch in sorted((reading.epochs or {}).items()):
@@ -128,6 +206,11 @@ def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
     except (ValueError, TypeError, AttributeError):  # another hand wrote it
         load = {}
     return WorkerInfo(text(b"address"), text(b"model"), tuple(filter(None, text(b"media").split(","))), load)
+
+
+def _whole_number(value: bytes) -> int:
+    number = _float(value)
+    return int(number) if isfinite(number) else 0
 
 
 def _numbers(flat: Any) -> dict[str, int]:

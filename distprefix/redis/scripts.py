@@ -25,6 +25,7 @@ SCRIPTS = (
     "dropped",
     "evict",
     "feed",
+    "forget",
     "guess",
     "heartbeat",
     "hot",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from distprefix.chunking import HASH_BYTES
@@ -16,6 +17,7 @@ from distprefix.roster import member_of, members_of
 
 __all__ = ["FIGURES", "describe_workers", "retire_worker"]
 
+_STREAMS_A_CALL = 500
 FIGURES = (
     "lookups",
     "tokens_hit",
@@ -29,8 +31,9 @@ FIGURES = (
 
 
 def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[str, Any]]:
-    """Every rank that counts, or did: one dictionary each. Three calls, one for 100 nodes, and two for each rank.
+    """Every rank that counts, or did: one dictionary each.
 
+    Three calls, one for 100 nodes, one for 500 ranks and one for their streams, and one for each rank with a lease.
     Ranks that hold neither a lease nor anything in the tree, and report nothing, are left out.
     """
     members = read_members(client, keys, deadline)
@@ -44,14 +47,26 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
             if name and epoch == epochs.get(name):
                 chunks.setdefault(name, Counter())[medium] += len(held) // HASH_BYTES
     described: list[dict[str, Any]] = []
-    for member in members:
-        stream = pairs(client.command("HGETALL", keys.stream(member.name), deadline=deadline))
-        figures = [figure for holder, figure in reports.items() if member_of(holder) == member.name]
+    figures_of: dict[str, list[dict[str, Any]]] = {}
+    for holder, figure in reports.items():
+        figures_of.setdefault(member_of(holder), []).append(figure)
+    for member, stream in zip(members, _streams(client, keys, members), strict=True):
+        figures = figures_of.get(member.name, [])
         if member.lease_left_s is not None or member.name in chunks or stream or figures:
             one = _describe(member, dict(chunks.get(member.name, {})), stream, server_s)
             one["figures"] = {name: sum(figure.get(name, 0) for figure in figures) for name in FIGURES}
             described.append(one)
     return described
+
+
+def _streams(client: Client, keys: Keys, members: list[Member]) -> Iterator[dict[bytes, bytes]]:
+    """How far the events of each member are written, 500 at a time."""
+    for at in range(0, len(members), _STREAMS_A_CALL):
+        with client.redis.pipeline(transaction=False) as batch:
+            for member in members[at : at + _STREAMS_A_CALL]:
+                batch.hgetall(keys.stream(member.name))
+            replies: list[Any] = batch.execute(raise_on_error=False)
+        yield from (pairs(reply) if isinstance(reply, (dict, list)) else {} for reply in replies)
 
 
 def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> int:

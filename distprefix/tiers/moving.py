@@ -33,13 +33,13 @@ def promote(payloads: Payloads, hashes: bytes, deadline: float) -> int:
 
 def demote(payloads: Payloads, deadline: float, idle_s: float | None = None) -> int:
     """Make cold what nobody used for `cold_timeout_s`. Returns the chunks moved. Raises UnavailableError."""
-    state, moved, rank = payloads.state, 0, 0
+    state, moved, rank, above = payloads.state, 0, 0, ""
     if payloads.cold is None:
         return 0
     idle_ms = int(1000 * (state.config.cold_timeout_s if idle_s is None else idle_s))
     while rank >= 0 and time.monotonic() < deadline:
         try:
-            rank, found = state.link.publish(operations.idle(idle_ms, rank, 50), deadline)
+            rank, above, found = state.link.publish(operations.idle(idle_ms, rank, 50, above), deadline)
         except NotAttachedError:  # flushed: there is nothing to move
             break
         for each in found:

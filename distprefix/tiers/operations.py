@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.operations import SCHEMA, WINDOW, WORK_A_CALL, Call, Usage, walk
+from distprefix.operations import SCHEMA, WINDOW, WORK_A_CALL, Call, Usage
 
 __all__ = [
     "Disproved",
@@ -25,24 +25,25 @@ __all__ = [
 ]
 
 CHAINS_A_CALL = 500
+STORES_A_CALL = 512
+"""Chunks: each is looked for, and kept, in each of its parts."""
+_MIN_STORES = 16
 
 
 def store(chain: bytes, start: int, *, max_run: int) -> Generator[Call, Any, tuple[int, Usage]]:
-    """Say that the chain's payloads, written before, are there. `start` as in `walk`. One call for 4,096 chunks.
+    """Say that the chain's payloads, written before, are there. `start` as in `walk`.
 
-    Returns how many leading chunks of the chain have payloads now, and what the shard holds.
+    One call for every 512 chunks, more where payloads have several parts or nodes are short. Returns how many leading
+    chunks of the chain have payloads now, and what the shard holds.
     """
-    total, pos = len(chain) // HASH_BYTES, 0
+    total, pos, known, size = len(chain) // HASH_BYTES, 0, 0, STORES_A_CALL
     while True:
-        window = chain[pos * HASH_BYTES : (pos + WINDOW) * HASH_BYTES]
-        reply = yield Call("store", (SCHEMA, max_run, start + pos, window))
-        stored, usage = reply[0], Usage(*reply[1:5])
-        if stored < len(window) // HASH_BYTES or pos + stored == total:
-            return pos + stored, usage
-        views = yield from walk(chain[pos * HASH_BYTES : (pos + stored) * HASH_BYTES], start + pos)
-        if not views:
-            return pos, usage
-        pos = views[-1].start - start  # the next call has to begin at a node's head
+        window = chain[pos * HASH_BYTES : (pos + known + size) * HASH_BYTES]
+        stored, last, stopped, *usage = yield Call("store", (SCHEMA, max_run, start + pos, window, known))
+        if pos + stored == total or (stored < len(window) // HASH_BYTES and not stopped):
+            return pos + stored, Usage(*usage)
+        size = min(STORES_A_CALL, max(_MIN_STORES, 2 * (stored - known if stopped else size)))
+        pos, known = pos + last, stored - last  # the next call has to begin at a node's head
 
 
 class Places(NamedTuple):
@@ -69,7 +70,7 @@ class Places(NamedTuple):
 def where(chains: Sequence[bytes]) -> Generator[Call, Any, list[Places]]:
     """Where the payloads of chains lie, given from the root, of each up to the first chunk that has none.
 
-    A call for every 4,096 chunks of them, and for every 500 chains.
+    A call for every 4,096 chunks of them, for every 500 chains, and for about 400 nodes.
     """
     found = [Places(array("I"), array("I"), ()) for _ in chains]
     todo = deque((i, 0, min(WINDOW, len(chain) // HASH_BYTES)) for i, chain in enumerate(chains))
@@ -81,9 +82,14 @@ def where(chains: Sequence[bytes]) -> Generator[Call, Any, list[Places]]:
             left, room = left - (asked[-1][2] - asked[-1][1]), room - 1
         windows = [chains[i][begin * HASH_BYTES : end * HASH_BYTES] for i, begin, end in asked]
         reply = yield Call("where", (SCHEMA, *windows))
-        for at, (i, begin, end) in enumerate(asked):
+        looked = len(reply) // 3
+        todo.extendleft(reversed(asked[looked:]))
+        for at, (i, begin, end) in enumerate(asked[:looked]):
             places = found[i] = found[i].then(begin, *reply[3 * at : 3 * at + 3])
-            if places.chunks == end and end * HASH_BYTES < len(chains[i]):  # on from the head of the last node
+            if at == looked - 1 and reply[-1] == b"more":
+                taken = places.chunks - begin
+                todo.appendleft((i, places.starts[-1], min(places.chunks + 2 * taken, len(chains[i]) // HASH_BYTES)))
+            elif places.chunks == end and end * HASH_BYTES < len(chains[i]):  # on from the head of the last node
                 todo.appendleft((i, places.starts[-1], min(end + WINDOW, len(chains[i]) // HASH_BYTES)))
     return found
 
@@ -136,14 +142,15 @@ class Idle(NamedTuple):
     """Of their payloads, 4 bytes each."""
 
 
-def idle(idle_ms: int, rank: int, leaves: int) -> Generator[Call, Any, tuple[int, list[Idle]]]:
+def idle(idle_ms: int, rank: int, leaves: int, above: str = "") -> Generator[Call, Any, tuple[int, str, list[Idle]]]:
     """Nodes last used so long ago or longer, among the ancestors of so many leaves from a rank on. One call.
 
-    Returns the rank to go on with, -1 when there are no more, and the nodes.
+    Returns the rank to go on with, -1 when there are no more; the head to go on with as `above` when the way up was too
+    long for the call, else ""; and the nodes.
     """
-    reply = yield Call("idle", (SCHEMA, idle_ms, rank, leaves))
-    found = zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
-    return reply[0], [Idle(head.decode(), run, sizes) for head, run, sizes in found]
+    reply = yield Call("idle", (SCHEMA, idle_ms, rank, leaves, above))
+    found = zip(reply[2::3], reply[3::3], reply[4::3], strict=True)
+    return reply[0], reply[1].decode(), [Idle(head.decode(), run, sizes) for head, run, sizes in found]
 
 
 def move(head: str, tier: str, seen: bytes, copies: bytes) -> Generator[Call, Any, bool]:

@@ -41,7 +41,7 @@ class Payloads:
                 store.close()
 
     def places(self, chains: Sequence[bytes], deadline: float) -> list[Places]:
-        """Where the payloads of chains lie. One call for 4,096 chunks. Raises UnavailableError."""
+        """Where the payloads of chains lie. One call for 4,096 chunks and 300 nodes. Raises UnavailableError."""
         link = self.state.link
         epoch = link.epoch
         try:

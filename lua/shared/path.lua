@@ -1,7 +1,8 @@
 -- The nodes on a chain's path as a change needs them, without changing any. Returns the path and the chunks matched,
 -- or nil and an error: a damaged node, or a holder that a newer process has taken over. `column`: what the holder
--- keeps for each chunk, "b:" block ids or "e:" an engine's keys.
-local function read_path(chain, holder, epoch, column)
+-- keeps for each chunk, "b:" block ids or "e:" an engine's keys. `is_over`: asked after each node, with the number of
+-- its fields and of the nodes so far, whether another call takes the rest of the path: then true is the third value.
+local function read_path(chain, holder, epoch, column, is_over)
   local path, first, total = {}, 0, #chain / 16
   while first < total do
     local head = hex(chain, first)
@@ -27,6 +28,8 @@ local function read_path(chain, holder, epoch, column)
     first = first + matched
     if matched * 16 < #run then
       break
+    elseif is_over and first < total and is_over(redis.call('HLEN', node_key(head)), #path) then
+      return path, first, true
     end
   end
   return path, first

@@ -1,17 +1,27 @@
 -- Puts a chain into the tree that begins at this depth. `with`: now, max_run, and of the holder: holder, epoch, and
--- what it keeps for each chunk: column, width in bytes, ids. Returns what was made: nodes, chunks, the chunks that were
--- there or that a leaf took in, the chunks that nodes begin with; or nil and an error, and then nothing has changed.
+-- what it keeps for each chunk: column, width in bytes, ids. Publishes as many leading chunks as the call's budget
+-- allows, up to the end of a node: the path is counted first, then new nodes. Returns what was made: nodes, chunks, the
+-- chunks that were there or that a leaf took in, the chunks that nodes begin with, the chunks taken; or nil and an
+-- error, and then nothing has changed.
 local function publish(chain, depth, metadata, with)
-  local total, holder, epoch, max_run = #chain / 16, with.holder, with.epoch, with.max_run
+  local asked, holder, epoch, max_run = #chain / 16, with.holder, with.epoch, with.max_run
+  spend(2)
   -- First only look, at every key that is going to change: what is wrong must show before anything is written.
-  local path, pos = read_path(chain, holder, epoch, with.column)
+  local path, pos, stopped = read_path(chain, holder, epoch, with.column, function(fields, count)
+    spend(3 + fields / 12) -- read twice, written once
+    return count > 1 and is_spent() -- a call may begin with a node that the one before took
+  end)
   if not path then
     return nil, pos
   elseif depth > 0 and not (pos > 0 and covers_parent(path[1].head, holder, epoch)) then
     return nil, redis.error_reply('DPNOPARENT the chain goes on from a node that is gone: publish it from the root')
   end
   local last = path[#path]
+  if stopped then
+    chain, metadata = slice(chain, 0, pos), ''
+  end
   local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run) or '')) == 0, pos
+  local total = #chain / 16
   local splits = last and last.matched < last.size and (total > pos or metadata ~= '')
   if splits then
     redis.call('HLEN', node_key(hex(last.run, last.matched)))
@@ -24,7 +34,14 @@ local function publish(chain, depth, metadata, with)
   if splits or stop > pos then
     redis.call('HLEN', junction_key(hex(chain, stop - 1)))
   end
+  local most = math.max(1, math.floor(units_left / 3)) -- new nodes: at least one, so that every call gets on
+  if total > stop + most * max_run then
+    total, metadata = stop + most * max_run, ''
+    chain = slice(chain, 0, total)
+  end
+  with.ids = with.ids:sub(1, total * with.width)
   local new = plan(chain, stop, max_run)
+  spend(3 * #new)
 
   -- Then write.
   local nodes, chunks, starts = #new + (splits and 1 or 0), total - pos, {}
@@ -53,5 +70,6 @@ local function publish(chain, depth, metadata, with)
     account(0, 0, 0, #metadata - #(redis.call('HGET', node_key(tail), 'm') or ''))
     redis.call('HSET', node_key(tail), 'm', metadata)
   end
-  return { nodes = nodes, chunks = chunks, there = pos, starts = starts }
+  local word = total < asked and 'part ' .. total .. ' ' or 'heads ' -- as ingest tells it
+  return { nodes = nodes, chunks = chunks, there = pos, starts = starts, taken = total, word = word }
 end

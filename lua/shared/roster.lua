@@ -2,11 +2,14 @@
 -- rank of a worker, <worker>/<rank>: what it published counts under its newest epoch only, and while its lease lasts.
 local roster = KEYS[1]:sub(1, -7)
 
--- Readers ask again when this number is another one. The end of a lease that is renewed does not change it. It never
--- comes again, not even when everything was flushed.
-local function changed()
+-- What readers know of the member is outdated: they ask for the members that changed since the version that they know.
+-- The end of a lease that is renewed does not count. A version is near the server's time in ms and never comes again,
+-- not even when everything was flushed.
+local function changed(member)
   local version = tonumber(redis.call('GET', roster .. 'version') or '') or 0
-  redis.call('SET', roster .. 'version', ('%.0f'):format(math.max(version + 1, now)))
+  version = ('%.0f'):format(math.max(version + 1, now))
+  redis.call('ZADD', roster .. 'changes', version, member)
+  redis.call('SET', roster .. 'version', version)
 end
 
 -- Has the member hold a lease for `ttl` ms from now on, and says of it what stands in ARGV from `first` on. Readers
@@ -14,7 +17,7 @@ end
 local function hold(member, ttl, first)
   local ends = tonumber(redis.call('ZSCORE', roster .. 'workers', member) or '')
   if not ends or now + ttl < ends or ends < now then
-    changed()
+    changed(member)
   end
   redis.call('ZADD', roster .. 'workers', ('%.0f'):format(now + ttl), member)
   if ARGV[first] then
@@ -27,5 +30,5 @@ local function void(member)
   redis.call('HSET', roster .. 'voided', member, redis.call('HINCRBY', KEYS[1], member, 1))
   redis.call('ZREM', roster .. 'workers', member)
   redis.call('DEL', roster .. 'w:' .. member)
-  changed()
+  changed(member)
 end

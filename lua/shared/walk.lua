@@ -20,8 +20,10 @@ end
 
 -- Describes the nodes on the chain's path in a flat array, 8 elements a node and then 2 a holder:
 -- size, matched, accessed, hits, created, metadata, block ids of `holder`, number of holders, (holder, epoch:k)...
--- Stops at the end of the chain, where it leaves the tree, and at a hole or a damaged node.
-local function walk(chain, holder, reply)
+-- Stops at the end of the chain, where it leaves the tree, and at a hole or a damaged node. With `count` and
+-- `is_over`, which are `spend` and `is_spent`, it stops between two nodes when the call's budget is spent as well: then
+-- "more" is the last element.
+local function walk(chain, holder, reply, count, is_over)
   local first, total, wanted = 0, #chain / 16, 'b:' .. holder
   while first < total do
     local fields = redis.pcall('HGETALL', node_key(hex(chain, first)))
@@ -50,6 +52,12 @@ local function walk(chain, holder, reply)
     first = first + matched
     if matched < #run / 16 then
       break
+    elseif count then
+      count(1 + #fields / 25)
+      if first < total and is_over() then
+        reply[#reply + 1] = 'more'
+        break
+      end
     end
   end
   return reply

@@ -265,6 +265,7 @@ def test_a_sweep_of_very_many_members(any_server: Backend) -> None:
     live.cache_prefix(prompt(5))
     dead.cache_prefix(prompt(9))
     any_server.admin.hset(any_server.keys.epochs, mapping={f"w{i}/0": 2 for i in range(2, 1203)})
+    any_server.admin.zadd(any_server.keys.changes, {f"w{i}/0": i for i in range(2, 1203)})
     live.drop_worker("w9999")
     assert live.sweep() == Swept(9, 0, 4)
     assert any_server.admin.hlen(any_server.keys.swept) == 1203
