@@ -86,11 +86,11 @@ class Feed:
         self._epoch = epoch
         new = page.entries if self._last == "0-0" else page.entries[1:]
         with self._lock:
+            self.generation += bool(new)  # before: what an interrupt cuts short is applied again
             for _, entry in new:
                 apply = next((self._apply[name] for name in entry if name in self._apply), None)
                 if apply is not None:
                     apply(entry)
-            self.generation += bool(new)
         self.entries += len(new)
         if new:
             (self._last, self._last_entry), self._number = new[-1], self._number + len(new)
@@ -123,17 +123,17 @@ class Feed:
 
     def _begin(self, page: FeedPage) -> None:
         """Go on behind what is there. What was learned before may be outdated, and so may replies on their way."""
-        self._created = page.created
+        with self._lock:
+            self.generation += 1
+            self._l1.clear()
         self._number = page.newest
         self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
-        with self._lock:
-            self._l1.clear()
-            self.generation += 1
+        self._created = page.created  # last: an interrupt before it has the log begun again
 
     def _lost(self) -> None:
         """Entries are missing: L1 forgets everything, now and again when the log is found."""
         with self._lock:
-            self._l1.clear()
             self.generation += 1
+            self._l1.clear()
         self.gaps += bool(self._created)
         self._created, self._last, self._last_entry, self._number = "", "", {}, 0

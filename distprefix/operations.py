@@ -251,17 +251,20 @@ def publish(
     max_run: int,
     blocks: bytes = b"",
     metadata: bytes = b"",
+    in_part: bool = False,
 ) -> Generator[Call, Any, Published]:
     """Put a chain into the tree and say that `holder` has it. `start` as in `walk`; blocks begin there as well.
 
-    One call for every 4,096 chunks. Running it twice does the same as once.
+    One call for every 4,096 chunks. Running it twice does the same as once. `in_part`: when a later call fails, what
+    those before published counts; the last view tells how far that is.
     """
     views: list[NodeView] = []
     total, pos, limit = len(chain) // HASH_BYTES, 0, WINDOW
     nodes = chunks = 0
+    done: Published | None = None
     while True:
         stop = min(limit, total)
-        reply = yield Call(
+        call = Call(
             "insert",
             (
                 SCHEMA,
@@ -274,14 +277,21 @@ def publish(
                 metadata if stop == total else b"",
             ),
         )
+        try:
+            reply = yield call
+        except UnavailableError:
+            if in_part and done is not None:
+                return done
+            raise
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         now_ms = int(reply[6])
         told = parse_nodes(reply, start + pos, 7)
         reached = told[-1].start + told[-1].matched if told else start + pos
         views += told
         views += _made(reached, start + stop, max_run, holder, epoch, now_ms, metadata if stop == total else b"")
+        done = Published(views[:], nodes, chunks, Usage(*reply[2:6]))
         if stop == total:
-            return Published(views, nodes, chunks, Usage(*reply[2:6]))
+            return done
         pos, limit = views.pop().start - start, limit + WINDOW
 
 

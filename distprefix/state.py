@@ -39,6 +39,8 @@ class State:
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
         """Publishes that Redis did not take, by reason."""
+        self.unpublished: Counter[str] = Counter()
+        """Chunks that publishes left out, by what took too long."""
         self.usage: Usage | None = None
         """What the shard held after this process's last publish."""
         self.unusable = ""

@@ -51,6 +51,8 @@ _PATIENCE_S = 2.0
 """A call with more time than this is not left to a connection that may lead nowhere: ..."""
 _ANSWER_S = 1.0
 """... after so long without an answer it is sent again, once, over a new connection."""
+_LOST_S = 1.0
+"""How long after the deadline of its call a connection is taken to be lost, if it does not rest by then."""
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
@@ -208,7 +210,7 @@ def run(
 
 
 class Client:
-    """Script and plain calls over a redis-py connection pool, behind breakers. Thread-safe.
+    """Script and plain calls over redis-py connections, behind breakers. Thread-safe.
 
     Reads and writes have a breaker each: what only one of them meets does not stop the other.
     """
@@ -233,7 +235,9 @@ class Client:
         self._forks = _forks
         self._generation = self.endpoint.generation
         self._idle: list[tuple[Any, float]] = []
-        """Connections taken from the pool and when they were used last; the last used is the last here."""
+        """Connections that rest and when they were used last; the last used is the last here."""
+        self._known: dict[Any, float] = {}
+        """All connections, and the deadline of the last call of each."""
 
     def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
         """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
@@ -272,22 +276,24 @@ class Client:
     def _send(self, args: tuple[Any, ...], deadline: float, breaker: Breaker, *, is_repeated: bool = False) -> Any:
         generation = self.endpoint.generation
         until = deadline
-        began = time.monotonic()
-        try:
-            connection = self._take(deadline)
-        except (redis.RedisError, OSError) as error:
-            self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
-            self._break(self.breakers.writes, began)
-            raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
-        if deadline - began > _PATIENCE_S and not is_repeated:
-            until = time.monotonic() + _ANSWER_S
-        _current.deadline = until
+        began = ended = time.monotonic()
+        connection: Any = None
         healthy = False
         try:
+            try:
+                connection = self._take(deadline)
+            except (redis.RedisError, OSError) as error:
+                self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
+                self._break(self.breakers.writes, began)
+                raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
+            if deadline - began > _PATIENCE_S and not is_repeated:
+                until = time.monotonic() + _ANSWER_S
+            _current.deadline = until
             with self._count:
                 self.calls += 1
             connection.send_command(*_words(args))
             reply = connection.read_response(timeout=max(0.001, until - time.monotonic()))
+            ended = time.monotonic()
             healthy = True
         except NoScriptError:
             healthy = True
@@ -314,7 +320,11 @@ class Client:
             raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
-            self._put_back(connection, healthy=healthy)
+            if healthy and not self._closed:
+                self._idle.append((connection, ended))  # one step, which no signal interrupts half-way
+            elif connection is not None:
+                self._drop(connection)
+                self._end_idle()  # they lead to the same server
         breaker.succeed()
         return reply
 
@@ -322,36 +332,68 @@ class Client:
         """Close the connections that rest, and log nothing more; those in use close when their call ends."""
         self._closed = True
         self._end_idle()
+        self._drop_lost()
 
     def _take(self, deadline: float) -> _Connection:
-        """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
+        """A connection. One that rested for long is asked first whether it still is open."""
         if self._forks != _forks:
             raise errors.ForkedProcessError
         if self._generation != self.endpoint.generation:
             self._generation = self.endpoint.generation
             self._end_idle()
+        with self._count:
+            if not self._idle:
+                connection = None
+            else:
+                connection, used = self._idle.pop()
+                self._known[connection] = deadline
+        if connection is None:
+            return self._new(deadline)
         try:
-            connection, used = self._idle.pop()
-        except IndexError:
-            return self._from_pool(deadline)
-        rested_s = time.monotonic() - used
-        if rested_s < _FRESH_S or (rested_s >= _STALE_S and self._answers(connection, deadline)):
+            rested_s = time.monotonic() - used
+            if rested_s < _FRESH_S:
+                return connection
+            if rested_s >= _STALE_S:
+                is_open = self._answers(connection, deadline)
+            else:
+                is_open = _is_quiet(connection)
+        except BaseException:  # interrupted: an answer may still come
+            self._drop(connection)
+            raise
+        if is_open:
             return connection
-        self.redis.connection_pool.release(connection)
-        return self._from_pool(deadline)
+        self._drop(connection)
+        return self._new(deadline)
 
-    def _from_pool(self, deadline: float) -> _Connection:
+    def _new(self, deadline: float) -> _Connection:
+        """A new connection, made as the pool makes them; the pool's own book-keeping does not survive interrupts."""
+        self._drop_lost()
         pool = self.redis.connection_pool
+        connection: Any = pool.connection_class(**pool.connection_kwargs)
+        self._known[connection] = deadline
         _current.deadline = deadline
         try:
-            return cast("_Connection", pool.get_connection())
-        except (redis.RedisError, OSError):
-            raise
-        except BaseException:  # interrupted half-way: the pool would hand the connection out again as it is
-            pool.disconnect(inuse_connections=False)
+            connection.connect()
+        except BaseException:
+            self._drop(connection)
             raise
         finally:
             _current.deadline = None
+        return connection
+
+    def _drop(self, connection: Any) -> None:
+        """Close a connection, whatever may still come over it."""
+        connection.disconnect()
+        self._known.pop(connection, None)
+
+    def _drop_lost(self) -> None:
+        """Close connections that an interrupt left with nobody: their call's deadline is over, and they do not rest."""
+        late = time.monotonic() - _LOST_S
+        with self._count:
+            resting = {connection for connection, _ in self._idle}
+            lost = [each for each, until in self._known.items() if until < late and each not in resting]
+        for connection in lost:
+            self._drop(connection)
 
     def _answers(self, connection: Any, deadline: float) -> bool:
         """Whether a connection that rested for long leads anywhere; if not, none that rests does."""
@@ -365,30 +407,17 @@ class Client:
             return True
         except (redis.RedisError, OSError):
             self.failures["silent connection"] += 1
-            connection.disconnect()
             self._end_idle()
             return False
-        except BaseException:  # interrupted: its answer may still come
-            connection.disconnect()
-            raise
         finally:
             _current.deadline = None
         return True
-
-    def _put_back(self, connection: Any, *, healthy: bool) -> None:
-        """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
-        if healthy and not self._closed:
-            self._idle.append((connection, time.monotonic()))
-            return
-        connection.disconnect()
-        self.redis.connection_pool.release(connection)
-        self._end_idle()  # they lead to the same server
 
     def _end_idle(self) -> None:
         """Close the connections that rest."""
         while self._idle:
             with contextlib.suppress(IndexError):
-                self.redis.connection_pool.release(self._idle.pop()[0])
+                self._drop(self._idle.pop()[0])
         self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _break(self, breaker: Breaker, began: float = float("inf")) -> None:
@@ -424,6 +453,14 @@ class Client:
         else:
             self._break(breaker)
         return errors.ScriptError(f"the server refused the call: {error}")
+
+
+def _is_quiet(connection: Any) -> bool:
+    """Whether a connection is open, and nothing came that has not been asked for."""
+    try:
+        return not connection.can_read()
+    except (redis.RedisError, OSError):
+        return False
 
 
 def _code_of(error: redis.ResponseError) -> str:
