@@ -36,7 +36,7 @@ from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
 from distprefix.results import pack_metadata
 from distprefix.state import State
-from distprefix.tiers.loading import Asked, Loaded, load
+from distprefix.tiers.loading import Asked, Loaded, load, writable
 from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
 from distprefix.upkeep import Upkeep
@@ -68,8 +68,8 @@ class PrefixCacheOptimizer:
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
         self._upkeep = Upkeep(self._state, self._tiers)
-        self._closing = threading.Lock()
-        """Taken once, by the thread that closes."""
+        self._closing = threading.RLock()
+        self._is_closed = False
         self._background: Background | None = None
         self._begin_background()
         _open.add(self)
@@ -307,7 +307,7 @@ class PrefixCacheOptimizer:
         is_result = isinstance(token_ids, CacheHitResult)
         prompt = self._state.read(token_ids.prompt if is_result else token_ids)
         hits = 0 if is_result or was_looked_up else 1
-        targets = None if into is None else [_writable(buffer) for buffer in into]
+        targets = None if into is None else [writable(buffer) for buffer in into]
         most = prompt.chunks if most is None else min(most, prompt.chunks)
         if first < 0:
             raise InvalidInputError(f"first is {first}: it must be 0 or more")
@@ -458,19 +458,21 @@ class PrefixCacheOptimizer:
 
         The tree keeps what was published, and it goes on to count, unless this worker holds a lease: that ends.
         """
-        if self._state.unusable or not self._closing.acquire(blocking=False):
+        if self._is_closed or self._state.unusable == "forked":
             return
-        if self._background is not None:
-            self._background.stop()
-        # Of an interpreter that ends modules are half gone: what waits may be lost.
-        last = contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext()
-        try:
-            with last:
-                self._upkeep.end()
-        finally:
-            self._state.unusable = "this cache is closed: open another one"
-            self._tiers.close()
-            self._state.link.close()
+        with self._closing:
+            try:
+                if self._background is not None:
+                    self._background.stop()
+                # Of an interpreter that ends modules are half gone: what waits may be lost.
+                with contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext():
+                    if not self._state.unusable:  # else an interrupt cut closing short: only the rest is closed
+                        self._upkeep.end()
+            finally:
+                self._state.unusable = "this cache is closed: open another one"
+                self._tiers.close()
+                self._state.link.close()
+                self._is_closed = True
 
     def _begin_background(self) -> None:
         interval_s = self._upkeep.interval_s
@@ -484,13 +486,6 @@ class PrefixCacheOptimizer:
 
     def _work(self) -> None:
         self._upkeep.work()
-
-
-def _writable(buffer: Buffer) -> memoryview:
-    view = memoryview(buffer)
-    if view.readonly or not view.c_contiguous:
-        raise InvalidInputError("a buffer to load into must be writable and in one piece")
-    return view.cast("B")
 
 
 def _refuse_after_fork() -> None:
