@@ -52,12 +52,14 @@ class Publisher:
         if prompt.chunks < wanted:
             blocks = blocks[: 4 * prompt.chunks]
             metadata = b""  # of the end of the prompt
-        with state.lock:
-            start, moved = self._remember(prompt, found, hashes, blocks)
-            retracted = self._retracted
         published: Published | None = None
         failed: DistPrefixError | None = None
+        moved: int | None = None
+        retracted = self._retracted
         try:
+            with state.lock:
+                retracted = self._retracted
+                start, moved = self._remember(prompt, found, hashes, blocks)
             try:
                 if not state.outbox.send_retractions(deadline):
                     # Sent afterwards, they would take back what is published now.

@@ -52,7 +52,8 @@ _PATIENCE_S = 2.0
 _ANSWER_S = 1.0
 """... after so long without an answer it is sent again, once, over a new connection."""
 _LOST_S = 1.0
-"""How long after the deadline of its call a connection is taken to be lost, if it does not rest by then."""
+"""How long after the deadline of its call a connection is taken to be lost."""
+_OVER = float("-inf")
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
@@ -237,7 +238,7 @@ class Client:
         self._idle: list[tuple[Any, float]] = []
         """Connections that rest and when they were used last; the last used is the last here."""
         self._known: dict[Any, float] = {}
-        """All connections, and the deadline of the last call of each."""
+        """All connections, and the deadline of the call that each is in; those that are in none are over."""
 
     def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
         """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
@@ -320,11 +321,13 @@ class Client:
             raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
         finally:
             _current.deadline = None
-            if healthy and not self._closed:
-                self._idle.append((connection, ended))  # one step, which no signal interrupts half-way
-            elif connection is not None:
-                self._drop(connection)
-                self._end_idle()  # they lead to the same server
+            if connection is not None:
+                self._known[connection] = _OVER
+                if healthy and not self._closed:
+                    self._idle.append((connection, ended))  # no signal is looked for before it is there
+                else:
+                    self._drop(connection)
+                    self._end_idle()  # they lead to the same server
         breaker.succeed()
         return reply
 
@@ -358,10 +361,12 @@ class Client:
             else:
                 is_open = _is_quiet(connection)
         except BaseException:  # interrupted: an answer may still come
+            self._known[connection] = _OVER
             self._drop(connection)
             raise
         if is_open:
             return connection
+        self._known[connection] = _OVER
         self._drop(connection)
         return self._new(deadline)
 
@@ -375,6 +380,7 @@ class Client:
         try:
             connection.connect()
         except BaseException:
+            self._known[connection] = _OVER
             self._drop(connection)
             raise
         finally:
@@ -387,7 +393,7 @@ class Client:
         self._known.pop(connection, None)
 
     def _drop_lost(self) -> None:
-        """Close connections that an interrupt left with nobody: their call's deadline is over, and they do not rest."""
+        """Close connections that an interrupt left behind: their call is over, or should be, and they do not rest."""
         late = time.monotonic() - _LOST_S
         with self._count:
             resting = {connection for connection, _ in self._idle}
