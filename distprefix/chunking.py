@@ -112,6 +112,23 @@ class Prompt(NamedTuple):
             size = self.length // max(1, len(self.tokens)) or 1
         return read_prompt, (_without_view(self.tokens), size, self.chunks * size)
 
+    def check_chain(self) -> None:
+        """Raise InvalidInputError for a chain that has a chunk hash twice: what follows from all before it cannot.
+
+        What is only looked up is not checked, which would take longer than the look-up: it is in no tree.
+        """
+        if not self.is_chain or len(set(self.view.cast("Q").tolist()[::2])) == self.chunks:
+            return
+        places: dict[bytes, int] = {}
+        for i in range(self.chunks):
+            chunk = bytes(self.view[i * HASH_BYTES : (i + 1) * HASH_BYTES])
+            first = places.setdefault(chunk, i)
+            if first != i:
+                raise InvalidInputError(
+                    f"chunk hash {i} of the chain is that of chunk {first}: chained hashes cover all that precedes "
+                    "and do not repeat; pass the hashes of one prompt in order"
+                )
+
     def leading(self, chunks: int) -> Prompt:
         """The prompt as if only so many of its chunks were full; `tokens` and `length` stay whole."""
         return self if chunks >= self.chunks else self._replace(view=self.view[: chunks * self.stride], chunks=chunks)

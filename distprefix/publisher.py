@@ -47,6 +47,8 @@ class Publisher:
             self._mend()
             found = state.find(prompt, now)
         wanted = prompt.chunks
+        if found.chunks < wanted:  # else L1 knows all of it
+            prompt.check_chain()
         hashes = state.hashes(prompt, found, now + _HASHING_SHARE * config.publish_timeout_s)
         prompt = prompt.leading(len(hashes) // HASH_BYTES)
         if prompt.chunks < wanted:

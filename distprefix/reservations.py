@@ -162,6 +162,8 @@ class Reservations:
             return 0
         with state.lock:
             found = state.l1.find(prompt, time.monotonic())
+        if found.chunks < prompt.chunks:
+            prompt.check_chain()
         hashes, start = state.hashes(prompt, found), found.resume
         try:
             if found.chunks < prompt.chunks:  # L1 does not know the way: it is walked again
@@ -186,6 +188,7 @@ class Reservations:
         self._state.check_usable()
         if missing >= prompt.chunks:
             return Claimed("", 0, 0)
+        prompt.leading(missing + 1).check_chain()
         chunk = self._hash_at(prompt, missing)
         try:
             claimed = self._state.link.publish(operations.claim(chunk, self.worker, int(ttl_s * 1000)))

@@ -33,6 +33,7 @@
 -- @include discard
 -- @include edit
 -- @include create
+-- @include repeats
 -- @include publish
 -- @include unlink
 -- @include uncover

@@ -30,6 +30,7 @@
 -- @include discard
 -- @include edit
 -- @include create
+-- @include repeats
 -- @include publish
 local chain, used = ARGV[6], ('%.0f'):format(now)
 local done, problem = publish(chain, tonumber(ARGV[5]), ARGV[8], {

@@ -26,6 +26,7 @@
 -- @include discard
 -- @include edit
 -- @include create
+-- @include repeats
 -- @include publish
 local chain = ARGV[4]
 local sizes = keep_all('@warm', chain, '') -- only looks: what the tree refuses expires

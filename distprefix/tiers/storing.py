@@ -49,6 +49,7 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     for prompt, buffers in wanted:
         if len(buffers) > prompt.chunks:
             raise InvalidInputError(f"{len(buffers)} payloads do not fit {prompt.chunks} full chunks: one for each")
+        prompt.leading(len(buffers)).check_chain()
     state, deadline = payloads.state, payloads.deadline()
     prompts: list[_Prompt] = []
     given: dict[bytes, Buffer] = {}

@@ -2,9 +2,13 @@
 -- or nil and an error: a damaged node, or a holder that a newer process has taken over. `column`: what the holder
 -- keeps for each chunk, "b:" block ids or "e:" an engine's keys.
 local function read_path(chain, holder, epoch, column)
-  local path, first, total = {}, 0, #chain / 16
+  local path, seen, first, total = {}, {}, 0, #chain / 16
   while first < total do
     local head = hex(chain, first)
+    if seen[head] then
+      return nil, redis.error_reply('DPDAMAGED the chain has chunk ' .. head .. ' twice')
+    end
+    seen[head] = true
     local run, accessed, held, ids, hits, depth =
       unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, column .. holder, 'n', 'd'))
     if not run then

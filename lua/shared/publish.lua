@@ -13,17 +13,26 @@ local function publish(chain, depth, metadata, with)
   local last = path[#path]
   local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run) or '')) == 0, pos
   local splits = last and last.matched < last.size and (total > pos or metadata ~= '')
+  local names, taken = {}, 0
   if splits then
-    redis.call('HLEN', node_key(hex(last.run, last.matched)))
+    names[hex(last.run, last.matched)] = true
+    taken = redis.call('HLEN', node_key(hex(last.run, last.matched)))
   elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
     stop = math.min(total, last.first + max_run)
   end
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
   if splits or stop > pos then
-    redis.call('HLEN', junction_key(hex(chain, stop - 1)))
+    names['j' .. hex(chain, stop - 1)] = true
+    taken = taken + redis.call('HLEN', junction_key(hex(chain, stop - 1)))
   end
   local new = plan(chain, stop, max_run)
+  for _, node in ipairs(new) do
+    names[node[1]], names['j' .. node[2]] = true, true
+  end
+  if comes_twice(chain, pos) or ((new.taken or taken > 0) and is_above(names, last)) then
+    return nil, refuse_repeat()
+  end
 
   -- Then write.
   local nodes, chunks, starts = #new + (splits and 1 or 0), total - pos, {}

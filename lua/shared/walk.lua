@@ -22,9 +22,14 @@ end
 -- size, matched, accessed, hits, created, metadata, block ids of `holder`, number of holders, (holder, epoch:k)...
 -- Stops at the end of the chain, where it leaves the tree, and at a hole or a damaged node.
 local function walk(chain, holder, reply)
-  local first, total, wanted = 0, #chain / 16, 'b:' .. holder
+  local first, total, wanted, seen = 0, #chain / 16, 'b:' .. holder, {}
   while first < total do
-    local fields = redis.pcall('HGETALL', node_key(hex(chain, first)))
+    local head = hex(chain, first)
+    if seen[head] then
+      break -- no chain has a chunk twice
+    end
+    seen[head] = true
+    local fields = redis.pcall('HGETALL', node_key(head))
     local node, holders, ids = { r = '', a = '0', n = '0', c = '0', m = '', p = '', d = '' }, {}, ''
     for i = 1, #fields, 2 do
       local name = fields[i]
