@@ -19,7 +19,7 @@ import redis
 from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
-from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras
+from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras, read_items, read_pairs
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
 from distprefix.health import Health, health_of
@@ -179,7 +179,10 @@ class PrefixCacheOptimizer:
         """
         self._state.check_usable()
         chunks = self._publisher.chunks_of(prefix_hash)
-        return bool(chunks) and self._publisher.move_blocks(prefix_hash, pack_block_ids(new_block_ids, chunks))
+        if new_block_ids is None or not chunks:  # pyright: ignore[reportUnnecessaryComparison]
+            pack_block_ids(new_block_ids, None)  # raises for None
+            return False
+        return self._publisher.move_blocks(prefix_hash, pack_block_ids(new_block_ids, chunks))
 
     def remove_skipped_blocks(self, block_ids: Iterable[int]) -> int:
         """This worker no longer has these blocks: no look-up counts on them, or on what lies behind them, any more.
@@ -220,7 +223,8 @@ class PrefixCacheOptimizer:
 
     def store_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer | None]]]) -> list[int]:
         """As `store` for each of several prompts, with their payloads; what they share is written once."""
-        wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in prompts]
+        pairs = read_pairs(prompts, "payloads")
+        wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in pairs]
         return store(self._tiers.payloads, wanted)
 
     def load(
@@ -259,7 +263,7 @@ class PrefixCacheOptimizer:
         `as_one`: they are parts of one request, which counts as one load. `continues`: of a request whose first load
         was counted already.
         """
-        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in prompts]
+        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in read_pairs(prompts, "buffers")]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
@@ -277,7 +281,7 @@ class PrefixCacheOptimizer:
 
         `as_one`: they are parts of one request, which counts as one look-up.
         """
-        read = [self._state.read(prompt) for prompt in prompts]
+        read = [self._state.read(prompt) for prompt in read_items(prompts, "prompts", "a list of prompts")]
         return self._tiers.payloads.find_stored(read, as_one=as_one, is_counted=is_counted)
 
     def count_lookup(self, chunks: int, chunks_hit: int) -> None:
@@ -307,10 +311,10 @@ class PrefixCacheOptimizer:
         is_result = isinstance(token_ids, CacheHitResult)
         prompt = self._state.read(token_ids.prompt if is_result else token_ids)
         hits = 0 if is_result or was_looked_up else 1
-        targets = None if into is None else [writable(buffer) for buffer in into]
+        targets = None if into is None else writable(into)
         most = prompt.chunks if most is None else min(most, prompt.chunks)
-        if first < 0:
-            raise InvalidInputError(f"first is {first}: it must be 0 or more")
+        if not isinstance(first, int) or first < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInputError(f"first is {first!r}: it must be 0 or more")
         return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first, hits)
 
     # Keep it well

@@ -101,7 +101,7 @@ class Publisher:
 
     def chunks_of(self, prefix_hash: str) -> int:
         """How many chunks a published prefix has; 0 when it is not known any more."""
-        return self._names.get(prefix_hash, (None, 0))[1]
+        return self._names.get(prefix_hash, (None, 0))[1] if isinstance(prefix_hash, str) else 0  # pyright: ignore[reportUnnecessaryIsInstance]
 
     def remove_blocks(self, block_ids: Iterable[int]) -> int:
         """This worker no longer has these blocks, nor what lies behind them. Returns how many it had."""

@@ -226,6 +226,6 @@ class Reservations:
 
 
 def _checked(ttl_s: float) -> float:
-    if not 0.001 <= ttl_s <= _LONGEST_S:
+    if not isinstance(ttl_s, int | float) or not 0.001 <= ttl_s <= _LONGEST_S:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidInputError(f"ttl_s is {ttl_s!r}: it must lie between 0.001 and {_LONGEST_S:.0f} seconds")
     return ttl_s

@@ -11,7 +11,7 @@ from operator import index
 from pickle import PickleBuffer
 from typing import Any, NamedTuple, SupportsIndex
 
-from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.chunking import HASH_BYTES, Prompt, read_items
 from distprefix.errors import DistPrefixError, InvalidInputError, UnavailableError
 from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
@@ -140,11 +140,15 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
     return [_finish(payloads, each, deadline) for each in loads]
 
 
-def writable(buffer: Buffer) -> memoryview:
-    """The bytes of a buffer to load into. Raises InvalidInputError for what is none."""
+def writable(buffers: Sequence[Buffer]) -> list[memoryview]:
+    """The bytes of buffers to load into. Raises InvalidInputError for what is none."""
+    return [_writable(buffer) for buffer in read_items(buffers, "buffers to load into", "a list with one for each chunk")]
+
+
+def _writable(buffer: Buffer) -> memoryview:
     try:
         view = memoryview(buffer)
-    except TypeError:
+    except (TypeError, ValueError, BufferError):
         raise InvalidInputError(f"a buffer to load into cannot be {type(buffer).__name__}: pass a writable one") from None
     if view.readonly or not view.c_contiguous:
         raise InvalidInputError("a buffer to load into must be writable and in one piece")

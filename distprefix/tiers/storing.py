@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distprefix.budget import keep_within
-from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.chunking import HASH_BYTES, Prompt, read_items
 from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
 from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
@@ -46,7 +46,11 @@ class _Prompt:
 
 def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | None]]]) -> list[int]:
     """See `PrefixCacheOptimizer.store_batch`."""
+    given_as = "a list with a buffer or None for each chunk"
+    wanted = [(prompt, read_items(buffers, "payloads", given_as)) for prompt, buffers in wanted]
     for prompt, buffers in wanted:
+        for i, buffer in enumerate(buffers):
+            _check_buffer(i, buffer)
         if len(buffers) > prompt.chunks:
             raise InvalidInputError(f"{len(buffers)} payloads do not fit {prompt.chunks} full chunks: one for each")
         prompt.leading(len(buffers)).check_chain()
@@ -83,6 +87,17 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     payloads.count("payloads_stored", len(named))
     payloads.count("payload_bytes_stored", sum(memoryview(given[chunk]).nbytes for chunk in named))
     return [each.stored for each in prompts]
+
+
+def _check_buffer(i: int, buffer: Buffer | None) -> None:
+    if buffer is None:
+        return
+    try:
+        view = memoryview(buffer)
+    except (TypeError, ValueError, BufferError):
+        raise InvalidInputError(f"payload {i} is {type(buffer).__name__}: pass a buffer of bytes, or None") from None
+    if not view.c_contiguous:
+        raise InvalidInputError(f"payload {i} is not in one piece: pass a contiguous buffer")
 
 
 def _name(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:

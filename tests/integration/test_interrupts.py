@@ -60,6 +60,7 @@ class Scene:
     def check(self, *, whole: bool = False) -> None:
         """Nothing is held, the counts are those of what they count, and Redis says no more than the worker has."""
         worker = self.worker
+        worker._state.own._max_chunks = 10_000
         assert held_locks(worker) == []
         assert worker.health().off == ()
         check_counts(worker)
@@ -158,14 +159,7 @@ def give_up(scene: Scene) -> Call:
     scene.worker._state.own._max_chunks = max(1, len(scene.worker._state.own))
     tokens = scene.prompt()
     blocks = scene.blocks()
-
-    def call() -> None:
-        try:
-            scene.worker.cache_prefix(tokens, blocks)
-        finally:
-            scene.worker._state.own._max_chunks = 10_000
-
-    return call
+    return lambda: scene.worker.cache_prefix(tokens, blocks)
 
 
 def store(scene: Scene) -> Call:
