@@ -257,12 +257,12 @@ def pack_block_ids(block_ids: Iterable[int] | None, chunks: int | None) -> bytes
         packed = array("I", ids)
     except (OverflowError, TypeError, ValueError):
         packed = None
-    kinds = set(map(type, ids))
+    kinds = {int} if isinstance(block_ids, range | array) else set(map(type, ids))
     if packed is None or bool in kinds or any(kind.__name__ in _BOOLS for kind in kinds) or _NO_BLOCK in packed:
         _find_bad_block(ids)
     if packed is None:
         raise InvalidInputError("block ids cannot be read: pass a list of integers")
-    return packed[:chunks].tobytes()
+    return packed.tobytes() if chunks is None else packed[:chunks].tobytes()
 
 
 def _find_bad_block(ids: Sequence[Any]) -> None:
@@ -281,25 +281,27 @@ def _number(value: Any) -> int | None:
         return None
 
 
-def read_items(values: Any, what: str, wanted: str) -> list[Any]:
-    """What a caller gave several of, as a list; bytes and text are not several. Raises InvalidInputError."""
+def read_items(values: Any, what: str, wanted: str) -> Sequence[Any]:
+    """What a caller gave several of, in order; bytes and text are not several. Raises InvalidInputError."""
     is_bytes = isinstance(values, str | bytes | bytearray) or (isinstance(values, memoryview) and values.itemsize == 1)
     if is_bytes or not hasattr(values, "__iter__"):
         raise InvalidInputError(f"{what} cannot be {type(values).__name__}: pass {wanted}")
     dimensions = getattr(values, "ndim", 1)
     if dimensions != 1:
         raise InvalidInputError(f"{what} have one dimension, not {dimensions}: pass {wanted}")
+    if isinstance(values, list | tuple | range | array):
+        return cast("Sequence[Any]", values)
     try:
-        return list(values)
+        return values.tolist() if hasattr(values, "tolist") else list(values)
     except DistPrefixError:
         raise
     except Exception as error:
         raise InvalidInputError(f"{what} ended with {error!r}: pass {wanted}") from error
 
 
-def read_pairs(prompts: Any, what: str) -> list[tuple[Any, Any]]:
+def read_pairs(prompts: Any, what: str) -> Sequence[tuple[Any, Any]]:
     """Prompts, each with something; a generator is read. Raises InvalidInputError."""
-    pairs = read_items(prompts, "prompts", f"a list of pairs, (prompt, {what})")
+    pairs: Sequence[Any] = read_items(prompts, "prompts", f"a list of pairs, (prompt, {what})")
     for i, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(cast("Sequence[Any]", pair)) != 2:
             raise InvalidInputError(f"prompt {i} is {type(pair).__name__}: pass a pair, (prompt, {what})")

@@ -34,7 +34,6 @@ from distprefix.redis.roster import Member, WorkerInfo, read_members
 from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
-from distprefix.results import pack_metadata
 from distprefix.state import State
 from distprefix.tiers.loading import Asked, Loaded, load, writable
 from distprefix.tiers.storing import store
@@ -162,15 +161,10 @@ class PrefixCacheOptimizer:
         Redis calls: 1 for every 4,096 chunks that this worker has not just published. When Redis fails, this process
         knows the prefix, the others do not, and it is counted as dropped. Raises InvalidInputError, and when `strict`
         what went wrong with Redis.
+        Of a prompt that does not fit `publish_timeout_s` the leading part is published, also when `strict`: it is
+        counted as cut, and the next publish of the prompt goes on from there. The hash is then that of what was hashed.
         """
-        prompt = self._state.read(token_ids)
-        blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
-        packed = pack_metadata(metadata)
-        if prompt.length < self.config.min_prefix_length or not prompt.chunks:
-            with self._state.lock:
-                self._state.counts["publishes_short"] += 1
-            return ""
-        return self._publisher.publish(prompt, blocks, packed)
+        return self._publisher.publish_tokens(token_ids, block_ids, metadata)
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
         """The KV of a prefix that this process published lies in other blocks now. Redis calls as `cache_prefix`.

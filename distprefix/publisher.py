@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distprefix import operations
 from distprefix.budget import keep_within
-from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.chunking import HASH_BYTES, Prompt, pack_block_ids
 from distprefix.errors import DistPrefixError, NoParentError, NotAttachedError, UnavailableError
 from distprefix.l1 import Found
 from distprefix.operations import Published
 from distprefix.own import node_at
 from distprefix.radix import PrefixTree
+from distprefix.results import pack_metadata
 from distprefix.state import State
 
 __all__ = ["Publisher"]
 
 _ATTEMPTS = 3
-_HASHING_SHARE = 0.2
-"""Of a publish's deadline: own blocks and Redis take longer for a chunk than hashing does."""
+_HASHING_SHARE = 0.1
+"""Of a publish's deadline: own blocks and Redis take several times as long for a chunk as hashing does."""
+_MOST_AHEAD = 16 * operations.WINDOW
+"""Chunks that this process knows and Redis does not, above which no further ones are hashed."""
 
 
 class Publisher:
@@ -35,21 +38,40 @@ class Publisher:
         self._retracted = 0
         """How often something was taken back."""
 
-    def publish(self, prompt: Prompt, blocks: bytes, metadata: bytes) -> str:
+    def publish_tokens(
+        self, token_ids: Any, block_ids: Iterable[int] | None, metadata: Mapping[str, Any] | None
+    ) -> str:
+        """See `PrefixCacheOptimizer.cache_prefix`."""
+        state, config = self._state, self._state.config
+        deadline = state.link.publish_deadline()
+        prompt = state.read(token_ids)
+        blocks = pack_block_ids(block_ids, prompt.length // config.chunk_size)[: 4 * prompt.chunks]
+        packed = pack_metadata(metadata)
+        if prompt.length < config.min_prefix_length or not prompt.chunks:
+            with state.lock:
+                state.counts["publishes_short"] += 1
+            return ""
+        # Reading a million numbers takes half of the time: something is to be published all the same.
+        at_least = time.monotonic() + config.publish_timeout_s / 2
+        return self.publish(prompt, blocks, packed, max(deadline, at_least))
+
+    def publish(self, prompt: Prompt, blocks: bytes, metadata: bytes, deadline: float | None = None) -> str:
         """This worker has a prompt, in these blocks when it names any. Returns the prefix's hash (hex).
 
         What does not fit the deadline is left to the next publish of the prompt, and counted; the hash names what was
         hashed. Raises what went wrong with Redis when `strict`; otherwise it is counted as dropped.
         """
         state, link, config = self._state, self._state.link, self._state.config
-        now, generation, deadline = time.monotonic(), state.feed.generation, link.publish_deadline()
+        now, generation = time.monotonic(), state.feed.generation
+        deadline = deadline or link.publish_deadline()
         with state.lock:
             self._mend()
             found = state.find(prompt, now)
         wanted = prompt.chunks
         if found.chunks < wanted:  # else L1 knows all of it
             prompt.check_chain()
-        hashes = state.hashes(prompt, found, now + _HASHING_SHARE * config.publish_timeout_s)
+        hashing_s = _HASHING_SHARE * config.publish_timeout_s if found.chunks - found.fresh < _MOST_AHEAD else 0.0
+        hashes = state.hashes(prompt, found, now + hashing_s)
         prompt = prompt.leading(len(hashes) // HASH_BYTES)
         if prompt.chunks < wanted:
             blocks = blocks[: 4 * prompt.chunks]
