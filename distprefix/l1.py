@@ -217,6 +217,16 @@ class L1:
             self._enqueue(learned[-1], tree)  # only the last can be a leaf
         return learned
 
+    def credible(self, hashes: bytes, offset: int, views: list[NodeView]) -> list[NodeView]:
+        """What was told of a chain, up to a node whose head L1 knows at another depth: that chain has a chunk twice."""
+        heads = self._trees[True].heads
+        for i, view in enumerate(views):
+            at = (view.start - offset) * HASH_BYTES
+            node = heads.get(hashes[at : at + HASH_BYTES])
+            if node is not None and node.start != view.start:
+                return views[:i]
+        return views
+
     def distrust(self, nodes: Iterable[Node]) -> None:
         """What was told of these nodes may be outdated: look-ups ask again."""
         for node in nodes:

@@ -75,6 +75,8 @@ def _take_over(
     answered = found.chunks
     if views is not None:
         answered = found.fresh
+        if prompt.is_chain:
+            views = state.l1.credible(hashes, start, views)
         reached = views[-1].start + views[-1].matched if views else start
         learned = state.l1.learn(prompt, hashes, start, views, now)
         if reached < found.chunks:

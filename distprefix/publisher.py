@@ -70,7 +70,7 @@ class Publisher:
         wanted = prompt.chunks
         if found.chunks < wanted:  # else L1 knows all of it
             prompt.check_chain()
-        hashing_s = _HASHING_SHARE * config.publish_timeout_s if found.chunks - found.fresh < _MOST_AHEAD else 0.0
+        hashing_s = _HASHING_SHARE * (deadline - now) if found.chunks - found.fresh < _MOST_AHEAD else 0.0
         hashes = state.hashes(prompt, found, now + hashing_s)
         prompt = prompt.leading(len(hashes) // HASH_BYTES)
         if prompt.chunks < wanted:

@@ -63,7 +63,7 @@ class State:
     def find(self, prompt: Prompt, now: float) -> Found:
         """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.
 
-        With a feed that has fallen silent, what is older than a second is not: nobody would have revoked it.
+        With a feed that is not current, what is older than a second is not: nothing would have revoked it.
         """
         ttl_s = self.config.l1_ttl_s
         if self.config.feed_interval_s and not self.feed.is_current(now):
