@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from operator import index
 from typing import Any, NamedTuple, cast
 
@@ -244,7 +245,7 @@ def pack_block_ids(block_ids: Iterable[int] | None, chunks: int | None) -> bytes
     """
     if block_ids is None and chunks is not None:
         return b""
-    is_unordered = isinstance(block_ids, Set) and chunks is not None and not isinstance(block_ids, KeysView)
+    is_unordered = isinstance(block_ids, AbstractSet) and chunks is not None and not isinstance(block_ids, KeysView)
     if isinstance(block_ids, Mapping) or is_unordered:
         raise InvalidInputError(f"block ids cannot be {type(block_ids).__name__}: pass a list of integers")
     ids = read_items(block_ids, "block ids", "a list of integers")
@@ -292,7 +293,8 @@ def read_items(values: Any, what: str, wanted: str) -> Sequence[Any]:
     if isinstance(values, list | tuple | range | array):
         return cast("Sequence[Any]", values)
     try:
-        return values.tolist() if hasattr(values, "tolist") else list(values)
+        as_list = getattr(values, "tolist", None)  # of arrays, in one step
+        return list(values) if as_list is None else as_list()
     except DistPrefixError:
         raise
     except Exception as error:

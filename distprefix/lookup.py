@@ -83,10 +83,8 @@ def _take_over(
             state.l1.cut(prompt, reached)
         if blocks_of is not None:
             blocks = _blocks_of(state, views, blocks_of)
-    if learned and not start:  # just this is the path: no need to search for it
-        found = Found(learned, learned[-1].stop, learned[-1].stop, 0)
-    else:
-        found = state.find(prompt, now)
+    is_path = learned and not start  # then there is no need to search for it
+    found = Found(learned, learned[-1].stop, learned[-1].stop, 0) if is_path else state.find(prompt, now)
     coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
     result = _conclude(state, prompt, found, coverage, answered, calls, blocks, began)
     if generation != state.feed.generation:

@@ -257,7 +257,8 @@ class PrefixCacheOptimizer:
         `as_one`: they are parts of one request, which counts as one load. `continues`: of a request whose first load
         was counted already.
         """
-        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in read_pairs(prompts, "buffers")]
+        pairs = read_pairs(prompts, "buffers")
+        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from distprefix import operations
 from distprefix.budget import keep_within
@@ -70,8 +70,9 @@ class Publisher:
         wanted = prompt.chunks
         if found.chunks < wanted:  # else L1 knows all of it
             prompt.check_chain()
-        hashing_s = _HASHING_SHARE * (deadline - now) if found.chunks - found.fresh < _MOST_AHEAD else 0.0
-        hashes = state.hashes(prompt, found, now + hashing_s)
+            if found.chunks - found.fresh >= _MOST_AHEAD:
+                prompt = prompt.leading(found.chunks)
+        hashes = state.hashes(prompt, found, now + _HASHING_SHARE * (deadline - now), least=1)
         prompt = prompt.leading(len(hashes) // HASH_BYTES)
         if prompt.chunks < wanted:
             blocks = blocks[: 4 * prompt.chunks]
@@ -115,7 +116,7 @@ class Publisher:
             self._mend()
             node, depth = self._names.get(prefix_hash, (None, 0))
             at = node_at(node, depth - 1) if node else None
-            if at is None or not (state.own.has(at) or state.l1.has(at)):
+            if at is None or not (state.own.has(at) or state.l1.has(cast("Any", at))):
                 return False
             prompt = recall(at, depth)
         self.publish(prompt, blocks, b"")
@@ -243,15 +244,15 @@ class Publisher:
             l1.shrink()
 
     def _settle(self, hashes: bytes, moved: int | None, reached: int) -> None:
-        """Own blocks learn that Redis was told of the first `reached` chunks; what may be wrong in Redis is taken back."""
+        """Own blocks learn that Redis was told of `reached` chunks; what may be wrong in Redis is taken back."""
         state = self._state
         last, held = state.own.tell(hashes, reached)
         if held < len(hashes) // HASH_BYTES:
             # Taken back while it was published: Redis may have heard of that first.
             self._retract([hashes[: (held + 1) * HASH_BYTES]])
-        if moved is not None and reached <= moved < held:
+        if moved is not None and max(moved, reached) < held:
             # Redis still names the old blocks: better that it names none.
-            state.outbox.retract(hashes[: (moved + 1) * HASH_BYTES])
+            state.outbox.retract(hashes[: (max(moved, reached) + 1) * HASH_BYTES])
         self._retract(state.own.give_up())
         if last is not None:
             self._name(hashes, last, held)

@@ -113,10 +113,10 @@ class State:
             found = self.l1.find(prompt, time.monotonic())
         return self.hashes(prompt, found)
 
-    def hashes(self, prompt: Prompt, found: Found, until: float = float("inf")) -> bytes:
+    def hashes(self, prompt: Prompt, found: Found, until: float = float("inf"), *, least: int = 0) -> bytes:
         """A prompt's chunk hashes: those that L1 knows, then computed ones, as far as `until` (time.monotonic).
 
-        What was found is always in the answer.
+        What was found is always in the answer, and so many chunks that follow it.
         """
         if prompt.is_chain:
             return bytes(prompt.view)
@@ -127,7 +127,7 @@ class State:
         parts, parent = [known], known[-HASH_BYTES:] or self._root
         window = WINDOW * prompt.stride
         for at in range(len(known) // HASH_BYTES * prompt.stride, len(prompt.view), window):
-            if time.monotonic() > until and at >= found.chunks * prompt.stride:
+            if time.monotonic() > until and at >= (found.chunks + least) * prompt.stride:
                 break
             parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
             parent = parts[-1][-HASH_BYTES:]

@@ -75,6 +75,8 @@ _CAUSES: tuple[tuple[type[Exception], str], ...] = (
     (AuthenticationError, "auth"),
 )
 
+_NOT_SERVING = (ReadOnlyError, MasterDownError, BusyLoadingError)
+"""Answers after which a connection may lead to the wrong server."""
 # What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
 _NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
 
@@ -281,12 +283,7 @@ class Client:
         connection: Any = None
         healthy = False
         try:
-            try:
-                connection = self._take(deadline)
-            except (redis.RedisError, OSError) as error:
-                self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
-                self._break(self.breakers.writes, began)
-                raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
+            connection = self._reach(deadline, began)
             if deadline - began > _PATIENCE_S and not is_repeated:
                 until = time.monotonic() + _ANSWER_S
             _current.deadline = until
@@ -300,25 +297,12 @@ class Client:
             healthy = True
             breaker.succeed()  # or a probe of a server that came back empty would end here
             raise
-        except (ReadOnlyError, MasterDownError, BusyLoadingError) as error:
-            cause = _cause_of(error, "refused")
-            self.endpoint.renew(cause, generation)
-            self._break(breaker)
-            raise self._failure(cause, f"the server does not serve now: {error}") from error
-        except redis.ResponseError as error:
-            healthy = True
-            if self._with_flags and _NO_FLAGS.search(str(error)):
-                raise _NoFlagsError from error
-            raise self._refused(error, breaker) from error
-        except (redis.TimeoutError, TimeoutError) as error:
-            if until < deadline:
+        except (redis.RedisError, OSError) as error:
+            healthy = isinstance(error, redis.ResponseError) and not isinstance(error, _NOT_SERVING)
+            if until < deadline and isinstance(error, redis.TimeoutError | TimeoutError):
                 self.failures["silent connection"] += 1
                 raise _SilentError from error
-            self._break(breaker, began)
-            raise self._failure("timeout", f"no answer in time: {error}") from error
-        except (redis.RedisError, OSError) as error:
-            self._break(breaker, began)
-            raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
+            raise self._explained(error, breaker, generation, began) from error
         finally:
             _current.deadline = None
             if connection is not None:
@@ -330,6 +314,30 @@ class Client:
                     self._end_idle()  # they lead to the same server
         breaker.succeed()
         return reply
+
+    def _reach(self, deadline: float, began: float) -> _Connection:
+        try:
+            return self._take(deadline)
+        except (redis.RedisError, OSError) as error:
+            self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
+            self._break(self.breakers.writes, began)
+            raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
+
+    def _explained(self, error: Exception, breaker: Breaker, generation: int, began: float) -> Exception:
+        """Count what ended a call. Returns what is raised for it."""
+        if isinstance(error, _NOT_SERVING):
+            cause = _cause_of(error, "refused")
+            self.endpoint.renew(cause, generation)
+            self._break(breaker)
+            return self._failure(cause, f"the server does not serve now: {error}")
+        if isinstance(error, redis.ResponseError):
+            if self._with_flags and _NO_FLAGS.search(str(error)):
+                return _NoFlagsError()
+            return self._refused(error, breaker)
+        self._break(breaker, began)
+        if isinstance(error, redis.TimeoutError | TimeoutError):
+            return self._failure("timeout", f"no answer in time: {error}")
+        return self._failure(_cause_of(error, "connection"), f"the connection failed: {error}")
 
     def close(self) -> None:
         """Close the connections that rest, and log nothing more; those in use close when their call ends."""
@@ -344,10 +352,10 @@ class Client:
         if self._generation != self.endpoint.generation:
             self._generation = self.endpoint.generation
             self._end_idle()
+        connection: Any = None
+        used = 0.0
         with self._count:
-            if not self._idle:
-                connection = None
-            else:
+            if self._idle:
                 connection, used = self._idle.pop()
                 self._known[connection] = deadline
         if connection is None:
@@ -356,10 +364,7 @@ class Client:
             rested_s = time.monotonic() - used
             if rested_s < _FRESH_S:
                 return connection
-            if rested_s >= _STALE_S:
-                is_open = self._answers(connection, deadline)
-            else:
-                is_open = _is_quiet(connection)
+            is_open = self._answers(connection, deadline) if rested_s >= _STALE_S else _is_quiet(connection)
         except BaseException:  # interrupted: an answer may still come
             self._known[connection] = _OVER
             self._drop(connection)

@@ -142,14 +142,15 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
 
 def writable(buffers: Sequence[Buffer]) -> list[memoryview]:
     """The bytes of buffers to load into. Raises InvalidInputError for what is none."""
-    return [_writable(buffer) for buffer in read_items(buffers, "buffers to load into", "a list with one for each chunk")]
+    return [_writable(each) for each in read_items(buffers, "buffers to load into", "a list with one for each chunk")]
 
 
 def _writable(buffer: Buffer) -> memoryview:
     try:
         view = memoryview(buffer)
     except (TypeError, ValueError, BufferError):
-        raise InvalidInputError(f"a buffer to load into cannot be {type(buffer).__name__}: pass a writable one") from None
+        kind = type(buffer).__name__
+        raise InvalidInputError(f"a buffer to load into cannot be {kind}: pass a writable one") from None
     if view.readonly or not view.c_contiguous:
         raise InvalidInputError("a buffer to load into must be writable and in one piece")
     return view.cast("B")

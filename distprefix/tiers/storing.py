@@ -46,14 +46,7 @@ class _Prompt:
 
 def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | None]]]) -> list[int]:
     """See `PrefixCacheOptimizer.store_batch`."""
-    given_as = "a list with a buffer or None for each chunk"
-    wanted = [(prompt, read_items(buffers, "payloads", given_as)) for prompt, buffers in wanted]
-    for prompt, buffers in wanted:
-        for i, buffer in enumerate(buffers):
-            _check_buffer(i, buffer)
-        if len(buffers) > prompt.chunks:
-            raise InvalidInputError(f"{len(buffers)} payloads do not fit {prompt.chunks} full chunks: one for each")
-        prompt.leading(len(buffers)).check_chain()
+    wanted = [(prompt, _checked(prompt, buffers)) for prompt, buffers in wanted]
     state, deadline = payloads.state, payloads.deadline()
     prompts: list[_Prompt] = []
     given: dict[bytes, Buffer] = {}
@@ -89,15 +82,22 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     return [each.stored for each in prompts]
 
 
-def _check_buffer(i: int, buffer: Buffer | None) -> None:
-    if buffer is None:
-        return
-    try:
-        view = memoryview(buffer)
-    except (TypeError, ValueError, BufferError):
-        raise InvalidInputError(f"payload {i} is {type(buffer).__name__}: pass a buffer of bytes, or None") from None
-    if not view.c_contiguous:
-        raise InvalidInputError(f"payload {i} is not in one piece: pass a contiguous buffer")
+def _checked(prompt: Prompt, buffers: Sequence[Buffer | None]) -> Sequence[Buffer | None]:
+    """The payloads of a prompt, as many as it has chunks at most. Raises InvalidInputError."""
+    given: Sequence[Buffer | None] = read_items(buffers, "payloads", "a list with a buffer or None for each chunk")
+    for i, buffer in enumerate(given):
+        try:
+            is_whole = buffer is None or memoryview(buffer).c_contiguous
+        except (TypeError, ValueError, BufferError):
+            raise InvalidInputError(
+                f"payload {i} is {type(buffer).__name__}: pass a buffer of bytes, or None"
+            ) from None
+        if not is_whole:
+            raise InvalidInputError(f"payload {i} is not in one piece: pass a contiguous buffer")
+    if len(given) > prompt.chunks:
+        raise InvalidInputError(f"{len(given)} payloads do not fit {prompt.chunks} full chunks: one for each")
+    prompt.leading(len(given)).check_chain()
+    return given
 
 
 def _name(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:

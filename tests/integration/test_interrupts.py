@@ -6,6 +6,7 @@ import signal
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -82,6 +83,10 @@ class Scene:
             assert worker.check_integrity().problems == []
 
 
+def _is_within(backend: Backend, most: int) -> bool:
+    return connections(backend) <= most
+
+
 def connections(backend: Backend) -> int:
     """How many connections the server has."""
     clients: Any = backend.admin.client_list()
@@ -128,34 +133,40 @@ def check_counts(cache: PrefixCacheOptimizer) -> None:
 
 
 def look_up(scene: Scene) -> Call:
+    """A look-up that asks Redis."""
     tokens = scene.prompt()
     scene.reader.cache_prefix(tokens, range(CHUNKS))
     return lambda: scene.worker.find_longest_cache_hit(tokens)
 
 
 def look_up_in_l1(scene: Scene) -> Call:
+    """A look-up that L1 answers."""
     tokens, _, _ = scene.published()
     return lambda: scene.worker.find_longest_cache_hit(tokens)
 
 
 def publish(scene: Scene) -> Call:
+    """A publish of a new prompt."""
     tokens = scene.prompt()
     blocks = scene.blocks()
     return lambda: scene.worker.cache_prefix(tokens, blocks, {"a": 1})
 
 
 def move(scene: Scene) -> Call:
+    """A prefix that lies in other blocks now."""
     _, _, name = scene.published()
     blocks = scene.blocks()
     return lambda: scene.worker.update_prefix_state(name, blocks)
 
 
 def remove(scene: Scene) -> Call:
+    """Blocks that are taken back."""
     _, blocks, _ = scene.published()
     return lambda: scene.worker.remove_skipped_blocks(blocks[4:])
 
 
 def give_up(scene: Scene) -> Call:
+    """A publish for which an older prompt is given up."""
     scene.worker._state.own._max_chunks = max(1, len(scene.worker._state.own))
     tokens = scene.prompt()
     blocks = scene.blocks()
@@ -163,11 +174,13 @@ def give_up(scene: Scene) -> Call:
 
 
 def store(scene: Scene) -> Call:
+    """Payloads that are stored."""
     tokens = scene.prompt()
     return lambda: scene.worker.store(tokens, [bytes([i]) * 200 for i in range(CHUNKS)])
 
 
 def load(scene: Scene) -> Call:
+    """Payloads that are loaded, through L1."""
     tokens = scene.prompt()
     assert scene.reader.store(tokens, [bytes([i]) * 200 for i in range(CHUNKS)]) == CHUNKS
 
@@ -179,6 +192,7 @@ def load(scene: Scene) -> Call:
 
 
 def lease(scene: Scene) -> Call:
+    """A lease that is taken and released."""
     tokens, _, _ = scene.published()
     hit = scene.worker.find_longest_cache_hit(tokens)
 
@@ -190,6 +204,7 @@ def lease(scene: Scene) -> Call:
 
 
 def claim(scene: Scene) -> Call:
+    """A claim that is made and released."""
     hit = scene.worker.find_longest_cache_hit(scene.prompt())
 
     def call() -> None:
@@ -201,6 +216,7 @@ def claim(scene: Scene) -> Call:
 
 
 def flush(scene: Scene) -> Call:
+    """Retractions and touches that are sent."""
     tokens, blocks, _ = scene.published()
     scene.worker.find_longest_cache_hit(tokens)
     for at in (8, 5):
@@ -211,6 +227,7 @@ def flush(scene: Scene) -> Call:
 
 
 def catch_up(scene: Scene) -> Call:
+    """The log, when it is read."""
     scene.worker.catch_up()
     tokens, _, _ = scene.published()
     scene.reader.cache_prefix(tokens[:20], range(5))
@@ -218,6 +235,7 @@ def catch_up(scene: Scene) -> Call:
 
 
 def pin(scene: Scene) -> Call:
+    """A prompt that is pinned and unpinned."""
     tokens, _, _ = scene.published()
 
     def call() -> None:
@@ -228,6 +246,7 @@ def pin(scene: Scene) -> Call:
 
 
 def attach_again(scene: Scene) -> Call:
+    """A publish under a new epoch."""
     tokens = scene.prompt()
     scene.worker._state.link.detach()
     blocks = scene.blocks()
@@ -235,6 +254,7 @@ def attach_again(scene: Scene) -> Call:
 
 
 def reconnect(scene: Scene) -> Call:
+    """Calls over new connections."""
     tokens = scene.prompt()
     scene.worker._state.link.publishes._end_idle()
     scene.worker._state.link.lookups._end_idle()
@@ -248,10 +268,12 @@ def reconnect(scene: Scene) -> Call:
 
 
 def maintain(scene: Scene) -> Call:
+    """The budget of the shared tree."""
     return scene.worker.maintain
 
 
 def prewarm(scene: Scene) -> Call:
+    """L1, when it is filled."""
     return scene.worker.prewarm
 
 
@@ -267,7 +289,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @short_or_long("tries", short=12, long=None)
 def test_a_call_may_be_interrupted_at_any_place(real_server: Backend, name: str, tries: int | None) -> None:
-    """Whatever an exception of a signal handler cuts short: locks are free, counts right, and nothing is over-reported."""
+    """Whatever a signal handler cuts short: locks are free, counts right, and nothing is over-reported."""
     scene = Scene(real_server)
     scene.check()
     places = count_places(scene, CALLS[name])
@@ -313,7 +335,7 @@ def test_closing_may_be_interrupted_at_any_place(real_server: Backend, tries: in
         cache.close()
         assert held_locks(cache) == []
         assert cache._state.unusable
-        wait_until(lambda: connections(real_server) <= base)
+        wait_until(partial(_is_within, real_server, base))
         at += step
 
 
