@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from operator import index
 from typing import Any, NamedTuple, cast
 
 import msgpack
 import xxhash
 
-from distprefix.errors import InvalidInputError
+from distprefix.errors import DistPrefixError, InvalidInputError
 
 __all__ = [
     "HASH_BYTES",
@@ -28,6 +29,8 @@ __all__ = [
     "pack_block_ids",
     "pack_extra",
     "prompt_extras",
+    "read_items",
+    "read_pairs",
     "read_prompt",
 ]
 
@@ -35,6 +38,8 @@ HASH_BYTES = 16
 _TOKEN_BYTES = 4
 _TOKEN_LIMIT = 1 << 32
 _UINT32 = "I" if sys.byteorder == "little" and array("I").itemsize == _TOKEN_BYTES else None
+_NO_BLOCK = _TOKEN_LIMIT - 1
+_BOOLS = ("bool", "bool_")
 _SEQUENCES, _BUFFERS = (list, tuple), (bytes, bytearray, memoryview)
 
 
@@ -112,6 +117,23 @@ class Prompt(NamedTuple):
             size = self.length // max(1, len(self.tokens)) or 1
         return read_prompt, (_without_view(self.tokens), size, self.chunks * size)
 
+    def check_chain(self) -> None:
+        """Raise InvalidInputError for a chain that has a chunk hash twice: what follows from all before it cannot.
+
+        What is only looked up is not checked, which would take longer than the look-up: it is in no tree.
+        """
+        if not self.is_chain or len(set(self.view.cast("Q").tolist()[::2])) == self.chunks:
+            return
+        places: dict[bytes, int] = {}
+        for i in range(self.chunks):
+            chunk = bytes(self.view[i * HASH_BYTES : (i + 1) * HASH_BYTES])
+            first = places.setdefault(chunk, i)
+            if first != i:
+                raise InvalidInputError(
+                    f"chunk hash {i} of the chain is that of chunk {first}: chained hashes cover all that precedes "
+                    "and do not repeat; pass the hashes of one prompt in order"
+                )
+
     def leading(self, chunks: int) -> Prompt:
         """The prompt as if only so many of its chunks were full; `tokens` and `length` stay whole."""
         return self if chunks >= self.chunks else self._replace(view=self.view[: chunks * self.stride], chunks=chunks)
@@ -120,9 +142,10 @@ class Prompt(NamedTuple):
         """As `leading`, for the full chunks within so many tokens; None for all. Raises InvalidInputError."""
         if max_tokens is None:
             return self
-        if isinstance(max_tokens, bool) or not hasattr(max_tokens, "__index__") or max_tokens < 0:
+        number = _number(max_tokens)
+        if number is None or number < 0:
             raise InvalidInputError(f"max_cache_hit_length is {max_tokens!r}: it is a number of tokens, 0 or more")
-        return self.leading(int(max_tokens) // chunk_size)
+        return self.leading(number // chunk_size)
 
 
 def read_prompt(token_ids: Any, chunk_size: int, max_tokens: int | None = None) -> Prompt:
@@ -162,7 +185,7 @@ def _token_bytes(tokens: Any) -> memoryview:
         return _narrow(cast("Sequence[Any]", tokens))
     try:
         view = memoryview(tokens)
-    except TypeError:
+    except (TypeError, ValueError, BufferError):
         if isinstance(tokens, str):
             raise InvalidInputError("a prompt is token ids, not text: tokenize it first") from None
         raise InvalidInputError(
@@ -197,9 +220,9 @@ def _convert(tokens: Any, view: memoryview) -> memoryview:
 def _narrow(tokens: Sequence[Any]) -> memoryview:
     try:
         packed = array("I", tokens)
-    except (OverflowError, TypeError):
+    except (OverflowError, TypeError, ValueError) as error:
         _find_bad_token(tokens)
-        raise
+        raise InvalidInputError(f"token ids cannot be read, {error}: pass integers in [0, 2^32)") from error
     if sys.byteorder == "big":
         packed.byteswap()
     return memoryview(packed).cast("B")
@@ -207,31 +230,84 @@ def _narrow(tokens: Sequence[Any]) -> memoryview:
 
 def _find_bad_token(tokens: Iterable[Any]) -> None:
     for i, token in enumerate(tokens):
-        if not isinstance(token, int) and not hasattr(token, "__index__"):
-            raise InvalidInputError(f"token {i} is {type(token).__name__}: token ids are integers")
-        if not 0 <= int(token) < _TOKEN_LIMIT:
+        try:
+            number = index(token)
+        except TypeError:
+            raise InvalidInputError(f"token {i} is {type(token).__name__}: token ids are integers") from None
+        if not 0 <= number < _TOKEN_LIMIT:
             raise InvalidInputError(f"token {i} is {token}: token ids lie in [0, 2^32)")
 
 
 def pack_block_ids(block_ids: Iterable[int] | None, chunks: int | None) -> bytes:
     """Pack one block id a full chunk as uint32; one more, for a trailing partial chunk, is accepted and ignored.
 
-    With `chunks` None any number is accepted.
+    With `chunks` None any number is accepted, but not None. Raises InvalidInputError and names the offending position.
     """
-    if block_ids is None:
+    if block_ids is None and chunks is not None:
         return b""
-    if isinstance(block_ids, str) or not hasattr(block_ids, "__iter__"):
+    is_unordered = isinstance(block_ids, AbstractSet) and chunks is not None and not isinstance(block_ids, KeysView)
+    if isinstance(block_ids, Mapping) or is_unordered:
         raise InvalidInputError(f"block ids cannot be {type(block_ids).__name__}: pass a list of integers")
-    ids = list(block_ids)
+    ids = read_items(block_ids, "block ids", "a list of integers")
     if chunks is not None and len(ids) not in (chunks, chunks + 1):
         raise InvalidInputError(
             f"{len(ids)} block ids do not fit {chunks} full chunks: pass one a full chunk "
             "(one more, for a trailing partial chunk, is ignored)"
         )
+    try:
+        packed = array("I", ids)
+    except (OverflowError, TypeError, ValueError):
+        packed = None
+    kinds = {int} if isinstance(block_ids, range | array) else set(map(type, ids))
+    if packed is None or bool in kinds or any(kind.__name__ in _BOOLS for kind in kinds) or _NO_BLOCK in packed:
+        _find_bad_block(ids)
+    if packed is None:
+        raise InvalidInputError("block ids cannot be read: pass a list of integers")
+    return packed.tobytes() if chunks is None else packed[:chunks].tobytes()
+
+
+def _find_bad_block(ids: Sequence[Any]) -> None:
     for i, block in enumerate(ids):
-        if isinstance(block, bool) or not hasattr(block, "__index__") or not 0 <= int(block) < _TOKEN_LIMIT - 1:
+        if _number(block) is None or not 0 <= block < _NO_BLOCK:
             raise InvalidInputError(f"block id {i} is {block!r}: block ids are integers in [0, 2^32 - 1)")
-    return array("I", islice(ids, chunks)).tobytes()
+
+
+def _number(value: Any) -> int | None:
+    """What counts as an integer here; a truth value does not."""
+    if type(value).__name__ in _BOOLS:
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def read_items(values: Any, what: str, wanted: str) -> Sequence[Any]:
+    """What a caller gave several of, in order; bytes and text are not several. Raises InvalidInputError."""
+    is_bytes = isinstance(values, str | bytes | bytearray) or (isinstance(values, memoryview) and values.itemsize == 1)
+    if is_bytes or not hasattr(values, "__iter__"):
+        raise InvalidInputError(f"{what} cannot be {type(values).__name__}: pass {wanted}")
+    dimensions = getattr(values, "ndim", 1)
+    if dimensions != 1:
+        raise InvalidInputError(f"{what} have one dimension, not {dimensions}: pass {wanted}")
+    if isinstance(values, list | tuple | range | array):
+        return cast("Sequence[Any]", values)
+    try:
+        as_list = getattr(values, "tolist", None)  # of arrays, in one step
+        return list(values) if as_list is None else as_list()
+    except DistPrefixError:
+        raise
+    except Exception as error:
+        raise InvalidInputError(f"{what} ended with {error!r}: pass {wanted}") from error
+
+
+def read_pairs(prompts: Any, what: str) -> Sequence[tuple[Any, Any]]:
+    """Prompts, each with something; a generator is read. Raises InvalidInputError."""
+    pairs: Sequence[Any] = read_items(prompts, "prompts", f"a list of pairs, (prompt, {what})")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(cast("Sequence[Any]", pair)) != 2:
+            raise InvalidInputError(f"prompt {i} is {type(pair).__name__}: pass a pair, (prompt, {what})")
+    return pairs
 
 
 def pack_extra(kind: str, *values: str | int | bytes) -> bytes:

@@ -76,8 +76,8 @@ class Feed:
     def distrust_all(self) -> None:
         """L1 forgets everything: what it was told may not have come to pass."""
         with self._lock:
-            self._l1.clear()
             self.generation += 1
+            self._l1.clear()
 
     def _read(self) -> bool:
         """One page. Returns whether there may be another one."""
@@ -92,11 +92,11 @@ class Feed:
             return False
         new = page.entries if self._last == "0-0" else page.entries[1:]
         with self._lock:
+            self.generation += bool(new)  # before: what an interrupt cuts short is applied again
             for _, entry in new:
                 apply = next((self._apply[name] for name in entry if name in self._apply), None)
                 if apply is not None:
                     apply(entry)
-            self.generation += bool(new)
         self.entries += len(new)
         if new:
             (self._last, self._last_entry), self._number = new[-1], self._number + len(new)
@@ -118,10 +118,10 @@ class Feed:
 
     def _begin(self, page: FeedPage) -> None:
         """Go on behind what is there. What was learned before may be outdated, and so may replies on their way."""
-        self._created = page.created
+        self.distrust_all()
         self._number = page.newest
         self._last, self._last_entry = page.entries[-1] if page.entries else ("0-0", {})
-        self.distrust_all()
+        self._created = page.created  # last: an interrupt before it has the log begun again
 
     def _lost(self) -> None:
         """Entries are missing: L1 forgets everything, now and again when the log is found."""

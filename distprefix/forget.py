@@ -19,8 +19,8 @@ _MEMBERS_A_CALL = 50
 def forget_members(client: Client, keys: Keys, deadline: float, after_s: float = FORGET_AFTER_S) -> int:
     """Forget members that were made void long ago and of whose coverage nothing is left. Returns how many.
 
-    Once an hour for all workers of a namespace: one call, or three and one for every 500 holders in the tree and 500 void
-    members, and up to four for 50 void members of which no coverage is left. Raises what the client raises.
+    Once an hour for all workers of a namespace: one call, or three and one for every 500 holders in the tree and 500
+    void members, and up to four for 50 void members of which no coverage is left. Raises what the client raises.
     """
     if client.command("SET", keys.forgetting, "1", "NX", "PX", _LOCK_MS, deadline=deadline) is None:
         return 0

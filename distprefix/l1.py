@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from distprefix.chunking import HASH_BYTES, Prompt
 from distprefix.nodes import NodeView, Snapshot
@@ -24,6 +25,8 @@ _HOLDER_BYTES = 85
 
 Node = RadixTreeNode[Snapshot]
 Live = Callable[[str, int], bool]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _weigh(snapshot: Snapshot | None) -> int:
@@ -48,6 +51,22 @@ class Found(NamedTuple):
         return self.path if end == len(self.path) else self.path[:end]
 
 
+def _change(method: Callable[Concatenate[L1, P], T]) -> Callable[Concatenate[L1, P], T]:
+    """A change that a signal handler's exception may cut short: what it leaves is cleared before it is used again."""
+
+    @wraps(method)
+    def changed(self: L1, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.is_torn:
+            self.reset()
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            self.is_torn = True
+            raise
+
+    return changed
+
+
 class L1:
     """A tree of snapshots, bounded in bytes: leaves go first, hot ones last, each by age of use."""
 
@@ -56,12 +75,21 @@ class L1:
         self.ttl_s = ttl_s
         self.evicted_chunks = 0
         self._hot_threshold = hot_threshold
+        self._chunk_size = chunk_size
+        self._max_run = max_run
+        self._queued = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, empty, whatever state it is in."""
+        self.is_torn = True  # an interrupt before the end has all of it done again
+        """Whether a change was cut short: the counts, the queue or a node may be wrong."""
         self._trees: dict[bool, PrefixTree[Snapshot]] = {
-            False: PrefixTree(4 * chunk_size, max_run, _weigh),
-            True: PrefixTree(HASH_BYTES, max_run, _weigh),
+            False: PrefixTree(4 * self._chunk_size, self._max_run, _weigh),
+            True: PrefixTree(HASH_BYTES, self._max_run, _weigh),
         }
         self._queue: list[tuple[bool, float, int, Node, PrefixTree[Snapshot]]] = []
-        self._queued = 0
+        self.is_torn = False
 
     @property
     def bytes(self) -> int:
@@ -89,6 +117,10 @@ class L1:
         """The tree that this kind of prompt is compared with."""
         return self._trees[prompt.is_chain]
 
+    def has(self, node: Node) -> bool:
+        """Whether a node is in one of the trees, which a reset replaces, or was there when it was taken out."""
+        return any(tree.leads_to(node) for tree in self._trees.values())
+
     def iter_nodes(self) -> Iterable[Node]:
         """Every node of both trees."""
         for tree in self._trees.values():
@@ -96,6 +128,8 @@ class L1:
 
     def find(self, prompt: Prompt, now: float, ttl_s: float | None = None) -> Found:
         """The longest known prefix, and how much of it may be trusted: what was told within `ttl_s`."""
+        if self.is_torn:
+            self.reset()
         path, chunks = self._trees[prompt.is_chain].find_longest_prefix(prompt.view)
         oldest, resume = now - (self.ttl_s if ttl_s is None else ttl_s), 0
         for node in path:
@@ -123,18 +157,20 @@ class L1:
             begin = snapshot.start
         return begin
 
-    def assume(self, prompt: Prompt, hashes: bytes, holder: str, epoch: int) -> None:
-        """The holder has the prompt's chunks, but Redis could not be told: look-ups ask again when it can."""
+    @_change
+    def assume(self, prompt: Prompt, hashes: bytes, holder: str, epoch: int, told: int = 0) -> None:
+        """The holder has the prompt's chunks, but Redis was told of the first `told` only: look-ups ask again."""
         tree = self._trees[prompt.is_chain]
         path, chunks = tree.find_longest_prefix(prompt.view)
         for node in path:
-            if node.value is not None:
+            if node.value is not None and node.stop > told:
                 holders = {**node.value.holders, holder: (epoch, min(node.stop, chunks))}
                 tree.set_value(node, node.value._replace(holders=holders, at=_UNCONFIRMED))
         snapshot = Snapshot(b"", chunks, prompt.chunks, {holder: (epoch, prompt.chunks)}, 0, 0, 0, b"", _UNCONFIRMED)
         for node in tree.insert(prompt.view, snapshot, hashes=hashes, start=chunks):
             self._enqueue(node, tree)
 
+    @_change
     def retract(self, chain: bytes, holder: str) -> None:
         """The holder no longer has the chain's last chunk, nor anything behind it."""
         depth = len(chain) // HASH_BYTES - 1
@@ -149,9 +185,13 @@ class L1:
                     tree.set_value(part, part.value._replace(holders=holders))
                     stack.extend(part.children.values())
 
-    def learn(self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float) -> list[Node]:
+    @_change
+    def learn(
+        self, prompt: Prompt, hashes: bytes, offset: int, views: list[NodeView], now: float, *, sure: bool = True
+    ) -> list[Node]:
         """Take over what a script told of the prompt's path from depth `offset` on; `hashes` begin there as well.
 
+        Not `sure`: it may be outdated already, so that look-ups ask again.
         Returns the path's nodes from the first view on; nothing when L1 forgot the way there meanwhile.
         """
         tree, stride = self._trees[prompt.is_chain], prompt.stride
@@ -164,7 +204,7 @@ class L1:
             below = known.path[-1] if known.path[-1].stop == offset else None
         learned: list[Node] = []
         for view in views:
-            start, snapshot = view.start, _snapshot_of(view, whole, now)
+            start, snapshot = view.start, _snapshot_of(view, whole, now if sure else _UNCONFIRMED)
             key = prompt.view[: (start + view.matched) * stride]
             path = tree.insert(key, snapshot, hashes=whole, start=start, below=below)
             if path[0].start < start:
@@ -177,12 +217,23 @@ class L1:
             self._enqueue(learned[-1], tree)  # only the last can be a leaf
         return learned
 
+    def credible(self, hashes: bytes, offset: int, views: list[NodeView]) -> list[NodeView]:
+        """What was told of a chain, up to a node whose head L1 knows at another depth: that chain has a chunk twice."""
+        heads = self._trees[True].heads
+        for i, view in enumerate(views):
+            at = (view.start - offset) * HASH_BYTES
+            node = heads.get(hashes[at : at + HASH_BYTES])
+            if node is not None and node.start != view.start:
+                return views[:i]
+        return views
+
     def distrust(self, nodes: Iterable[Node]) -> None:
         """What was told of these nodes may be outdated: look-ups ask again."""
         for node in nodes:
             if node.value is not None:
                 node.value = node.value._replace(at=_UNCONFIRMED)
 
+    @_change
     def adopt(self, prompt: Prompt, hashes: bytes, now: float) -> None:
         """Let a prompt of tokens know what a chain with its `hashes` does: what came as hashes learns its tokens."""
         chains, tree = self._trees[True], self._trees[False]
@@ -198,11 +249,12 @@ class L1:
             path[-1].accessed = now
             self._enqueue(path[-1], tree)
 
+    @_change
     def as_chain(self, node: Node, depth: int) -> bytes:
         """Let the tree of chains know the way to `depth` as well. Returns it; empty when it is gone."""
         path = PrefixTree.path_to(node)
         chain = b"".join(part.hashes for part in path)
-        if node.gone or node.stop != depth or len(chain) != depth * HASH_BYTES:
+        if not self.has(node) or node.gone or node.stop != depth or len(chain) != depth * HASH_BYTES:
             return b""
         for part in path:
             if part.value is None or not part.value.head:
@@ -214,6 +266,7 @@ class L1:
                 self._enqueue(known[-1], self._trees[True])
         return chain
 
+    @_change
     def learn_chain(self, chain: bytes, view: NodeView, now: float, *, sure: bool = True) -> None:
         """Take over a node that came without being asked for: `chain` ends with its run."""
         tree = self._trees[True]
@@ -222,6 +275,7 @@ class L1:
         path[-1].accessed = now
         self._enqueue(path[-1], tree)
 
+    @_change
     def cut(self, prompt: Prompt, depth: int) -> None:
         """Forget what L1 has of the prompt's path from `depth` on: Redis does not have it."""
         tree = self._trees[prompt.is_chain]
@@ -272,6 +326,7 @@ class L1:
         node.hits += hits
         node.recent += hits
 
+    @_change
     def clear(self) -> None:
         """Forget everything."""
         for tree in self._trees.values():
@@ -281,6 +336,7 @@ class L1:
 
     # What the log tells
 
+    @_change
     def forget(self, head: str) -> None:
         """The L2 node is gone, and with it all that lay behind it."""
         for tree in self._trees.values():
@@ -290,6 +346,7 @@ class L1:
                 tree.cut(node, node.start)
                 self._requeue_leaf(parent, tree)
 
+    @_change
     def split(self, upper: str, lower: str) -> None:
         """The L2 node `upper` ends before the chunk `lower` now, which is a node's head."""
         head = bytes.fromhex(lower)
@@ -302,6 +359,7 @@ class L1:
                     self._relabel(tree, parts, node, head)
                     break
 
+    @_change
     def trim(self, head: str, size: int) -> None:
         """The L2 node has only so many chunks left."""
         for tree, parts in self._parts(head):
@@ -314,6 +372,7 @@ class L1:
                     if part and not part.gone and part.value and part.value.head == bytes.fromhex(head):
                         tree.set_value(part, _cut_at(part.value, depth))
 
+    @_change
     def doubt(self, head: str) -> None:
         """Who covers the L2 node has changed: ask again."""
         for _, parts in self._parts(head):
@@ -344,6 +403,7 @@ class L1:
 
     # Budget
 
+    @_change
     def shrink(self) -> int:
         """Evict leaves until the budget holds. Returns the chunks evicted."""
         if self.bytes <= self.max_bytes:

@@ -48,28 +48,49 @@ def look_up(
         generation = state.feed.generation
     hashes = hashes[start * HASH_BYTES :]
     views, calls = _ask(state, operations.walk(hashes, start, blocks_of or "", in_part=True), deadline)
+    with state.lock:
+        try:
+            return _take_over(state, prompt, found, hashes, start, views, calls, generation, blocks_of, now, began)
+        except BaseException:  # what was learned may be outdated
+            state.l1.is_torn = True
+            raise
+
+
+def _take_over(
+    state: State,
+    prompt: Prompt,
+    found: Found,
+    hashes: bytes,
+    start: int,
+    views: list[NodeView] | None,
+    calls: int,
+    generation: int,
+    blocks_of: str | None,
+    now: float,
+    began: int,
+) -> CacheHitResult:
+    """L1 learns what Redis said, if it said anything; the result is what L1 knows then. Under the lock."""
     blocks = None if blocks_of is None else b""
     learned: list[Node] = []
-    with state.lock:
-        answered = found.chunks
-        if views is not None:
-            answered = found.fresh
-            reached = views[-1].start + views[-1].matched if views else start
-            learned = state.l1.learn(prompt, hashes, start, views, now)
-            if reached < found.chunks:
-                state.l1.cut(prompt, reached)
-            if blocks_of is not None:
-                blocks = _blocks_of(state, views, blocks_of)
-        if learned and not start:  # just this is the path: no need to search for it
-            found = Found(learned, learned[-1].stop, learned[-1].stop, 0)
-        else:
-            found = state.find(prompt, now)
-        coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
-        result = _conclude(state, prompt, found, coverage, answered, calls, blocks, began)
-        if generation != state.feed.generation:
-            state.l1.distrust(learned)
-        state.l1.shrink()  # not before: the prompt may be larger than the budget
-        return result
+    answered = found.chunks
+    if views is not None:
+        answered = found.fresh
+        if prompt.is_chain:
+            views = state.l1.credible(hashes, start, views)
+        reached = views[-1].start + views[-1].matched if views else start
+        learned = state.l1.learn(prompt, hashes, start, views, now)
+        if reached < found.chunks:
+            state.l1.cut(prompt, reached)
+        if blocks_of is not None:
+            blocks = _blocks_of(state, views, blocks_of)
+    is_path = learned and not start  # then there is no need to search for it
+    found = Found(learned, learned[-1].stop, learned[-1].stop, 0) if is_path else state.find(prompt, now)
+    coverage = state.l1.coverage(found.path, found.chunks, state.link.is_live)
+    result = _conclude(state, prompt, found, coverage, answered, calls, blocks, began)
+    if generation != state.feed.generation:
+        state.l1.distrust(learned)
+    state.l1.shrink()  # not before: the prompt may be larger than the budget
+    return result
 
 
 def _trusted(state: State, prompt: Prompt, now: float) -> tuple[Found, dict[str, int]]:
@@ -123,8 +144,6 @@ def _conclude(
     matched = max(coverage.values()) if coverage else 0
     if matched * size < state.config.min_prefix_length:
         matched, coverage = 0, {}
-    counts["lookups"] += 1
-    counts["chunks"] += prompt.chunks
     l1_chunks = min(matched, answered)
     make_entry = make_blocks = tier = None
     if matched:
@@ -133,10 +152,6 @@ def _conclude(
         node = path[-1]
         state.l1.touch(node, time.monotonic())
         state.outbox.touches.add(path)
-        counts["hits"] += 1
-        counts["chunks_hit"] += matched
-        counts["chunks_hit_l1"] += l1_chunks
-        counts["hits_hot" if tier is CacheTier.HOT else "hits_warm"] += 1
         if state.config.speculate and not node.children and node.value and node.value.stop == matched:
             state.guesses.append((node, matched))
             state.wake()
@@ -146,6 +161,14 @@ def _conclude(
             make_blocks = lambda: ids  # noqa: E731
         elif len(state.own):
             make_blocks = lambda: own_blocks(state, prompt, matched)  # noqa: E731
+    # Together, with no call in between: an interrupt must not leave some of them behind the others.
+    counts["lookups"] += 1
+    counts["chunks"] += prompt.chunks
+    if matched:
+        counts["hits"] += 1
+        counts["chunks_hit"] += matched
+        counts["chunks_hit_l1"] += l1_chunks
+        counts["hits_hot" if tier is CacheTier.HOT else "hits_warm"] += 1
     holders = sorted(coverage.items(), key=lambda item: -item[1]) if len(coverage) > 1 else coverage.items()
     return CacheHitResult(
         hit=matched > 0,

@@ -47,6 +47,8 @@ def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
         "publishes_short": counts["publishes_short"],
         "publishes_dropped": counts["publishes_dropped"],
         "publishes_dropped_by": dict(state.drops),
+        "publishes_cut": counts["publishes_cut"],
+        "chunks_unpublished_by": dict(state.unpublished),
         "redis_calls_lookup": link.lookups.calls,
         "redis_calls_publish": link.publishes.calls,
         "redis_failures": dict(link.failures),

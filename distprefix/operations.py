@@ -272,18 +272,21 @@ def publish(
     max_run: int,
     blocks: bytes = b"",
     metadata: bytes = b"",
+    in_part: bool = False,
 ) -> Generator[Call, Any, Published]:
     """Put a chain into the tree and say that `holder` has it. `start` as in `walk`; blocks begin there as well.
 
     One call for every 4,096 chunks, and for about 70 nodes, fewer where many hold them. Running it twice does the same
-    as once.
+    as once. `in_part`: when a later call fails, what those before published counts, and the last view tells how far
+    that is.
     """
     views: list[NodeView] = []
     total, pos, limit, size = len(chain) // HASH_BYTES, 0, WINDOW, WINDOW
     nodes = chunks = 0
+    done: Published | None = None
     while True:
         stop = min(limit, total)
-        reply = yield Call(
+        call = Call(
             "insert",
             (
                 SCHEMA,
@@ -296,6 +299,12 @@ def publish(
                 metadata if stop == total else b"",
             ),
         )
+        try:
+            reply = yield call
+        except UnavailableError:
+            if in_part and done is not None:
+                return done
+            raise
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         now_ms = int(reply[6])
         taken = pos + reply[7]
@@ -303,8 +312,9 @@ def publish(
         reached = told[-1].start + told[-1].matched if told else start + pos
         views += told
         views += _made(reached, start + taken, max_run, holder, epoch, now_ms, metadata if taken == total else b"")
+        done = Published(views[:], nodes, chunks, Usage(*reply[2:6]))
         if taken == total:
-            return Published(views, nodes, chunks, Usage(*reply[2:6]))
+            return done
         size = _next_window(size, taken - pos, stopped=taken < stop)
         pos, limit = views.pop().start - start, taken + size
 

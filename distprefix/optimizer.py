@@ -19,7 +19,7 @@ import redis
 from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
-from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras
+from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras, read_items, read_pairs
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
 from distprefix.health import Health, health_of
@@ -34,9 +34,8 @@ from distprefix.redis.roster import Member, WorkerInfo, read_members
 from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
-from distprefix.results import pack_metadata
 from distprefix.state import State
-from distprefix.tiers.loading import Asked, Loaded, load
+from distprefix.tiers.loading import Asked, Loaded, load, writable
 from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
 from distprefix.upkeep import Upkeep
@@ -68,8 +67,8 @@ class PrefixCacheOptimizer:
         if config.prewarm_on_start and config.enable_prewarm:
             self.prewarm()
         self._upkeep = Upkeep(self._state, self._tiers, self._publisher)
-        self._closing = threading.Lock()
-        """Taken once, by the thread that closes."""
+        self._closing = threading.RLock()
+        self._is_closed = False
         self._background: Background | None = None
         self._begin_background()
         _open.add(self)
@@ -163,15 +162,10 @@ class PrefixCacheOptimizer:
         Redis calls: 1 for every 4,096 chunks that this worker has not just published, and for about 60 nodes. When
         Redis fails, this process knows the prefix, the others do not, and it is counted as dropped. Raises
         InvalidInputError, and when `strict` what went wrong with Redis.
+        Of a prompt that does not fit `publish_timeout_s` the leading part is published, also when `strict`: it is
+        counted as cut, and the next publish of the prompt goes on from there. The hash is then that of what was hashed.
         """
-        prompt = self._state.read(token_ids)
-        blocks = pack_block_ids(block_ids, prompt.length // self.config.chunk_size)[: 4 * prompt.chunks]
-        packed = pack_metadata(metadata)
-        if prompt.length < self.config.min_prefix_length or not prompt.chunks:
-            with self._state.lock:
-                self._state.counts["publishes_short"] += 1
-            return ""
-        return self._publisher.publish(prompt, blocks, packed)
+        return self._publisher.publish_tokens(token_ids, block_ids, metadata)
 
     def update_prefix_state(self, prefix_hash: str, new_block_ids: Iterable[int]) -> bool:
         """The KV of a prefix that this process published lies in other blocks now. Redis calls as `cache_prefix`.
@@ -180,7 +174,10 @@ class PrefixCacheOptimizer:
         """
         self._state.check_usable()
         chunks = self._publisher.chunks_of(prefix_hash)
-        return bool(chunks) and self._publisher.move_blocks(prefix_hash, pack_block_ids(new_block_ids, chunks))
+        if new_block_ids is None or not chunks:  # pyright: ignore[reportUnnecessaryComparison]
+            pack_block_ids(new_block_ids, None)  # raises for None
+            return False
+        return self._publisher.move_blocks(prefix_hash, pack_block_ids(new_block_ids, chunks))
 
     def remove_skipped_blocks(self, block_ids: Iterable[int]) -> int:
         """This worker no longer has these blocks: no look-up counts on them, or on what lies behind them, any more.
@@ -223,7 +220,8 @@ class PrefixCacheOptimizer:
 
     def store_batch(self, prompts: Iterable[tuple[Any, Sequence[Buffer | None]]]) -> list[int]:
         """As `store` for each of several prompts, with their payloads; what they share is written once."""
-        wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in prompts]
+        pairs = read_pairs(prompts, "payloads")
+        wanted = [(self._state.read(token_ids), payloads) for token_ids, payloads in pairs]
         return store(self._tiers.payloads, wanted)
 
     def load(
@@ -262,7 +260,8 @@ class PrefixCacheOptimizer:
         `as_one`: they are parts of one request, which counts as one load. `continues`: of a request whose first load
         was counted already.
         """
-        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in prompts]
+        pairs = read_pairs(prompts, "buffers")
+        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
@@ -282,7 +281,7 @@ class PrefixCacheOptimizer:
         One Redis call for 4,096 chunks of all together, and for about 300 nodes.
         `as_one`: they are parts of one request, which counts as one look-up.
         """
-        read = [self._state.read(prompt) for prompt in prompts]
+        read = [self._state.read(prompt) for prompt in read_items(prompts, "prompts", "a list of prompts")]
         return self._tiers.payloads.find_stored(read, as_one=as_one, is_counted=is_counted)
 
     def count_lookup(self, chunks: int, chunks_hit: int) -> None:
@@ -312,10 +311,10 @@ class PrefixCacheOptimizer:
         is_result = isinstance(token_ids, CacheHitResult)
         prompt = self._state.read(token_ids.prompt if is_result else token_ids)
         hits = 0 if is_result or was_looked_up else 1
-        targets = None if into is None else [_writable(buffer) for buffer in into]
+        targets = None if into is None else writable(into)
         most = prompt.chunks if most is None else min(most, prompt.chunks)
-        if first < 0:
-            raise InvalidInputError(f"first is {first}: it must be 0 or more")
+        if not isinstance(first, int) or first < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInputError(f"first is {first!r}: it must be 0 or more")
         return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first, hits)
 
     # Keep it well
@@ -464,19 +463,21 @@ class PrefixCacheOptimizer:
 
         The tree keeps what was published, and it goes on to count, unless this worker holds a lease: that ends.
         """
-        if self._state.unusable or not self._closing.acquire(blocking=False):
+        if self._is_closed or self._state.unusable == "forked":
             return
-        if self._background is not None:
-            self._background.stop()
-        # Of an interpreter that ends modules are half gone: what waits may be lost.
-        last = contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext()
-        try:
-            with last:
-                self._upkeep.end()
-        finally:
-            self._state.unusable = "this cache is closed: open another one"
-            self._tiers.close()
-            self._state.link.close()
+        with self._closing:
+            try:
+                if self._background is not None:
+                    self._background.stop()
+                # Of an interpreter that ends modules are half gone: what waits may be lost.
+                with contextlib.suppress(Exception) if sys.is_finalizing() else contextlib.nullcontext():
+                    if not self._state.unusable:  # else an interrupt cut closing short: only the rest is closed
+                        self._upkeep.end()
+            finally:
+                self._state.unusable = "this cache is closed: open another one"
+                self._tiers.close()
+                self._state.link.close()
+                self._is_closed = True
 
     def _begin_background(self) -> None:
         interval_s = self._upkeep.interval_s
@@ -490,13 +491,6 @@ class PrefixCacheOptimizer:
 
     def _work(self) -> None:
         self._upkeep.work()
-
-
-def _writable(buffer: Buffer) -> memoryview:
-    view = memoryview(buffer)
-    if view.readonly or not view.c_contiguous:
-        raise InvalidInputError("a buffer to load into must be writable and in one piece")
-    return view.cast("B")
 
 
 def _refuse_after_fork() -> None:

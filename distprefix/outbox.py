@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
 
 from distprefix import operations
@@ -11,6 +9,7 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DamagedNodeError, DistPrefixError, NotAttachedError, StaleEpochError
 from distprefix.redis.link import Link
 from distprefix.touches import Touches
+from distprefix.turns import Turn
 
 __all__ = ["Outbox"]
 
@@ -33,7 +32,7 @@ class Outbox:
         self._link = link
         self._holder = config.holder
         self._candidate_hits = config.prewarm_threshold if config.enable_prewarm else 0
-        self._sending = threading.Lock()
+        self._sending = Turn()
 
     @property
     def waiting(self) -> int:
@@ -44,17 +43,18 @@ class Outbox:
         """The holder no longer has the chain's last chunk, nor what lies behind it. Sent later."""
         self._retractions.append(chain)
         if len(self._retractions) > _MOST_RETRACTIONS:
-            self._retractions.clear()
+            self._link.detach()  # first: an interrupt before it must leave the retractions where they are
             self.retractions_overrun += 1
-            self._link.detach()
+            self._retractions.clear()
 
     def send_retractions(self, deadline: float) -> bool:
         """Whether Redis has taken all of them by `deadline`; the rest waits. One Redis call each. Never raises."""
         if not self._retractions:
             return True
-        if not self._sending.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            return False
+        me = object()
         try:
+            if not self._sending.take(me, deadline):
+                return False
             while self._retractions:
                 chain = self._retractions[0]
                 self._send(chain, deadline)
@@ -67,8 +67,13 @@ class Outbox:
         except DistPrefixError:
             return False
         finally:
-            self._sending.release()
+            if self._sending.holder is me:
+                self._sending.holder = None
         return True
+
+    def void(self) -> None:
+        """Forget the retractions: the epoch that they are of is void, or about to be."""
+        self._retractions.clear()
 
     def send(self) -> None:
         """Send all there is, each kind within the deadline of a publish. Never raises."""

@@ -34,18 +34,31 @@ class OwnBlocks:
 
     Closed under prefix: a chunk whose block is gone takes along what lies behind it. Bounded: the chain published
     longest ago is given up, from its tail on.
+
+    A change that an exception cut short leaves it torn: then it has no blocks for anybody, until it is reset.
     """
 
     def __init__(self, max_run: int, max_chunks: int) -> None:
-        self._tree: PrefixTree[bool] = PrefixTree(HASH_BYTES, max_run)
+        self._max_run = max_run
         self._max_chunks = max_chunks
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, empty, whatever state it is in."""
+        self.is_torn = True  # an interrupt before the end has all of it done again
+        self._tree: PrefixTree[bool] = PrefixTree(HASH_BYTES, self._max_run)
         self._references: dict[int, list[tuple[Node, int]]] = {}
         """Block to the nodes and depths that it was given to; what moved or went is skipped when it is read."""
         self._leaves: OrderedDict[Node, None] = OrderedDict()
         """Longest ago published first."""
+        self.is_torn = False
 
     def __len__(self) -> int:
         return len(self._tree)
+
+    def has(self, node: Node) -> bool:
+        """Whether a node is in the tree, which a reset replaces, or was there when it was taken out."""
+        return self._tree.leads_to(node)
 
     def remember(self, hashes: bytes, blocks: bytes, *, told: bool) -> tuple[Node, int | None]:
         """The chain's chunks lie in these blocks; `told` says whether Redis knows.
@@ -72,6 +85,19 @@ class OwnBlocks:
             self._leaves[last] = None
         return last, moved
 
+    def tell(self, hashes: bytes, depth: int) -> tuple[Node | None, int]:
+        """Redis was told of the chain's chunks up to `depth`.
+
+        Returns the node of the chain's last chunk that this worker still has, and how many it has.
+        """
+        path, held = self._tree.find_longest_prefix(hashes)
+        told = min(held, depth)
+        if told:
+            self._tree.insert(hashes[: told * HASH_BYTES], True)
+        if told == held:
+            return path[-1] if path else None, held
+        return self._tree.find_longest_prefix(hashes).path[-1], held
+
     def give_up(self) -> list[bytes]:
         """Forget what is over the bound. Returns the chains whose last chunk, and all behind it, is forgotten."""
         lost: list[bytes] = []
@@ -83,6 +109,8 @@ class OwnBlocks:
 
     def ids(self, hashes: bytes) -> tuple[int, ...]:
         """The blocks of a chain's leading chunks, as many as this worker has."""
+        if self.is_torn:
+            return ()
         path, matched = self._tree.find_longest_prefix(hashes)
         return tuple(array("I", b"".join(node.blocks for node in path)[: 4 * matched]))
 
@@ -142,10 +170,7 @@ class OwnBlocks:
 
     def clear(self) -> None:
         """Forget everything."""
-        for child in list(self._tree.root.children.values()):
-            self._tree.cut(child, 0)
-        self._references.clear()
-        self._leaves.clear()
+        self.reset()
 
     def _valid(self, block: int, references: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
         valid: list[tuple[Node, int]] = []

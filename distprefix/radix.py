@@ -118,6 +118,12 @@ class PrefixTree(Generic[V]):
             node = node.parent
         return path[::-1]
 
+    def leads_to(self, node: RadixTreeNode[V]) -> bool:
+        """Whether a node lies below this tree's root, or lay there before it was taken out."""
+        while node.parent is not None:
+            node = node.parent
+        return node is self.root
+
     def find_longest_prefix(self, key: bytes | memoryview, below: RadixTreeNode[V] | None = None) -> PrefixMatch[V]:
         """The longest prefix of `key`, in whole chunks, that is in the tree. Changes nothing.
 

@@ -178,6 +178,8 @@ class Reservations:
             return 0
         with state.lock:
             found = state.l1.find(prompt, time.monotonic())
+        if found.chunks < prompt.chunks:
+            prompt.check_chain()
         hashes, start = state.hashes(prompt, found), found.resume
         try:
             if found.chunks < prompt.chunks:  # L1 does not know the way: it is walked again
@@ -202,6 +204,7 @@ class Reservations:
         self._state.check_usable()
         if missing >= prompt.chunks:
             return Claimed("", 0, 0)
+        prompt.leading(missing + 1).check_chain()
         chunk = self._hash_at(prompt, missing)
         try:
             claimed = self._state.link.publish(operations.claim(chunk, self.worker, int(ttl_s * 1000)))
@@ -239,6 +242,6 @@ class Reservations:
 
 
 def _checked(ttl_s: float) -> float:
-    if not 0.001 <= ttl_s <= _LONGEST_S:
+    if not isinstance(ttl_s, int | float) or not 0.001 <= ttl_s <= _LONGEST_S:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidInputError(f"ttl_s is {ttl_s!r}: it must lie between 0.001 and {_LONGEST_S:.0f} seconds")
     return ttl_s

@@ -74,6 +74,10 @@ def _unpack_metadata(packed: bytes) -> Mapping[str, Any] | None:
 
 def pack_metadata(metadata: Mapping[str, Any] | None) -> bytes:
     """Metadata as msgpack, at most 4 KiB; empty for none. Raises InvalidInputError."""
+    if metadata is None:
+        return b""
+    if not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidInputError(f"metadata cannot be {type(metadata).__name__}: pass a dictionary")
     if not metadata:
         return b""
     try:

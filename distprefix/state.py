@@ -39,6 +39,8 @@ class State:
         self.counts: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
         """Publishes that Redis did not take, by reason."""
+        self.unpublished: Counter[str] = Counter()
+        """Chunks that publishes left out, by what took too long."""
         self.usage: Usage | None = None
         """What the shard held after this process's last publish."""
         self.unusable = ""
@@ -68,7 +70,7 @@ class State:
     def find(self, prompt: Prompt, now: float) -> Found:
         """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.
 
-        With a feed that has fallen silent, what is older than a second is not: nobody would have revoked it.
+        With a feed that is not current, what is older than a second is not: nothing would have revoked it.
         """
         ttl_s = self.config.l1_ttl_s
         if self.config.feed_interval_s and not self.feed.is_current(now):
@@ -118,10 +120,10 @@ class State:
             found = self.l1.find(prompt, time.monotonic())
         return self.hashes(prompt, found)
 
-    def hashes(self, prompt: Prompt, found: Found, until: float = float("inf")) -> bytes:
+    def hashes(self, prompt: Prompt, found: Found, until: float = float("inf"), *, least: int = 0) -> bytes:
         """A prompt's chunk hashes: those that L1 knows, then computed ones, as far as `until` (time.monotonic).
 
-        What was found is always in the answer.
+        What was found is always in the answer, and so many chunks that follow it.
         """
         if prompt.is_chain:
             return bytes(prompt.view)
@@ -132,7 +134,7 @@ class State:
         parts, parent = [known], known[-HASH_BYTES:] or self._root
         window = WINDOW * prompt.stride
         for at in range(len(known) // HASH_BYTES * prompt.stride, len(prompt.view), window):
-            if time.monotonic() > until and at >= found.chunks * prompt.stride:
+            if time.monotonic() > until and at >= (found.chunks + least) * prompt.stride:
                 break
             parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
             parent = parts[-1][-HASH_BYTES:]

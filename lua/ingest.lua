@@ -39,6 +39,7 @@
 -- @include edit
 -- @include cover
 -- @include create
+-- @include repeats
 -- @include publish
 -- @include unlink
 -- @include uncover

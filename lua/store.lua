@@ -33,6 +33,7 @@
 -- @include edit
 -- @include cover
 -- @include create
+-- @include repeats
 -- @include publish
 local chain, keys, ends = ARGV[4], {}, {}
 local sizes = { stored_before(chain, tonumber(ARGV[5])) }

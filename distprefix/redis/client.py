@@ -51,6 +51,9 @@ _PATIENCE_S = 2.0
 """A call with more time than this is not left to a connection that may lead nowhere: ..."""
 _ANSWER_S = 1.0
 """... after so long without an answer it is sent again, once, over a new connection."""
+_LOST_S = 1.0
+"""How long after the deadline of its call a connection is taken to be lost."""
+_OVER = float("-inf")
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT")
 """Codes after which the caller puts things right by itself."""
@@ -73,6 +76,8 @@ _CAUSES: tuple[tuple[type[Exception], str], ...] = (
     (AuthenticationError, "auth"),
 )
 
+_NOT_SERVING = (ReadOnlyError, MasterDownError, BusyLoadingError)
+"""Answers after which a connection may lead to the wrong server."""
 # What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
 _NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
 
@@ -234,7 +239,7 @@ def run(
 
 
 class Client:
-    """Script and plain calls over a redis-py connection pool, behind breakers. Thread-safe.
+    """Script and plain calls over redis-py connections, behind breakers. Thread-safe.
 
     Reads and writes have a breaker each: what only one of them meets does not stop the other.
     """
@@ -259,7 +264,9 @@ class Client:
         self._forks = _forks
         self._generation = self.endpoint.generation
         self._idle: list[tuple[Any, float]] = []
-        """Connections taken from the pool and when they were used last; the last used is the last here."""
+        """Connections that rest and when they were used last; the last used is the last here."""
+        self._known: dict[Any, float] = {}
+        """All connections, and the deadline of the call that each is in; those that are in none are over."""
 
     def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
         """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
@@ -298,86 +305,132 @@ class Client:
     def _send(self, args: tuple[Any, ...], deadline: float, breaker: Breaker, *, is_repeated: bool = False) -> Any:
         generation = self.endpoint.generation
         until = deadline
-        began = time.monotonic()
-        try:
-            connection = self._take(deadline)
-        except (redis.RedisError, OSError) as error:
-            self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
-            self._break(self.breakers.writes, began)
-            raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
-        if deadline - began > _PATIENCE_S and not is_repeated:
-            until = time.monotonic() + _ANSWER_S
-        _current.deadline = until
+        began = ended = time.monotonic()
+        connection: Any = None
         healthy = False
         try:
+            connection = self._reach(deadline, began)
+            if deadline - began > _PATIENCE_S and not is_repeated:
+                until = time.monotonic() + _ANSWER_S
+            _current.deadline = until
             with self._count:
                 self.calls += 1
             connection.send_command(*_words(args))
             reply = connection.read_response(timeout=max(0.001, until - time.monotonic()))
+            ended = time.monotonic()
             healthy = True
         except NoScriptError:
             healthy = True
             breaker.succeed()  # or a probe of a server that came back empty would end here
             raise
-        except (ReadOnlyError, MasterDownError, BusyLoadingError) as error:
+        except (redis.RedisError, OSError) as error:
+            healthy = isinstance(error, redis.ResponseError) and not isinstance(error, _NOT_SERVING)
+            if until < deadline and isinstance(error, redis.TimeoutError | TimeoutError):
+                self.failures["silent connection"] += 1
+                raise _SilentError from error
+            raise self._explained(error, breaker, generation, began) from error
+        finally:
+            _current.deadline = None
+            if connection is not None:
+                self._known[connection] = _OVER
+                if healthy and not self._closed:
+                    self._idle.append((connection, ended))  # no signal is looked for before it is there
+                else:
+                    self._drop(connection)
+                    self._end_idle()  # they lead to the same server
+        breaker.succeed()
+        return reply
+
+    def _reach(self, deadline: float, began: float) -> _Connection:
+        try:
+            return self._take(deadline)
+        except (redis.RedisError, OSError) as error:
+            self._break(self.breakers.reads, began)  # what cannot be reached answers neither kind
+            self._break(self.breakers.writes, began)
+            raise self._failure(_cause_of(error, "connect"), f"cannot connect: {error}") from error
+
+    def _explained(self, error: Exception, breaker: Breaker, generation: int, began: float) -> Exception:
+        """Count what ended a call. Returns what is raised for it."""
+        if isinstance(error, _NOT_SERVING):
             cause = _cause_of(error, "refused")
             self.endpoint.renew(cause, generation)
             self._break(breaker)
-            raise self._failure(cause, f"the server does not serve now: {error}") from error
-        except redis.ResponseError as error:
-            healthy = True
+            return self._failure(cause, f"the server does not serve now: {error}")
+        if isinstance(error, redis.ResponseError):
             if self._with_flags and _NO_FLAGS.search(str(error)):
-                raise _NoFlagsError from error
-            raise self._refused(error, breaker) from error
-        except (redis.TimeoutError, TimeoutError) as error:
-            if until < deadline:
-                self.failures["silent connection"] += 1
-                raise _SilentError from error
-            self._break(breaker, began)
-            raise self._failure("timeout", f"no answer in time: {error}") from error
-        except (redis.RedisError, OSError) as error:
-            self._break(breaker, began)
-            raise self._failure(_cause_of(error, "connection"), f"the connection failed: {error}") from error
-        finally:
-            _current.deadline = None
-            self._put_back(connection, healthy=healthy)
-        breaker.succeed()
-        return reply
+                return _NoFlagsError()
+            return self._refused(error, breaker)
+        self._break(breaker, began)
+        if isinstance(error, redis.TimeoutError | TimeoutError):
+            return self._failure("timeout", f"no answer in time: {error}")
+        return self._failure(_cause_of(error, "connection"), f"the connection failed: {error}")
 
     def close(self) -> None:
         """Close the connections that rest, and log nothing more; those in use close when their call ends."""
         self._closed = True
         self._end_idle()
+        self._drop_lost()
 
     def _take(self, deadline: float) -> _Connection:
-        """A connection. One that rested for long goes through the pool, which looks whether it still is open."""
+        """A connection. One that rested for long is asked first whether it still is open."""
         if self._forks != _forks:
             raise errors.ForkedProcessError
         if self._generation != self.endpoint.generation:
             self._generation = self.endpoint.generation
             self._end_idle()
+        connection: Any = None
+        used = 0.0
+        with self._count:
+            if self._idle:
+                connection, used = self._idle.pop()
+                self._known[connection] = deadline
+        if connection is None:
+            return self._new(deadline)
         try:
-            connection, used = self._idle.pop()
-        except IndexError:
-            return self._from_pool(deadline)
-        rested_s = time.monotonic() - used
-        if rested_s < _FRESH_S or (rested_s >= _STALE_S and self._answers(connection, deadline)):
+            rested_s = time.monotonic() - used
+            if rested_s < _FRESH_S:
+                return connection
+            is_open = self._answers(connection, deadline) if rested_s >= _STALE_S else _is_quiet(connection)
+        except BaseException:  # interrupted: an answer may still come
+            self._known[connection] = _OVER
+            self._drop(connection)
+            raise
+        if is_open:
             return connection
-        self.redis.connection_pool.release(connection)
-        return self._from_pool(deadline)
+        self._known[connection] = _OVER
+        self._drop(connection)
+        return self._new(deadline)
 
-    def _from_pool(self, deadline: float) -> _Connection:
+    def _new(self, deadline: float) -> _Connection:
+        """A new connection, made as the pool makes them; the pool's own book-keeping does not survive interrupts."""
+        self._drop_lost()
         pool = self.redis.connection_pool
+        connection: Any = pool.connection_class(**pool.connection_kwargs)
+        self._known[connection] = deadline
         _current.deadline = deadline
         try:
-            return cast("_Connection", pool.get_connection())
-        except (redis.RedisError, OSError):
-            raise
-        except BaseException:  # interrupted half-way: the pool would hand the connection out again as it is
-            pool.disconnect(inuse_connections=False)
+            connection.connect()
+        except BaseException:
+            self._known[connection] = _OVER
+            self._drop(connection)
             raise
         finally:
             _current.deadline = None
+        return connection
+
+    def _drop(self, connection: Any) -> None:
+        """Close a connection, whatever may still come over it."""
+        connection.disconnect()
+        self._known.pop(connection, None)
+
+    def _drop_lost(self) -> None:
+        """Close connections that an interrupt left behind: their call is over, or should be, and they do not rest."""
+        late = time.monotonic() - _LOST_S
+        with self._count:
+            resting = {connection for connection, _ in self._idle}
+            lost = [each for each, until in self._known.items() if until < late and each not in resting]
+        for connection in lost:
+            self._drop(connection)
 
     def _answers(self, connection: Any, deadline: float) -> bool:
         """Whether a connection that rested for long leads anywhere; if not, none that rests does."""
@@ -391,30 +444,17 @@ class Client:
             return True
         except (redis.RedisError, OSError):
             self.failures["silent connection"] += 1
-            connection.disconnect()
             self._end_idle()
             return False
-        except BaseException:  # interrupted: its answer may still come
-            connection.disconnect()
-            raise
         finally:
             _current.deadline = None
         return True
-
-    def _put_back(self, connection: Any, *, healthy: bool) -> None:
-        """Keep it for the next call: the pool's own book-keeping takes half as long as a look-up."""
-        if healthy and not self._closed:
-            self._idle.append((connection, time.monotonic()))
-            return
-        connection.disconnect()
-        self.redis.connection_pool.release(connection)
-        self._end_idle()  # they lead to the same server
 
     def _end_idle(self) -> None:
         """Close the connections that rest."""
         while self._idle:
             with contextlib.suppress(IndexError):
-                self.redis.connection_pool.release(self._idle.pop()[0])
+                self._drop(self._idle.pop()[0])
         self.redis.connection_pool.disconnect(inuse_connections=False)
 
     def _break(self, breaker: Breaker, began: float = float("inf")) -> None:
@@ -450,6 +490,14 @@ class Client:
         else:
             self._break(breaker)
         return errors.ScriptError(f"the server refused the call: {error}")
+
+
+def _is_quiet(connection: Any) -> bool:
+    """Whether a connection is open, and nothing came that has not been asked for."""
+    try:
+        return not connection.can_read()
+    except (redis.RedisError, OSError):
+        return False
 
 
 def _code_of(error: redis.ResponseError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -25,6 +24,7 @@ from distprefix.redis.namespace import attach
 from distprefix.redis.proof import prove_servers
 from distprefix.redis.roster import WorkerInfo, heartbeat, read_roster, register, retire
 from distprefix.roster import Roster
+from distprefix.turns import Turn
 
 __all__ = ["Link"]
 
@@ -55,7 +55,7 @@ class Link:
         self.renewed = 0
         """How often a new epoch was taken under which what this worker holds has to be published again."""
         self._warned_of_stale_epoch = False
-        self._attaching = threading.Lock()
+        self._attaching = Turn()
         self.roster = Roster()
         self.lease_s = config.worker_lease_s
         self.info = WorkerInfo(media=(config.medium,))
@@ -89,6 +89,7 @@ class Link:
         attached = attach(client, self.keys, self._config, deadline)
         self.cold_is_elsewhere = attached.cold_is_elsewhere
         member, asked = self._config.member, time.monotonic()
+        self.attached = False  # interrupted from here on, this process may not know the epoch that Redis gave it
         epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
         self.history = History(attached.generation, epoch, b"%s %d %s" % (SCHEMA, epoch, member.encode()))
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
@@ -105,15 +106,17 @@ class Link:
         What this worker holds is published again, unless it `begins_anew`. Four calls. Raises NamespaceError or
         UnavailableError.
         """
-        if not self._attaching.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise UnavailableError("another thread is still attaching")
+        me = object()
         try:
+            if not self._attaching.take(me, deadline):
+                raise UnavailableError("another thread is still attaching")
             if self.epoch == seen_epoch:
                 self._attach(self.publishes, deadline)
                 self.renewed += not begins_anew
                 _log.info("attached to namespace %s again, under epoch %d", self._config.namespace, self.epoch)
         finally:
-            self._attaching.release()
+            if self._attaching.holder is me:
+                self._attaching.holder = None
 
     def look_up(self, operation: Generator[Call, Any, T], deadline: float) -> tuple[T | None, int]:
         """Run a look-up. Returns None when Redis failed, and the calls made."""
@@ -135,8 +138,8 @@ class Link:
 
     def settled_epoch(self) -> int:
         """The epoch that counts, once no other thread is attaching."""
-        with self._attaching:
-            return self.epoch
+        self._attaching.wait()
+        return self.epoch
 
     def publish_deadline(self) -> float:
         """When a publish that begins now has to be done with everything (time.monotonic)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -12,14 +11,16 @@ from operator import index
 from pickle import PickleBuffer
 from typing import Any, NamedTuple, SupportsIndex
 
-from distprefix.chunking import HASH_BYTES, Prompt
-from distprefix.errors import DistPrefixError, UnavailableError
+from distprefix.chunking import HASH_BYTES, Prompt, read_items
+from distprefix.errors import DistPrefixError, InvalidInputError, UnavailableError
+from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
+from distprefix.tiers.cache import Reading
 from distprefix.tiers.operations import Evidence, Places
 from distprefix.tiers.payloads import ATTEMPTS, COLD, WARM, Payloads
 from distprefix.tiers.store import Flaw, PayloadStore, Want, check_fits, groups
 
-__all__ = ["Asked", "Loaded", "load"]
+__all__ = ["Asked", "Loaded", "load", "writable"]
 
 _GROUP_BYTES = 64 * 1024 * 1024
 """As many are read at once: what is not received where it is wanted lies in memory meanwhile."""
@@ -139,6 +140,22 @@ def load(payloads: Payloads, asked: Sequence[Asked], *, requests: int) -> list[L
     return [_finish(payloads, each, deadline) for each in loads]
 
 
+def writable(buffers: Sequence[Buffer]) -> list[memoryview]:
+    """The bytes of buffers to load into. Raises InvalidInputError for what is none."""
+    return [_writable(each) for each in read_items(buffers, "buffers to load into", "a list with one for each chunk")]
+
+
+def _writable(buffer: Buffer) -> memoryview:
+    try:
+        view = memoryview(buffer)
+    except (TypeError, ValueError, BufferError):
+        kind = type(buffer).__name__
+        raise InvalidInputError(f"a buffer to load into cannot be {kind}: pass a writable one") from None
+    if view.readonly or not view.c_contiguous:
+        raise InvalidInputError("a buffer to load into must be writable and in one piece")
+    return view.cast("B")
+
+
 def _has_moved(payloads: Payloads, load: _Load, deadline: float) -> bool:
     """Whether what ended a load was moved, or evicted, meanwhile. Where the tree does not answer, nothing is known."""
     before = load.place
@@ -245,26 +262,27 @@ def _read_through(
     """
     cache = payloads.cache
     found: dict[int, memoryview | Flaw] = {}
-    mine: list[int] = []
-    others: list[tuple[int, threading.Event]] = []
+    mine: list[tuple[int, Reading]] = []
+    others: list[tuple[int, Reading]] = []
     try:
         for i, want in enumerate(wants):
             kept = cache.get(want.chunk)
             if kept is not None:
                 found[i] = _copy(kept, want.target)
                 continue
-            reading = cache.begin(want.chunk)
-            if reading is None:
-                mine.append(i)
-            else:
+            own = Reading(deadline)
+            mine.append((i, own))  # first: an interrupt must not leave a reading that nobody ends
+            reading = cache.begin(want.chunk, own)
+            if reading is not own:
+                mine.pop()
                 others.append((i, reading))
-        found.update(zip(mine, store.read([wants[i] for i in mine], deadline), strict=True))
+        found.update(zip([i for i, _ in mine], store.read([wants[i] for i, _ in mine], deadline), strict=True))
     finally:
-        for i in mine:
+        for i, own in mine:
             read = found.get(i)
-            cache.end(wants[i].chunk, read if isinstance(read, memoryview) else None)
+            cache.end(wants[i].chunk, own, read if isinstance(read, memoryview) else None)
     for i, reading in others:
-        reading.wait(max(0.0, deadline - time.monotonic()))
+        reading.ended.wait(max(0.0, deadline - time.monotonic()))
         kept = cache.get(wants[i].chunk)
         found[i] = store.read([wants[i]], deadline)[0] if kept is None else _copy(kept, wants[i].target)
     return [found[i] for i in range(len(wants))]

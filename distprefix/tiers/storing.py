@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distprefix.budget import keep_within
-from distprefix.chunking import HASH_BYTES, Prompt
+from distprefix.chunking import HASH_BYTES, Prompt, read_items
 from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
 from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
@@ -46,9 +46,7 @@ class _Prompt:
 
 def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | None]]]) -> list[int]:
     """See `PrefixCacheOptimizer.store_batch`."""
-    for prompt, buffers in wanted:
-        if len(buffers) > prompt.chunks:
-            raise InvalidInputError(f"{len(buffers)} payloads do not fit {prompt.chunks} full chunks: one for each")
+    wanted = [(prompt, _checked(prompt, buffers)) for prompt, buffers in wanted]
     state, deadline = payloads.state, payloads.deadline()
     prompts: list[_Prompt] = []
     given: dict[bytes, Buffer] = {}
@@ -82,6 +80,24 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
     payloads.count("payloads_stored", len(named))
     payloads.count("payload_bytes_stored", sum(memoryview(given[chunk]).nbytes for chunk in named))
     return [each.stored for each in prompts]
+
+
+def _checked(prompt: Prompt, buffers: Sequence[Buffer | None]) -> Sequence[Buffer | None]:
+    """The payloads of a prompt, as many as it has chunks at most. Raises InvalidInputError."""
+    given: Sequence[Buffer | None] = read_items(buffers, "payloads", "a list with a buffer or None for each chunk")
+    for i, buffer in enumerate(given):
+        try:
+            is_whole = buffer is None or memoryview(buffer).c_contiguous
+        except (TypeError, ValueError, BufferError):
+            raise InvalidInputError(
+                f"payload {i} is {type(buffer).__name__}: pass a buffer of bytes, or None"
+            ) from None
+        if not is_whole:
+            raise InvalidInputError(f"payload {i} is not in one piece: pass a contiguous buffer")
+    if len(given) > prompt.chunks:
+        raise InvalidInputError(f"{len(given)} payloads do not fit {prompt.chunks} full chunks: one for each")
+    prompt.leading(len(given)).check_chain()
+    return given
 
 
 def _name(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:

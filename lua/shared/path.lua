@@ -3,9 +3,13 @@
 -- keeps for each chunk, "b:" block ids or "e:" an engine's keys. `is_over`: asked after each node, with the number of
 -- its fields and of the nodes so far, whether another call takes the rest of the path: then true is the third value.
 local function read_path(chain, holder, epoch, column, is_over)
-  local path, first, total = {}, 0, #chain / 16
+  local path, seen, first, total = {}, {}, 0, #chain / 16
   while first < total do
     local head = hex(chain, first)
+    if seen[head] then
+      return nil, redis.error_reply('DPDAMAGED the chain has chunk ' .. head .. ' twice')
+    end
+    seen[head] = true
     local run, accessed, held, ids, hits, depth, parent =
       unpack(redis.call('HMGET', node_key(head), 'r', 'a', 'h:' .. holder, column .. holder, 'n', 'd', 'p'))
     if not run then

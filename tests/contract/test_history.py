@@ -331,7 +331,7 @@ def test_every_reply_says_of_which_history_it_is() -> None:
     for name in SCRIPTS:
         body = load_script(name).body
         if "DPGONE" not in body:
-            assert name in ("attach", "heartbeat", "register", "report", "retire", "roster")
+            assert name in ("attach", "forget", "heartbeat", "register", "report", "retire", "roster")
             continue
         own = body.rpartition("local function answer")[2]
         assert "return answer(" in own
