@@ -32,7 +32,6 @@ local function publish(chain, depth, metadata, with)
   end
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
-  redis.call('HLEN', base .. 'holders')
   if splits or stop > pos then
     names['j' .. hex(chain, stop - 1)] = true
     taken = taken + redis.call('HLEN', junction_key(hex(chain, stop - 1)))
