@@ -39,8 +39,7 @@ local chain, keys, ends = ARGV[4], {}, {}
 local sizes = { stored_before(chain, tonumber(ARGV[5])) }
 local known, total, more = #sizes[1] / 4, #chain / 16, 0
 
--- First only look: what the tree refuses expires.
-allow(175)
+allow(175) -- first only look: what the tree refuses expires
 for at = known, total - 1 do
   local first = base .. 'kv:' .. hex(chain, at)
   local size, found = length_of(first), { first }

@@ -1,12 +1,13 @@
 -- The nodes that a chain makes from chunk `first` on, looked at before anything is written: a key that is no hash must
--- show. Returns {{head, last chunk}, ..., taken = whether any of these names is there already, or comes up twice}.
+-- show. Returns {{head, last chunk}, ..., taken = whether any of these names is there already, repeats = whether any
+-- comes up twice}.
 local function plan(chain, first, max_run)
   local new, keys, seen, taken = {}, {}, {}, 0
   for at = first, #chain / 16 - 1, max_run do
     local node = { hex(chain, at), hex(chain, math.min(at + max_run, #chain / 16) - 1) }
     local key, junction = node_key(node[1]), junction_key(node[2])
-    taken = taken + (seen[key] or 0) + (seen[junction] or 0)
-    seen[key], seen[junction] = 1, 1
+    new.repeats = new.repeats or seen[key] or seen[junction]
+    seen[key], seen[junction] = true, true
     new[#new + 1], keys[#keys + 1], keys[#keys + 2] = node, key, junction
   end
   for i = 1, #keys, 1000 do -- one call for what mostly is not there; as many as unpack can take

@@ -23,18 +23,17 @@ local function publish(chain, depth, metadata, with)
   local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run) or '')) == 0, pos
   local total = #chain / 16
   local splits = last and last.matched < last.size and (total > pos or metadata ~= '')
-  local names, taken = {}, 0
-  if splits then
-    names[hex(last.run, last.matched)] = true
-    taken = redis.call('HLEN', node_key(hex(last.run, last.matched)))
+  local taken, lower, ends = 0, splits and hex(last.run, last.matched) or nil, nil
+  if lower then
+    taken = redis.call('HLEN', node_key(lower))
   elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
     stop = math.min(total, last.first + max_run)
   end
   redis.call('ZCARD', base .. 'leaves')
   redis.call('XLEN', base .. 'log')
   if splits or stop > pos then
-    names['j' .. hex(chain, stop - 1)] = true
-    taken = taken + redis.call('HLEN', junction_key(hex(chain, stop - 1)))
+    ends = hex(chain, stop - 1)
+    taken = taken + redis.call('HLEN', junction_key(ends))
   end
   local most = math.max(1, math.floor(units_left / 3)) -- new nodes: at least one, so that every call gets on
   if total > stop + most * max_run then
@@ -44,11 +43,8 @@ local function publish(chain, depth, metadata, with)
   with.ids = with.ids:sub(1, total * with.width)
   local new = plan(chain, stop, max_run)
   spend(3 * #new)
-  for _, node in ipairs(new) do
-    names[node[1]], names['j' .. node[2]] = true, true
-  end
-  if comes_twice(chain, pos) or ((new.taken or taken > 0) and is_above(names, last)) then
-    return nil, refuse_repeat()
+  if new.repeats or ((new.taken or taken > 0) and is_above(new, lower, ends, last)) then
+    return nil, redis.error_reply('DPDAMAGED the chain has a chunk twice: chained hashes do not repeat')
   end
 
   -- Then write.
