@@ -46,7 +46,8 @@ from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.ingester import Engine, Ingester, follower_of
 from distprefix.events.journal import Fate
-from distprefix.redis.client import Client, connect
+from distprefix.redis.client import Client
+from distprefix.redis.connections import connect
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach

@@ -26,7 +26,8 @@ from payload_common import bf16_payload, gb_per_s, new_chain, open_cache
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.chunking import Chain
-from distprefix.redis.client import Client, connect
+from distprefix.redis.client import Client
+from distprefix.redis.connections import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.tiers.codecs import codec_named
 from distprefix.tiers.store import PART_BYTES

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
-from distprefix.redis.client import connect
+from distprefix.redis.connections import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys

@@ -35,7 +35,7 @@ from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
 from distprefix.state import State
-from distprefix.tiers.loading import Asked, Loaded, load, writable
+from distprefix.tiers.loading import Loaded, load
 from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
 from distprefix.upkeep import Upkeep
@@ -244,7 +244,7 @@ class PrefixCacheOptimizer:
         Redis calls: a walk, and a GET for every 8 MiB. Never raises on Redis failing: the result says what came.
         Raises InvalidInputError when a buffer has another size than its payload.
         """
-        asked = self._asked(token_ids, into, first, most, was_looked_up=was_looked_up)
+        asked = asked_of(self._state, token_ids, into, first, most, was_looked_up=was_looked_up)
         return load(self._tiers.payloads, [asked], requests=1)[0]
 
     def load_batch(
@@ -261,7 +261,9 @@ class PrefixCacheOptimizer:
         was counted already.
         """
         pairs = read_pairs(prompts, "buffers")
-        asked = [self._asked(token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs]
+        asked = [
+            asked_of(self._state, token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs
+        ]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 
@@ -304,18 +306,6 @@ class PrefixCacheOptimizer:
         """
         prompt = self._state.read(token_ids)
         return self._tiers.promote(prompt, timeout_s)
-
-    def _asked(
-        self, token_ids: Any, into: Sequence[Buffer] | None, first: int, most: int | None, *, was_looked_up: bool
-    ) -> Asked:
-        is_result = isinstance(token_ids, CacheHitResult)
-        prompt = self._state.read(token_ids.prompt if is_result else token_ids)
-        hits = 0 if is_result or was_looked_up else 1
-        targets = None if into is None else writable(into)
-        most = prompt.chunks if most is None else min(most, prompt.chunks)
-        if not isinstance(first, int) or first < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidInputError(f"first is {first!r}: it must be 0 or more")
-        return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first, hits)
 
     # Keep it well
 

@@ -25,6 +25,9 @@ redis.call('ZREM', roster .. 'workers', member)
 redis.call('DEL', roster .. 'w:' .. member)
 redis.call('HDEL', roster .. 'voided', member)
 redis.call('HSET', KEYS[1], member, ('%.0f'):format(epoch))
+if current == '0' and above == 0 then
+  redis.call('HSET', roster .. 'swept', member, ('%.0f'):format(epoch)) -- it has no older coverage
+end
 if ttl > 0 then
   hold(member, ttl, 4)
 end

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
 from distprefix.redis.address import embedded_name, parse_address
-from distprefix.redis.client import connect
+from distprefix.redis.connections import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys

@@ -23,7 +23,8 @@ from distprefix.cli.common import (
 )
 from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.address import parse_address
-from distprefix.redis.client import Client, connect, run
+from distprefix.redis.client import Client, run
+from distprefix.redis.connections import connect
 from distprefix.redis.keys import Keys
 from distprefix.redis.proof import prove
 from distprefix.redis.repair import repair as repair_shard

@@ -20,7 +20,8 @@ from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.holdings import Holdings
 from distprefix.redis.address import parse_address
-from distprefix.redis.client import Client, connect
+from distprefix.redis.client import Client
+from distprefix.redis.connections import connect
 from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys

@@ -8,7 +8,8 @@ import redis
 
 from distprefix.errors import NotAttachedError
 from distprefix.operations import drop
-from distprefix.redis.client import Client, connect, run
+from distprefix.redis.client import Client, run
+from distprefix.redis.connections import connect
 from distprefix.redis.keys import Keys
 
 __all__ = ["remove_namespaces"]

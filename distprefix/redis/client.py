@@ -13,12 +13,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator
-from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.connection import Connection, DefaultParser, UnixDomainSocketConnection
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -26,18 +23,16 @@ from redis.exceptions import (
     NoScriptError,
     ReadOnlyError,
 )
-from redis.retry import Retry
 
 from distprefix import errors
 from distprefix.operations import Call
-from distprefix.redis.address import KEEPALIVE, Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
 from distprefix.redis.causes import cause_of_code
-from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
+from distprefix.redis.connections import current
+from distprefix.redis.endpoint import Endpoint, ReplicaError
 from distprefix.redis.scripts import load_script
-from distprefix.redis.tls import Tls
 
-__all__ = ["Caller", "Client", "connect", "run"]
+__all__ = ["Caller", "Client", "run"]
 
 T = TypeVar("T")
 _log = logging.getLogger("distprefix")
@@ -90,7 +85,6 @@ class _NoFlagsError(Exception):
     """The server knows no ``#!lua`` line."""
 
 
-_current = threading.local()
 _forks = 0
 """How many forks lie between this process and the first one: asking the system who we are takes longer."""
 
@@ -104,90 +98,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_count_fork)
 
 
-class _Parser(cast("Any", DefaultParser)):  # pyright: ignore[reportUntypedBaseClass]
-    """Reads until the deadline of the thread's call: redis-py's time-outs begin anew with every byte that comes."""
-
-    def read_from_socket(self, *args: Any, **options: Any) -> Any:
-        deadline: float | None = getattr(_current, "deadline", None)
-        if deadline is None:
-            return super().read_from_socket(*args, **options)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise redis.TimeoutError("the deadline passed")
-        return super().read_from_socket(timeout=left, raise_on_timeout=options.get("raise_on_timeout", True))
-
-
 class _Connection(Protocol):
     def send_command(self, *args: Any) -> None: ...
     def read_response(self, *, timeout: float) -> Any: ...
     def disconnect(self) -> None: ...
-
-
-class _TlsConnection(Connection):
-    """A connection with the TLS context that the data path has: renewed certificates are read when it connects."""
-
-    def __init__(self, *, tls: Tls, **options: Any) -> None:
-        super().__init__(**options)
-        self._tls = tls
-
-    def _connect(self) -> Any:
-        plain: Any = super()._connect()
-        try:
-            return self._tls.context().wrap_socket(plain, server_hostname=self.host)
-        except BaseException:
-            plain.close()
-            raise
-
-
-def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = None) -> redis.Redis:
-    """A redis-py client that never retries and never waits longer than `timeout_s` for one read. Does not connect.
-
-    With an `endpoint` each new connection is asked what it leads to, and a replica is refused. Raises ConfigError for a
-    URL that is none.
-    """
-    address = address_of(where)
-    options: dict[str, Any] = {
-        "db": address.database,
-        "username": address.username or None,
-        "password": address.password or None,
-        "client_name": address.client_name or None,
-        "protocol": address.protocol,
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "parser_class": _Parser,
-        "legacy_responses": False,
-        "decode_responses": False,
-        "maint_notifications_config": None,
-        "driver_info": None,
-        "redis_connect_func": None if endpoint is None else partial(_admit, endpoint),
-    }
-    if address.path:
-        options |= {"connection_class": UnixDomainSocketConnection, "path": address.path}
-    else:
-        options |= {"host": address.host, "port": address.port}
-        options |= {"socket_keepalive": True, "socket_keepalive_options": KEEPALIVE}
-    if address.tls is not None:
-        options |= {"connection_class": _TlsConnection, "tls": address.tls}
-    return redis.Redis.from_pool(redis.ConnectionPool(**options))
-
-
-def _admit(endpoint: Endpoint, connection: Any) -> None:
-    """Greet the server and ask what it is. Two commands, one round trip."""
-    try:
-        connection.on_connect()
-        for command in IDENTITY:
-            connection.send_command(*command)
-        replies: list[Any] = []
-        for _ in IDENTITY:
-            try:
-                replies.append(connection.read_response())
-            except redis.ResponseError:  # not permitted, or renamed
-                replies.append(None)
-        endpoint.admit(read_identity(*replies))
-    except BaseException:
-        connection.disconnect()  # the pool would hand it out again as it is
-        raise
 
 
 class Caller(Protocol):
@@ -312,7 +226,7 @@ class Client:
             connection = self._reach(deadline, began)
             if deadline - began > _PATIENCE_S and not is_repeated:
                 until = time.monotonic() + _ANSWER_S
-            _current.deadline = until
+            current.deadline = until
             with self._count:
                 self.calls += 1
             connection.send_command(*_words(args))
@@ -330,7 +244,7 @@ class Client:
                 raise _SilentError from error
             raise self._explained(error, breaker, generation, began) from error
         finally:
-            _current.deadline = None
+            current.deadline = None
             if connection is not None:
                 self._known[connection] = _OVER
                 if healthy and not self._closed:
@@ -407,7 +321,7 @@ class Client:
         pool = self.redis.connection_pool
         connection: Any = pool.connection_class(**pool.connection_kwargs)
         self._known[connection] = deadline
-        _current.deadline = deadline
+        current.deadline = deadline
         try:
             connection.connect()
         except BaseException:
@@ -415,7 +329,7 @@ class Client:
             self._drop(connection)
             raise
         finally:
-            _current.deadline = None
+            current.deadline = None
         return connection
 
     def _drop(self, connection: Any) -> None:
@@ -436,7 +350,7 @@ class Client:
         """Whether a connection that rested for long leads anywhere; if not, none that rests does."""
         now = time.monotonic()
         until = min(now + _PROBE_S, now + (deadline - now) / 3)
-        _current.deadline = until
+        current.deadline = until
         try:
             connection.send_command("PING")
             connection.read_response(timeout=max(0.001, until - time.monotonic()))
@@ -447,7 +361,7 @@ class Client:
             self._end_idle()
             return False
         finally:
-            _current.deadline = None
+            current.deadline = None
         return True
 
     def _end_idle(self) -> None:

@@ -16,7 +16,8 @@ from distprefix.history import History, Loss
 from distprefix.operations import SCHEMA, Call
 from distprefix.redis.address import embedded_name
 from distprefix.redis.breaker import Breakers, new_breakers
-from distprefix.redis.client import Client, connect, run
+from distprefix.redis.client import Client, run
+from distprefix.redis.connections import connect
 from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.endpoint import Endpoint
 from distprefix.redis.keys import Keys

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from distprefix.chunking import HASH_BYTES, Prompt, read_items
 from distprefix.errors import DistPrefixError, InvalidInputError, UnavailableError
+from distprefix.model import CacheHitResult
 from distprefix.redis.transfers import Buffer
+from distprefix.state import State
 from distprefix.tiers import operations
 from distprefix.tiers.cache import Reading
 from distprefix.tiers.operations import Evidence, Places
 from distprefix.tiers.payloads import ATTEMPTS, COLD, WARM, Payloads
 from distprefix.tiers.store import Flaw, PayloadStore, Want, check_fits, groups
 
-__all__ = ["Asked", "Loaded", "load", "writable"]
+__all__ = ["Asked", "Loaded", "asked_of", "load"]
 
 _GROUP_BYTES = 64 * 1024 * 1024
 """As many are read at once: what is not received where it is wanted lies in memory meanwhile."""
@@ -43,6 +45,26 @@ class Asked(NamedTuple):
     """Leading chunks that are not wanted."""
     hits: int = 1
     """Of the nodes passed; 0 for a prompt whose look-up counted already: the load moves the last use alone."""
+
+
+def asked_of(
+    state: State,
+    token_ids: Any,
+    into: Sequence[Buffer] | None,
+    first: int,
+    most: int | None,
+    *,
+    was_looked_up: bool,
+) -> Asked:
+    """What a caller of `PrefixCacheOptimizer.load` asks for. Raises InvalidInputError."""
+    is_result = isinstance(token_ids, CacheHitResult)
+    prompt = state.read(token_ids.prompt if is_result else token_ids)
+    hits = 0 if is_result or was_looked_up else 1
+    targets = None if into is None else writable(into)
+    most = prompt.chunks if most is None else min(most, prompt.chunks)
+    if not isinstance(first, int) or first < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidInputError(f"first is {first!r}: it must be 0 or more")
+    return Asked(prompt, targets, most if targets is None else min(most, first + len(targets)), first, hits)
 
 
 class Loaded(NamedTuple):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from distprefix.budget import maintain_cold
 from distprefix.errors import DistPrefixError
 from distprefix.redis.breaker import new_breakers
-from distprefix.redis.client import Client, connect
+from distprefix.redis.client import Client
+from distprefix.redis.connections import connect
 from distprefix.redis.data import DataPool
 from distprefix.redis.endpoint import Endpoint
 from distprefix.tiers.elsewhere import Elsewhere

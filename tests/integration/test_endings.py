@@ -228,14 +228,14 @@ def test_a_connection_interrupted_half_way_is_not_used(real_server: Backend, mon
     cache = real_server.open("w")
     cache.cache_prefix(list(range(16)))
     reader = real_server.open("r")
-    connect, left = client._Parser.on_connect, [KeyboardInterrupt]
+    connect, left = connections.Parser.on_connect, [KeyboardInterrupt]
 
     def interrupted(self: Any, connection: Any) -> None:
         if left:
             raise left.pop()
         connect(self, connection)
 
-    monkeypatch.setattr(client._Parser, "on_connect", interrupted)
+    monkeypatch.setattr(connections.Parser, "on_connect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reader.find_longest_cache_hit(list(range(16)))
     assert reader.find_longest_cache_hit(list(range(16))).matched_chunks == 4

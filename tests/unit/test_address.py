@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distprefix import PrefixCacheConfig
 from distprefix.errors import ConfigError
 from distprefix.redis.address import KEEPALIVE, Address, address_of, embedded_name, parse_address, without_password
-from distprefix.redis.client import connect
+from distprefix.redis.connections import connect
 
 PASSWORD = "p@ss/w:rd#?&%+ é"
 QUOTED = quote(PASSWORD, safe="")
