@@ -35,7 +35,7 @@ from distprefix.redis.transfers import Buffer
 from distprefix.redis.workers import retire_worker
 from distprefix.reservations import Lease
 from distprefix.state import State
-from distprefix.tiers.loading import Loaded, load
+from distprefix.tiers.loading import Loaded, asked_of, load
 from distprefix.tiers.storing import store
 from distprefix.tiers.tiers import Tiers
 from distprefix.upkeep import Upkeep
@@ -261,9 +261,8 @@ class PrefixCacheOptimizer:
         was counted already.
         """
         pairs = read_pairs(prompts, "buffers")
-        asked = [
-            asked_of(self._state, token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs
-        ]
+        state = self._state
+        asked = [asked_of(state, token_ids, into, 0, None, was_looked_up=was_looked_up) for token_ids, into in pairs]
         requests = min(1, len(asked)) if as_one else len(asked)
         return load(self._tiers.payloads, asked, requests=0 if continues else requests)
 

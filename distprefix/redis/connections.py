@@ -26,6 +26,7 @@ class Parser(cast("Any", DefaultParser)):  # pyright: ignore[reportUntypedBaseCl
     """Reads until the deadline of the thread's call: redis-py's time-outs begin anew with every byte that comes."""
 
     def read_from_socket(self, *args: Any, **options: Any) -> Any:
+        """Receive, for as long as the thread's call has left; for redis-py's own time-out where none runs."""
         deadline: float | None = getattr(current, "deadline", None)
         if deadline is None:
             return super().read_from_socket(*args, **options)

@@ -18,7 +18,7 @@ import pytest
 from distprefix import PrefixCacheOptimizer
 from distprefix.background import Background
 from distprefix.errors import DistPrefixError
-from distprefix.redis import client
+from distprefix.redis import client, connections
 from distprefix.redis.embedded import EmbeddedServer
 from tests.servers import Backend, Server
 
