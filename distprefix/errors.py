@@ -16,6 +16,7 @@ __all__ = [
     "NamespaceError",
     "NoParentError",
     "NotAttachedError",
+    "OrphansError",
     "ReplayError",
     "SchemaError",
     "ScriptError",
@@ -91,6 +92,10 @@ class NotAttachedError(ScriptError):
 
 class NoParentError(ScriptError):
     """The node that a chain goes on from is gone; it is published from the root instead (DPNOPARENT)."""
+
+
+class OrphansError(ScriptError):
+    """Children of lost nodes were in the way: some of them are removed, and the call is to be repeated (DPAGAIN)."""
 
 
 class StaleEpochError(ScriptError):

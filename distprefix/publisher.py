@@ -10,7 +10,7 @@ from typing import Any, cast
 from distprefix import operations
 from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt, pack_block_ids
-from distprefix.errors import DistPrefixError, NoParentError, NotAttachedError, UnavailableError
+from distprefix.errors import DistPrefixError, NoParentError, NotAttachedError, OrphansError, UnavailableError
 from distprefix.l1 import Found
 from distprefix.operations import Published
 from distprefix.own import node_at
@@ -185,6 +185,8 @@ class Publisher:
                 if not link.attached:
                     raise NotAttachedError
                 published = link.publish(operation, deadline)
+            except OrphansError:  # a part of them is removed with each call
+                continue
             except NoParentError:  # evicted meanwhile, or between two windows of a long prompt
                 attempts += start == 0
                 if attempts > _ATTEMPTS:

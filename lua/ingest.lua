@@ -17,7 +17,7 @@
 --            what to resume with, as "again" told it before, else ""
 -- returns    {"heads" and the chunks that nodes begin with | "part", chunks published, those that nodes begin with |
 --             "done" | "again" and what to resume with | "absent" | "noparent" | "refused" for each change looked at}
--- errors     DPGONE, DPSCHEMA, DPFENCED, DPLOST; DPNOPARENT, DPSTALE, DPDAMAGED of a change become words of the reply
+-- errors     DPGONE, DPSCHEMA, DPFENCED, DPLOST; DPNOPARENT, DPSTALE, DPDAMAGED, DPAGAIN of a change become words
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       what insert and trim cost, for each change
 -- @include guard
@@ -40,6 +40,7 @@
 -- @include cover
 -- @include create
 -- @include repeats
+-- @include orphans
 -- @include publish
 -- @include unlink
 -- @include uncover
@@ -57,12 +58,13 @@ elseif (has or '0') ~= writes then
   return redis.error_reply('DPLOST ' .. member .. ' was written ' .. (writes or '?') .. ' times, not ' .. (has or '0'))
 end
 
+local words = { DPNOPARENT = 'noparent', DPAGAIN = 'again' }
 for i = 10, #ARGV, 4 do
   if is_spent() then
     break
   end
   local well, word = pcall(change, member, epoch, max_run, unpack(ARGV, i, i + 3))
-  word = well and (word:match('^DPNOPARENT') and 'noparent' or word:match('^DP%u+') and 'refused' or word) or 'refused'
+  word = not well and 'refused' or words[word:match('^DP%u+')] or word:match('^DP%u+') and 'refused' or word
   local is_done = word == 'done' or word == 'refused' or word:match('^heads')
   complete = complete and is_done
   reply[#reply + 1] = word

@@ -14,7 +14,7 @@
 -- returns    {nodes made, chunks made, nodes, chunks, bytes and leaves in the shard, the server's time in ms, chunks
 --            taken, then the path as walk reports it, without the new nodes at its end: they are as sent, in runs of
 --            ARGV[2]}
--- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
+-- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED, DPAGAIN
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       one HMGET, one HGETALL and a few HSET a node that was there, two HSET a new one; at most about 70 nodes; a
 --            split moves no child
@@ -38,6 +38,7 @@
 -- @include cover
 -- @include create
 -- @include repeats
+-- @include orphans
 -- @include publish
 local chain, used = ARGV[6], ('%.0f'):format(now)
 local done, problem = publish(chain, tonumber(ARGV[5]), ARGV[8], {

@@ -11,7 +11,7 @@
 -- ARGV[5]    its leading chunks, of one node, that an earlier call has stored: they are not looked at again
 -- returns    {leading chunks that are warm now, first chunk of the last node of these, 1 when the call stopped for its
 --            budget, else 0, nodes, chunks, bytes and leaves in the shard}
--- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED
+-- errors     DPGONE, DPSCHEMA, DPNOPARENT, DPSTALE, DPDAMAGED, DPAGAIN
 -- flags      none (writes; a server that is out of memory refuses it before anything has changed)
 -- cost       a STRLEN and a PERSIST for each part, of about 520 values at most, and what insert costs
 -- @include guard
@@ -34,11 +34,11 @@
 -- @include cover
 -- @include create
 -- @include repeats
+-- @include orphans
 -- @include publish
 local chain, keys, ends = ARGV[4], {}, {}
 local sizes = { stored_before(chain, tonumber(ARGV[5])) }
 local known, total, more = #sizes[1] / 4, #chain / 16, 0
-
 allow(175) -- first only look: what the tree refuses expires
 for at = known, total - 1 do
   local first = base .. 'kv:' .. hex(chain, at)

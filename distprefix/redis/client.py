@@ -50,7 +50,7 @@ _LOST_S = 1.0
 """How long after the deadline of its call a connection is taken to be lost."""
 _OVER = float("-inf")
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
-_HEALED = ("DPGONE", "DPNOPARENT")
+_HEALED = ("DPGONE", "DPNOPARENT", "DPAGAIN")
 """Codes after which the caller puts things right by itself."""
 _CODES: dict[str, type[errors.ScriptError]] = {
     "DPSCHEMA": errors.SchemaError,
@@ -60,6 +60,7 @@ _CODES: dict[str, type[errors.ScriptError]] = {
     "DPDAMAGED": errors.DamagedNodeError,
     "DPFENCED": errors.FencedError,
     "DPLOST": errors.LostHistoryError,
+    "DPAGAIN": errors.OrphansError,
 }
 
 

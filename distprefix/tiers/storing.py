@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt, read_items
-from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError
+from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError, OrphansError
 from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
 from distprefix.tiers.moving import promote
@@ -108,6 +108,8 @@ def _name(payloads: Payloads, prompt: _Prompt, deadline: float) -> set[bytes]:
         operation = operations.store(chain, prompt.begin, max_run=state.config.max_run)
         try:
             stored, state.usage = state.link.publish(operation, deadline)
+        except OrphansError:  # a part of them is removed with each call
+            continue
         except NoParentError:
             if not prompt.begin:
                 raise

@@ -1,8 +1,7 @@
 -- Puts a chain into the tree that begins at this depth. `with`: now, max_run, and of the holder: holder, epoch, and
 -- what it keeps for each chunk: column, width in bytes, ids. Publishes as many leading chunks as the call's budget
--- allows, up to the end of a node: the path is counted first, then new nodes. Returns what was made: nodes, chunks, the
--- chunks that were there or that a leaf took in, the chunks that nodes begin with, the chunks taken; or nil and an
--- error, and then nothing has changed.
+-- allows, up to the end of a node. Returns what was made: nodes, chunks, the chunks that were there or that a leaf took
+-- in, the chunks that nodes begin with, the chunks taken; or nil and an error, and then nothing was published.
 local function publish(chain, depth, metadata, with)
   local asked, holder, epoch, max_run = #chain / 16, with.holder, with.epoch, with.max_run
   spend(2)
@@ -43,8 +42,9 @@ local function publish(chain, depth, metadata, with)
   with.ids = with.ids:sub(1, total * with.width)
   local new = plan(chain, stop, max_run)
   spend(3 * #new)
-  if new.repeats or ((new.taken or taken > 0) and is_above(new, lower, ends, last)) then
-    return nil, redis.error_reply('DPDAMAGED the chain has a chunk twice: chained hashes do not repeat')
+  local hindrance = (new.repeats or new.taken or taken > 0) and hindrance_of(new, lower, ends, last)
+  if hindrance then
+    return nil, hindrance
   end
 
   -- Then write.

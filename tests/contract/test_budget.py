@@ -18,7 +18,10 @@ from distprefix.operations import Call
 from distprefix.redis.journal import RedisJournal
 from distprefix.redis.roster import WorkerInfo
 from distprefix.tiers import operations as payload_operations
+from tests.contract.test_find import prompt
+from tests.contract.test_tree import heads
 from tests.servers import Backend
+from tests.workers import calls_of
 
 DEEP = 900
 """Nodes of one chunk: as many as take many calls."""
@@ -345,3 +348,21 @@ def stepwise_hot(cache: PrefixCacheOptimizer, limit: int) -> tuple[list[operatio
             return done.value, calls
         calls += 1
         reply = cache._state.link.admin.call(call.script, cache._state.link.keys.meta, call.args, time.monotonic() + 9)
+
+
+def test_orphans_are_removed_in_portions(any_server: Backend) -> None:
+    """Where a node with hundreds of children was lost, publishing it again removes these some at a time."""
+    cache = any_server.open("w1", max_run=4)
+    parent = prompt(4)
+    for tail in range(300):
+        cache.cache_prefix([*parent, *([1000 + tail] * 4)])
+    any_server.admin.delete(any_server.keys.node(heads(parent)[0]))
+    other = any_server.open("w2", max_run=4)
+    with calls_of(other) as sent:
+        other.cache_prefix(prompt(8))
+    assert 3 <= sent.count("insert") <= 20
+    reader = any_server.open("r", max_run=4)
+    assert dict(reader.find_longest_cache_hit(prompt(8)).holders) == {"w2/0@gpu": 8}
+    assert not reader.find_longest_cache_hit([*parent, *([1000] * 4)]).matched_chunks > 4
+    problems = reader.check_integrity().problems
+    assert all("count" in problem for problem in problems), problems
