@@ -28,6 +28,7 @@ DEADLINES_S = {"look-up": 0.25, "publish": 0.5, "load": 1.0, "store": 1.0}
 _CHUNK = 16
 _CHUNKS = 4
 _PAUSE_S = 0.01
+_QUIET_LOOKS = 10
 _RECOVER_S = 20.0
 _WARM_UP = 12
 _COLD_A_SECOND = 80
@@ -240,11 +241,21 @@ def _go_through(worker: _Worker, site: Site, state: State, seconds: float) -> Ro
             recovered = round(time.monotonic() - began, 1)
         time.sleep(_PAUSE_S)
     row = worker.row(state.name, base, ended)
+    _wait_for_quiet(worker.cache)
     try:
         problems = [*worker.cache.check_integrity().problems]
     except (DistPrefixError, redis.RedisError):  # a server that takes a right from us
         problems = []
     return replace(row, recovered_s=recovered, exceptions=[*row.exceptions, *problems])
+
+
+def _wait_for_quiet(cache: PrefixCacheOptimizer) -> None:
+    """Return when the background publishes nothing again: what is read while others write is no snapshot."""
+    deadline = time.monotonic() + _RECOVER_S
+    quiet = 0
+    while quiet < _QUIET_LOOKS and time.monotonic() < deadline:
+        quiet = 0 if cache.get_metrics()["republish_waiting"] else quiet + 1
+        time.sleep(_PAUSE_S)
 
 
 def _share(value: float) -> str:

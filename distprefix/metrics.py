@@ -93,6 +93,7 @@ def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
         "background_errors": counts["background_errors"],
         "history_lost": dict(link.losses),
         "republished": counts["republished"],
+        "republish_waiting": counts["republish_waiting"],
         "republish_failed": counts["republish_failed"],
         "epoch": link.epoch,
         "l1_payload_bytes_used": tiers.payloads.cache.bytes,

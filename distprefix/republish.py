@@ -43,7 +43,9 @@ class Republisher:
             return
         until = time.monotonic() + _SLICE_S
         while self.waiting and time.monotonic() < until and self._state.link.attached:
-            if not self._publish_next():
+            is_taken = self._publish_next()
+            self._state.counts["republish_waiting"] = self.waiting
+            if not is_taken:
                 return
         if self.waiting:
             self._state.wake()
@@ -53,6 +55,7 @@ class Republisher:
         with state.lock:
             self._nodes = deque(reversed(state.own.leaves()))
             self._chains = deque(state.unnamed)
+            state.counts["republish_waiting"] = self.waiting
         for lease in state.reservations.active():
             lease.protect_again()
 

@@ -435,7 +435,8 @@ def _main() -> None:
     try:
         for first in range(arguments.first_seed, arguments.first_seed + arguments.runs, 1000):
             run_in_place(server, range(first, min(first + 1000, arguments.first_seed + arguments.runs)))
-            sys.stdout.write(f"{first + 1000 - arguments.first_seed} runs, {time.monotonic() - began:.0f} s\n")
+            done = min(first + 1000, arguments.first_seed + arguments.runs) - arguments.first_seed
+            sys.stdout.write(f"{done} runs, {time.monotonic() - began:.0f} s\n")
             sys.stdout.flush()
     finally:
         server.stop()

@@ -27,7 +27,7 @@ def remove_namespaces(client: redis.Redis, name: str, nodes: int, cold_url: str 
             run(drop(), calls, keys.meta, time.monotonic() + 60)
         except NotAttachedError:
             continue
-        for key in (keys.meta, keys.log, *keys.own):
+        for key in (keys.meta, keys.log, keys.writers, keys.holders, *keys.own):
             client.delete(key)
     if cold_url:
         with connect(cold_url, 60.0) as cold:

@@ -47,7 +47,7 @@ def stepwise(
             return done.value, sent
         between(len(sent))
         sent.append(max(len(arg) // 16 for arg in call.args if isinstance(arg, bytes)))
-        reply = client.call(call.script, meta, call.args, time.monotonic() + 60)
+        reply = client.call(call.script, meta, call.args, time.monotonic() + 60)[0]
 
 
 def publish(cache: PrefixCacheOptimizer, chain: bytes, holder: str = "", metadata: bytes = b"") -> Any:
@@ -164,7 +164,7 @@ def test_a_publish_that_is_cut_short_leaves_whole_prefixes(any_server: Backend) 
     operation, reply = publish(cache, chain, metadata=b"m"), None
     for _ in range(3):
         call = operation.send(reply)
-        reply = cache._state.link.admin.call(call.script, any_server.keys.meta, call.args, time.monotonic() + 60)
+        reply = cache._state.link.admin.call(call.script, any_server.keys.meta, call.args, time.monotonic() + 60)[0]
     report = cache.check_integrity()
     assert report.problems == []
     assert 0 < report.chunks < 400
@@ -347,7 +347,9 @@ def stepwise_hot(cache: PrefixCacheOptimizer, limit: int) -> tuple[list[operatio
         except StopIteration as done:
             return done.value, calls
         calls += 1
-        reply = cache._state.link.admin.call(call.script, cache._state.link.keys.meta, call.args, time.monotonic() + 9)
+        reply = cache._state.link.admin.call(call.script, cache._state.link.keys.meta, call.args, time.monotonic() + 9)[
+            0
+        ]
 
 
 def test_orphans_are_removed_in_portions(any_server: Backend) -> None:

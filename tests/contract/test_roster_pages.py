@@ -79,12 +79,21 @@ def test_what_happens_between_pages_is_not_missed(any_server: Backend) -> None:
     cache = any_server.open("r")
     names = registered(cache, 30, lease_s=LONG_S)
     link = cache._state.link
+    taken: Any = any_server.admin.hgetall(any_server.keys.epochs)
 
     def happen(call: int) -> None:
         if call == 0:
             return
         deadline = time.monotonic() + 60
-        heartbeat(link.admin, link.keys, names[call], 1, LONG_S + 60 * call, link.info, deadline)
+        heartbeat(
+            link.admin,
+            link.keys,
+            names[call],
+            int(taken[names[call].encode()]),
+            LONG_S + 60 * call,
+            link.info,
+            deadline,
+        )
         retire(link.admin, link.keys, {names[29 - call]: None}, deadline)
         register(link.admin, link.keys, f"late{call}/0", 0, LONG_S, None, deadline)
         register(link.admin, link.keys, names[10 + call], 0, LONG_S if call % 2 else 0, None, deadline)

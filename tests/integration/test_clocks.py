@@ -99,7 +99,8 @@ def test_a_wrong_clock_changes_nothing_for_others(real_server: Backend, shift: i
     began = server_ms(real_server)
     with shifted(real_server, shift, **settings) as found:
         ended = server_ms(real_server)
-        assert found == {"demoted": 0, "epoch": 1}
+        assert found["demoted"] == 0
+        assert began <= found["epoch"] <= ended
         for name in real_server.admin.scan_iter(match=real_server.keys.node("*"), count=1000):
             values: Any = real_server.admin.hmget(name, "a", "c")
             accessed, created = map(int, values)

@@ -212,8 +212,8 @@ def test_an_idle_ingester_notices() -> None:
             engine.evict(2)
             until(is_right)
             comes_back()
+            until(lambda: ingester.streams[0].follower.counts["history_lost"] == 1)
             until(is_right)
-            assert ingester.streams[0].follower.counts["history_lost"] == 1
 
 
 def test_a_cold_server_that_is_restored_alone() -> None:
