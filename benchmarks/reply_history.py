@@ -70,10 +70,9 @@ def _without(body: str) -> str:
     """The script as it was before replies said of which history they are."""
     head, _, rest = body.partition("local function answer(reply)\n")
     _, _, rest = rest.partition("\nend\n")
-    plain = head + "local function answer(reply)\n  return reply\nend\n" + rest
-    start = plain.index("local writers, epoch_of, written")
-    stop = plain.index("local function answer")
-    return plain[:start] + plain[stop:]
+    start = head.index("local written = tonumber")
+    uncounted = "local written, is_noted = -1, false\nlocal function answer(reply)\n  return reply\nend\n"
+    return head[:start] + uncounted + rest
 
 
 def _bytes_of(admin: redis.Redis, call: Any) -> int:

@@ -21,11 +21,13 @@
 -- @include budget
 -- @include keys
 -- @include tally
+-- @include covered
 -- @include walk
 -- @include policies
 -- @include score
 -- @include payload
 -- @include release
+-- @include keep
 -- @include account
 -- @include tell
 -- @include fields

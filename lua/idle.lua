@@ -17,6 +17,7 @@
 -- @include keys
 -- @include budget
 -- @include tally
+-- @include covered
 -- @include clock
 local before, rank, most = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}

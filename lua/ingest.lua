@@ -25,6 +25,7 @@
 -- @include budget
 -- @include keys
 -- @include tally
+-- @include covered
 -- @include clock
 -- @include walk
 -- @include path
@@ -39,8 +40,7 @@
 -- @include edit
 -- @include cover
 -- @include create
--- @include repeats
--- @include orphans
+-- @include hindrance
 -- @include publish
 -- @include unlink
 -- @include uncover

@@ -37,8 +37,7 @@
 -- @include edit
 -- @include cover
 -- @include create
--- @include repeats
--- @include orphans
+-- @include hindrance
 -- @include publish
 local chain, used = ARGV[6], ('%.0f'):format(now)
 local done, problem = publish(chain, tonumber(ARGV[5]), ARGV[8], {

@@ -16,10 +16,12 @@
 -- @include writes
 -- @include keys
 -- @include tally
+-- @include covered
 -- @include policies
 -- @include score
 -- @include payload
 -- @include release
+-- @include keep
 -- @include account
 -- @include tell
 -- @include place

@@ -26,6 +26,7 @@
 -- @include score
 -- @include payload
 -- @include release
+-- @include keep
 -- @include account
 -- @include tell
 -- @include fields
@@ -33,8 +34,7 @@
 -- @include edit
 -- @include cover
 -- @include create
--- @include repeats
--- @include orphans
+-- @include hindrance
 -- @include publish
 local chain, keys, ends = ARGV[4], {}, {}
 local sizes = { stored_before(chain, tonumber(ARGV[5])) }

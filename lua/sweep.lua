@@ -18,6 +18,7 @@
 -- @include budget
 -- @include keys
 -- @include tally
+-- @include covered
 -- @include policies
 -- @include score
 -- @include payload

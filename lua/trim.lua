@@ -19,6 +19,7 @@
 -- @include budget
 -- @include keys
 -- @include tally
+-- @include covered
 -- @include walk
 -- @include policies
 -- @include score

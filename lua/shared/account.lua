@@ -26,15 +26,15 @@ local function weigh(fields)
   return holders, extra, warm, cold
 end
 
--- Writes the counts. Returns nodes, chunks and bytes in the shard, and its leaves.
+-- Writes the counts, and that the caller wrote. Returns nodes, chunks and bytes in the shard, and its leaves.
 local function settle()
-  for _, tier in ipairs({ 'warm', 'cold' }) do
-    if added[tier] ~= 0 then
-      redis.call('HINCRBY', KEYS[1], tier, added[tier])
-    end
+  local total, names = {}, { 'nodes', 'chunks', 'bytes', 'warm', 'cold' }
+  for i, name in ipairs(names) do
+    total[i] = (tonumber(shard[i]) or 0) + added[name]
+    total[i + 5] = ('%.0f'):format(total[i])
   end
-  return {
-    redis.call('HINCRBY', KEYS[1], 'nodes', added.nodes), redis.call('HINCRBY', KEYS[1], 'chunks', added.chunks),
-    redis.call('HINCRBY', KEYS[1], 'bytes', added.bytes), redis.call('ZCARD', base .. 'leaves'),
-  }
+  is_noted = written >= 0 and ARGV[1] ~= schema
+  redis.call('HSET', KEYS[1], 'nodes', total[6], 'chunks', total[7], 'bytes', total[8], 'warm', total[9],
+    'cold', total[10], unpack(is_noted and { ARGV[1], written + 1 } or {}))
+  return { total[1], total[2], total[3], redis.call('ZCARD', base .. 'leaves') }
 end

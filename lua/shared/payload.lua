@@ -45,13 +45,3 @@ local function values_of(tier, chunk)
   end
   return keys, lengths
 end
-
--- Size of a payload that is there as a whole, else 0; and its keys.
-local function whole_size(tier, chunk)
-  local keys, lengths = values_of(tier, chunk)
-  local size = lengths[1]
-  for number = 2, size > 0 and #keys or 0 do
-    size = size + lengths[number]
-  end
-  return size, keys
-end

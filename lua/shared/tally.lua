@@ -1,14 +1,9 @@
 -- A junction counts for each holder how many of its children that holder covers, under whatever epoch; the roots are
 -- counted in `holders`. So a script finds what a holder covers without looking at what it does not.
--- Defines: counts_key(parent), covered_children(parent, holder), tally(parent, holder, change),
--- tally_all(parent, flat, change). `parent`: the chunk that the junction is named by, "" for the roots.
+-- Defines: counts_key(parent), tally(parent, holder, change), tally_all(parent, flat, change). `parent`: the chunk that
+-- the junction is named by, "" for the roots.
 local function counts_key(parent)
   return parent == '' and base .. 'holders' or junction_key(parent)
-end
-
--- How many of the children a holder covers.
-local function covered_children(parent, holder)
-  return tonumber(redis.call('HGET', counts_key(parent), holder) or '') or 0
 end
 
 -- The holder covers one child more, or one less. A key that is no hash does not end a script that has written already.

@@ -24,14 +24,9 @@ end
 -- `is_over`, which are `spend` and `is_spent`, it stops between two nodes when the call's budget is spent as well: then
 -- "more" is the last element.
 local function walk(chain, holder, reply, count, is_over)
-  local first, total, wanted, seen = 0, #chain / 16, 'b:' .. holder, {}
+  local first, total, wanted = 0, #chain / 16, 'b:' .. holder
   while first < total do
-    local head = hex(chain, first)
-    if seen[head] then
-      break -- no chain has a chunk twice
-    end
-    seen[head] = true
-    local fields = redis.pcall('HGETALL', node_key(head))
+    local fields = redis.pcall('HGETALL', node_key(hex(chain, first)))
     local node, holders, ids = { r = '', a = '0', n = '0', c = '0', m = '', p = '', d = '' }, {}, ''
     for i = 1, #fields, 2 do
       local name = fields[i]
