@@ -287,13 +287,13 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@short_or_long("tries", short=12, long=None)
-def test_a_call_may_be_interrupted_at_any_place(real_server: Backend, name: str, tries: int | None) -> None:
+@short_or_long("tries", short=12, long=120)
+def test_a_call_may_be_interrupted_at_any_place(real_server: Backend, name: str, tries: int) -> None:
     """Whatever a signal handler cuts short: locks are free, counts right, and nothing is over-reported."""
     scene = Scene(real_server)
     scene.check()
     places = count_places(scene, CALLS[name])
-    step = 1 if tries is None else max(1, places // tries)
+    step = max(1, places // tries)
     before = connections(real_server)
     for at in range(1 + Random().randrange(step), places + 40, step):
         call = CALLS[name](scene)
@@ -320,11 +320,10 @@ def count_places(scene: Scene, call: Callable[[Scene], Call]) -> int:
     return high
 
 
-@short_or_long("tries", short=12, long=None)
-def test_closing_may_be_interrupted_at_any_place(real_server: Backend, tries: int | None) -> None:
+@short_or_long("step", short=60, long=8)
+def test_closing_may_be_interrupted_at_any_place(real_server: Backend, step: int) -> None:
     """A cache whose closing is cut short is closed by closing again, with all its connections."""
     at = 1
-    step = 1 if tries is None else 60
     while True:
         base = connections(real_server)
         cache = real_server.open("a")
@@ -339,19 +338,18 @@ def test_closing_may_be_interrupted_at_any_place(real_server: Backend, tries: in
         at += step
 
 
-@short_or_long("tries", short=10, long=None)
-def test_opening_may_be_interrupted_at_any_place(real_server: Backend, tries: int | None) -> None:
+@short_or_long("step", short=400, long=40)
+def test_opening_may_be_interrupted_at_any_place(real_server: Backend, step: int) -> None:
     """A cache whose opening is cut short leaves no connection, and another one opens."""
     base = connections(real_server)
     at = 1
-    step = 1 if tries is None else 400
     while interrupt(lambda: real_server.open("a"), at):
         at += step
         wait_until(lambda: connections(real_server) <= base + 1)
     assert real_server.open("a").cache_prefix(list(range(16)), range(4))
 
 
-@short_or_long("seconds", short=2, long=60)
+@short_or_long("seconds", short=2, long=20)
 def test_signals_that_raise(real_server: Backend, seconds: int) -> None:
     """With a timer whose handler raises at random, a thousand calls leave the cache in order."""
     scene = Scene(real_server)
