@@ -57,14 +57,14 @@ def play(deployment: Deployment, runs: int) -> None:
                 run.close()
 
 
-@short_or_long("runs", 8, 250)
+@short_or_long("runs", 8, 100)
 def test_histories_with_kills(runs: int) -> None:
     """Random operations on a server that is killed and comes back with its newest snapshot: nobody says too much."""
     with servers(1) as (server,):
         play(Killed(server), runs)
 
 
-@short_or_long("runs", 3, 80)
+@short_or_long("runs", 3, 40)
 def test_histories_with_promotions(runs: int) -> None:
     """Random operations on a primary whose replica lags, and is promoted when the primary is killed."""
     with servers(2, "--repl-diskless-sync-delay", "0", tcp=True) as (first, second), Relay(first.port) as name:
@@ -112,7 +112,7 @@ def test_an_append_only_file_that_lost_its_end() -> None:
         assert worker.get_metrics()["history_lost"] == {"position": 1}
 
 
-@short_or_long("cuts", 12, 400)
+@short_or_long("cuts", 12, 150)
 def test_an_append_only_file_cut_anywhere(cuts: int) -> None:
     """Wherever the file of a busy server ends, the tree that comes back is whole, and its log has its newest entry."""
     pick = random.Random(5)
