@@ -62,16 +62,20 @@ class PrefixCacheOptimizer:
             raise ConfigError(f"config is {type(config).__name__}: pass a PrefixCacheConfig")
         self.config = config = config.with_worker_id()
         self._state = State(config, client)
-        self._publisher = Publisher(self._state)
-        self._tiers = Tiers(self._state)
-        if config.prewarm_on_start and config.enable_prewarm:
-            self.prewarm()
-        self._upkeep = Upkeep(self._state, self._tiers, self._publisher)
         self._closing = threading.RLock()
         self._is_closed = False
         self._background: Background | None = None
-        self._begin_background()
-        _open.add(self)
+        try:
+            self._publisher = Publisher(self._state)
+            self._tiers = Tiers(self._state)
+            if config.prewarm_on_start and config.enable_prewarm:
+                self.prewarm()
+            self._upkeep = Upkeep(self._state, self._tiers, self._publisher)
+            self._begin_background()
+            _open.add(self)
+        except BaseException:  # interrupted: nobody will close it
+            self._state.link.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

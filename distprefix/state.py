@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,7 @@ class State:
         self.link = Link(config, client)
         self.outbox = Outbox(self.link, config)
         self.feed = Feed(self.link, self.l1, self.lock, config.feed_interval_s)
-        self.link.on_loss = self._distrust_all
+        self.link.on_loss = _weakly(self._distrust_all)  # or an unfinished cache would keep its connections
         if config.feed_interval_s:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
@@ -139,3 +140,14 @@ class State:
             parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
             parent = parts[-1][-HASH_BYTES:]
         return b"".join(parts)
+
+
+def _weakly(method: Callable[[], object]) -> Callable[[], object]:
+    """What calls a method as long as its owner is there, and does not keep the owner."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> object:
+        found = reference()
+        return found() if found is not None else None
+
+    return call
