@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, errors, fail, opened, show
-from distprefix.errors import NotAttachedError
+from distprefix.errors import NotAttachedError, ScriptError
 from distprefix.redis.client import Client
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.keys import Keys
@@ -30,13 +30,18 @@ def restored(
         calls = Client(client)
         names = namespaces(client) if every_namespace else [namespace]
         done: dict[str, int] = {}
+        refused: list[str] = []
         for name in names:
             try:
                 done[name] = declare_restored(calls, Keys(name), time.monotonic() + _DEADLINE_S).members
             except NotAttachedError:
                 if not every_namespace:
                     fail(f"there is no namespace {name!r}", EXIT_MISS)
+            except ScriptError as error:  # of another version, say: the others are done all the same
+                refused.append(f"{name!r}: {error}")
         show(done, as_json=as_json, render=lambda: _lines(done))
+        if refused:
+            fail(f"nothing was said of {'; '.join(refused)}", EXIT_MISS)
 
 
 def _lines(done: dict[str, int]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
+from distprefix.redis.keys import Keys
 from tests.commands import run_cli
 from tests.contract.test_find import prompt
 from tests.faults import wait_until
-from tests.servers import Backend
+from tests.servers import Backend, Server
 from tests.workers import held
 
 TEN = prompt(10)
@@ -32,11 +34,18 @@ def test_the_living_publish_again_and_the_dead_count_no_more(real_server: Backen
     assert worker.get_metrics()["history_lost"] == {"generation": 1}
 
 
-def test_every_namespace(real_server: Backend) -> None:
-    """With --all it is said of each namespace that the server has, and told in words."""
-    real_server.open("w1")
-    done = run_cli("restored", "--url", real_server.url or "", "--all")
-    assert f"{real_server.namespace}: 1 ranks publish again what they hold" in done.stdout
+def test_every_namespace(own_server: Server) -> None:
+    """With --all it is said of each namespace, also where one of them is of another version, which is named."""
+    for name in ("one", "two", "old"):
+        PrefixCacheOptimizer(PrefixCacheConfig(url=own_server.url, namespace=name, worker_id="w")).close()
+    done = run_cli("restored", "--url", own_server.url, "--all", "--json")
+    assert json.loads(done.stdout) == {"one": 1, "two": 1, "old": 1}
+    with own_server.client() as admin:
+        admin.hset(Keys("old").meta, "schema", "3")
+    done = run_cli("restored", "--url", own_server.url, "--all")
+    assert "one: 1 ranks publish again what they hold" in done.stdout
+    assert done.returncode == 1
+    assert "nothing was said of 'old': DPSCHEMA" in done.stderr
 
 
 def test_no_such_namespace(real_server: Backend) -> None:
