@@ -360,7 +360,7 @@ class _Namespace:
 
 
 @pytest.mark.usefixtures("by_hand")
-@short_or_long("runs", 25, 600)
+@short_or_long("runs", 25, 300)
 def test_random_histories(real_server: Backend, runs: int) -> None:
     """Random operations with snapshots and restores at any step: after the bound nobody says more than the truth."""
     deployment = _Namespace(real_server)

@@ -106,7 +106,7 @@ def ever_published(results: list[dict[str, Any]]) -> dict[str, int]:
     return had
 
 
-@short_or_long("seconds", 3, 60)
+@short_or_long("seconds", 3, 40)
 def test_under_pressure_nothing_is_wrong_and_the_budget_holds(real_server: Backend, seconds: int) -> None:
     """Four processes at full speed: no exception, no holder or block id that never was, and a shard within bounds."""
     settings: dict[str, Any] = {

@@ -287,7 +287,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@short_or_long("tries", short=12, long=120)
+@short_or_long("tries", short=12, long=60)
 def test_a_call_may_be_interrupted_at_any_place(real_server: Backend, name: str, tries: int) -> None:
     """Whatever a signal handler cuts short: locks are free, counts right, and nothing is over-reported."""
     scene = Scene(real_server)
@@ -349,7 +349,7 @@ def test_opening_may_be_interrupted_at_any_place(real_server: Backend, step: int
     assert real_server.open("a").cache_prefix(list(range(16)), range(4))
 
 
-@short_or_long("seconds", short=2, long=20)
+@short_or_long("seconds", short=2, long=10)
 def test_signals_that_raise(real_server: Backend, seconds: int) -> None:
     """With a timer whose handler raises at random, a thousand calls leave the cache in order."""
     scene = Scene(real_server)

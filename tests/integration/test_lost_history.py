@@ -57,14 +57,14 @@ def play(deployment: Deployment, runs: int) -> None:
                 run.close()
 
 
-@short_or_long("runs", 8, 100)
+@short_or_long("runs", 8, 50)
 def test_histories_with_kills(runs: int) -> None:
     """Random operations on a server that is killed and comes back with its newest snapshot: nobody says too much."""
     with servers(1) as (server,):
         play(Killed(server), runs)
 
 
-@short_or_long("runs", 3, 40)
+@short_or_long("runs", 3, 15)
 def test_histories_with_promotions(runs: int) -> None:
     """Random operations on a primary whose replica lags, and is promoted when the primary is killed."""
     with servers(2, "--repl-diskless-sync-delay", "0", tcp=True) as (first, second), Relay(first.port) as name:

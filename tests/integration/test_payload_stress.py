@@ -149,7 +149,7 @@ def second() -> Iterator[Server]:
 
 
 @pytest.mark.timeout(300)
-@short_or_long("seconds", 3, 60)
+@short_or_long("seconds", 3, 40)
 @pytest.mark.parametrize("tier", ["here", "elsewhere"])
 def test_under_pressure_no_byte_is_wrong(real_server: Backend, second: Server, tier: str, seconds: int) -> None:
     """A node that stores and loads what another one evicts and moves: no error, right bytes, leases kept, no leak."""
