@@ -91,7 +91,8 @@ class Bench:
         from distprefix import operations  # noqa: PLC0415
 
         link = cache._state.link
-        name, number = holder or cache.config.holder, epoch or link.epoch
+        name = holder or cache.config.holder
+        number = epoch or link.epoch
         link.publish(operations.publish(packed, 0, name, number, max_run=cache.config.max_run))
 
     @contextmanager
@@ -334,7 +335,8 @@ def _short_parts(bench: Bench) -> Generator[None]:
     from distprefix.redis import client, scripts  # noqa: PLC0415
     from distprefix.tiers import store  # noqa: PLC0415
 
-    whole, load_script = store.PART_BYTES, scripts.load_script
+    whole = store.PART_BYTES
+    load_script = scripts.load_script
 
     def load_short(name: str, *, with_flags: bool = True) -> Any:
         script = load_script(name, with_flags=with_flags)
@@ -343,11 +345,13 @@ def _short_parts(bench: Bench) -> Generator[None]:
         bench.names[sha] = name
         return script._replace(body=body, sha=sha)
 
-    client.load_script, store.PART_BYTES = load_short, _PART_BYTES  # pyright: ignore[reportPrivateImportUsage]
+    client.load_script = load_short  # pyright: ignore[reportPrivateImportUsage]
+    store.PART_BYTES = _PART_BYTES
     try:
         yield
     finally:
-        client.load_script, store.PART_BYTES = load_script, whole  # pyright: ignore[reportPrivateImportUsage]
+        client.load_script = load_script  # pyright: ignore[reportPrivateImportUsage]
+        store.PART_BYTES = whole
 
 
 Build = Callable[[Bench], None]

@@ -88,7 +88,7 @@ class PrefixCacheConfig:
     max_own_chunks: int = 1_000_000
     """Chunks whose block ids this process remembers; beyond, the prompt published longest ago is taken back."""
     l1_ttl_s: float = 30.0
-    """How long L1 trusts what Redis told, unless the feed revokes it. When the log was not read for two
+    """How long L1 trusts a reply of Redis, unless the feed revokes it. When the log was not read for two
     `feed_interval_s`, at least a second: a second."""
     feed_interval_s: float = 0.1
     """How often the shard's log is read for what L1 must forget, in the background. 0: never."""

@@ -24,7 +24,7 @@ def forget_members(client: Client, keys: Keys, deadline: float, after_s: float =
     """
     if client.command("SET", keys.forgetting, "1", "NX", "PX", _LOCK_MS, deadline=deadline) is None:
         return 0
-    covering = {member_of(holder) for page in _scan(client, f"{keys.base}holders", deadline) for holder in page}
+    covering = {member_of(holder) for page in _scan(client, keys.holders, deadline) for holder in page}
     forgotten = 0
     for page in _scan(client, keys.voided, deadline):
         members = [member for member in page if member not in covering]

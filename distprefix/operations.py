@@ -258,7 +258,8 @@ def walk(
         if not stopped and (reached < min(limit, total) or reached >= total):
             return views
         size = _next_window(size, reached - pos, stopped=stopped)
-        pos, limit = reached, reached + size
+        pos = reached
+        limit = reached + size
         if views[-1].matched < views[-1].size:  # the window ended inside this node: ask again from its head
             pos = views.pop().start - start
 
@@ -403,7 +404,8 @@ def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[in
 
     Returns how many leading chunks are there, and when the lease ends in ms of the server's clock.
     """
-    pos, size = 0, WINDOW
+    pos = 0
+    size = WINDOW
     while True:
         window = chain[pos * HASH_BYTES : (pos + size) * HASH_BYTES]
         there, ends, go_on = yield Call("lease", (SCHEMA, name, ttl_ms, window))

@@ -71,7 +71,8 @@ def prewarm(
                     break
                 if len(chain) == HASH_BYTES * (node.view.start + node.view.size):  # else another hand wrote its depth
                     state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure)
-                    nodes, chunks = nodes + 1, chunks + node.view.size
+                    nodes += 1
+                    chunks += node.view.size
             state.l1.shrink()
         if progress is not None:
             progress(Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, complete=False))
@@ -113,7 +114,8 @@ class _Paths:
 
     def take(self, done: int, above: str, nodes: list[HotNode]) -> Iterator[tuple[bytes, HotNode]]:
         """What a call brought: nodes that came with all that precedes them, with their chains."""
-        ready, self.waiting = [*nodes, *self.waiting], []
+        ready = [*nodes, *self.waiting]
+        self.waiting = []
         for node in ready:
             if node.parent and node.parent not in self._known:
                 self.waiting.append(node)

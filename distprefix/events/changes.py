@@ -165,11 +165,13 @@ def confirm(holdings: Holdings, change: Change, heads: Iterable[int] = ()) -> No
 
 
 def confirm_part(holdings: Holdings, change: Change, chunks: int, heads: Iterable[int]) -> bool:
-    """Redis knows the leading chunks of a publication now: the rest is told next. Whether any block of them is new.
+    """Redis knows the leading chunks of a publication now; the rest follows. Whether any block of them is new.
 
     Where none is, as in a block of more nodes than one call takes, the change is given up: it would never end.
     """
-    mask, count, at = holdings.mask(change.medium), 0, 0
+    mask = holdings.mask(change.medium)
+    count = 0
+    at = 0
     for block in change.path:
         at += len(block.chunks) // HASH_BYTES
         if at > chunks:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -166,54 +167,65 @@ def _dumped(server: Server) -> Callable[[], None]:
     return lambda: deployment.restore(kept)
 
 
-@pytest.mark.parametrize("how", [_saved, _dumped])
-def test_an_ingester_goes_on_from_what_there_is(how: Callable[[Server], Callable[[], None]]) -> None:
-    """The events that the server lost are written again; what an engine dropped in between is not said to be held."""
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """An engine whose events an ingester writes to a server, and a worker that reads it."""
+
+    server: Server
+    engine: FakeEngine
+    ingester: Ingester
+    reader: PrefixCacheOptimizer
+
+    def is_right(self) -> bool:
+        """Whether the reader finds of each prompt what the engine has of it."""
+        self.reader._state.link.roster.version = ""
+        return [holders(self.reader, asked).get("w0/0@gpu", 0) for asked in PROMPTS] == truth(self.engine)
+
+    def lost_once(self) -> bool:
+        """Whether the ingester has noticed one loss."""
+        return self.ingester.streams[0].follower.counts["history_lost"] == 1
+
+
+@contextmanager
+def _followed(lease_s: float) -> Generator[_Followed]:
+    """A server of the test's own, an engine, and an ingester that follows it."""
     with servers(1) as (server,), FakeEngine() as engine:
         config = PrefixCacheConfig(url=server.url, worker_id="ingester", chunk_size=4)
         reader = opened(server.url, "reader", l1_ttl_s=0)
         where = Engine(worker="w0", endpoint=engine.endpoint, replay=engine.replay_endpoint, topic=engine.topic)
-
-        def is_right() -> bool:
-            reader._state.link.roster.version = ""
-            return [holders(reader, asked).get("w0/0@gpu", 0) for asked in PROMPTS] == truth(engine)
-
-        with reader, Ingester(config, [where], lease_s=10.0) as ingester:
+        with reader, Ingester(config, [where], lease_s=lease_s) as ingester:
             until(lambda: ingester.streams[0].state == "following")
-            engine.prefill(PROMPTS[0])
-            engine.prefill(PROMPTS[1])
-            until(is_right)
-            comes_back = how(server)
-            engine.evict(4)
-            until(is_right)
-            comes_back()
-            engine.prefill(PROMPTS[2])
-            until(is_right)
-            assert ingester.streams[0].follower.counts["history_lost"] == 1
-            assert reader.check_integrity().problems == []
+            yield _Followed(server, engine, ingester, reader)
+
+
+@pytest.mark.parametrize("how", [_saved, _dumped])
+def test_an_ingester_goes_on_from_what_there_is(how: Callable[[Server], Callable[[], None]]) -> None:
+    """The events that the server lost are written again; what an engine dropped in between is not said to be held."""
+    with _followed(lease_s=10.0) as it:
+        it.engine.prefill(PROMPTS[0])
+        it.engine.prefill(PROMPTS[1])
+        until(it.is_right)
+        comes_back = how(it.server)
+        it.engine.evict(4)
+        until(it.is_right)
+        comes_back()
+        it.engine.prefill(PROMPTS[2])
+        until(it.is_right)
+        assert it.lost_once()
+        assert it.reader.check_integrity().problems == []
 
 
 def test_an_idle_ingester_notices() -> None:
     """An engine that sends nothing more is right again with the next beat of its lease."""
-    with servers(1) as (server,), FakeEngine() as engine:
-        config = PrefixCacheConfig(url=server.url, worker_id="ingester", chunk_size=4)
-        reader = opened(server.url, "reader", l1_ttl_s=0)
-        where = Engine(worker="w0", endpoint=engine.endpoint, replay=engine.replay_endpoint, topic=engine.topic)
-
-        def is_right() -> bool:
-            reader._state.link.roster.version = ""
-            return [holders(reader, asked).get("w0/0@gpu", 0) for asked in PROMPTS] == truth(engine)
-
-        with reader, Ingester(config, [where], lease_s=3.0) as ingester:
-            until(lambda: ingester.streams[0].state == "following")
-            engine.prefill(PROMPTS[0])
-            until(is_right)
-            comes_back = _saved(server)
-            engine.evict(2)
-            until(is_right)
-            comes_back()
-            until(lambda: ingester.streams[0].follower.counts["history_lost"] == 1)
-            until(is_right)
+    with _followed(lease_s=3.0) as it:
+        it.engine.prefill(PROMPTS[0])
+        until(it.is_right)
+        comes_back = _saved(it.server)
+        it.engine.evict(2)
+        until(it.is_right)
+        comes_back()
+        until(it.lost_once)
+        until(it.is_right)
 
 
 def test_a_cold_server_that_is_restored_alone() -> None:
