@@ -149,7 +149,7 @@ def describe(client: redis.Redis, namespace: str, *, private: bool) -> dict[str,
     found = read_descriptor(client, keys)
     if not found:
         absent(client, namespace, private=private)
-    whole = all(found.get(name) for name in ("schema", "hash_algorithm", "salt_check"))
+    whole = all(found.get(name) for name in ("schema", "hash_algorithm", "key_check"))
     if not whole or not all(found.get(name, "").isdigit() for name in ("chunk_size", "max_run")):
         fail(f"{keys.descriptor} describes no namespace; there are: {names_text(client)}", EXIT_MISS)
     return found

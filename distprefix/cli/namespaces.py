@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +23,7 @@ from distprefix.cli.common import (
     show,
     size,
 )
-from distprefix.engines.identity import read_fingerprint
+from distprefix.identity import parts_of_text
 from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
 
 __all__ = ["namespaces"]
@@ -41,13 +42,13 @@ def namespaces(url: Url = None, as_json: Json = False) -> None:
 
 
 def _as_dict(summary: NamespaceSummary) -> dict[str, Any]:
-    parts = read_fingerprint(summary.fingerprint)
-    return {**asdict(summary), "model": _model(summary.fingerprint), "dtype": parts.get("dtype")}
+    parts = parts_of_text(summary.identity)
+    return {**asdict(summary), "identity": dict(parts), "model": _model(parts), "dtype": parts.get("dtype")}
 
 
-def _model(fingerprint: str) -> str:
-    """What an engine's fingerprint says; else the fingerprint as its writer chose it."""
-    return read_fingerprint(fingerprint).get("model", fingerprint)
+def _model(parts: Mapping[str, str]) -> str:
+    """The model; where it is not said, what was said instead."""
+    return parts.get("model") or parts.get("other", "")
 
 
 def _table(found: list[NamespaceSummary], now_ms: int) -> Table:
@@ -62,8 +63,8 @@ def _table(found: list[NamespaceSummary], now_ms: int) -> Table:
         used = "never" if one.last_used_ms is None else f"{age(one.last_used_ms, now_ms)} ago"
         table.add_row(
             Text(one.name),
-            Text(_model(one.fingerprint)),
-            Text(read_fingerprint(one.fingerprint).get("dtype", "")),
+            Text(_model(parts_of_text(one.identity))),
+            Text(parts_of_text(one.identity).get("dtype", "")),
             *(f"{one.chunk_size:,}", f"{one.chunks:,}", size(one.bytes), size(one.cold_bytes)),
             f"{one.live_workers:,} of {one.known_workers:,}",
             used,

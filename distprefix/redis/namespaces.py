@@ -14,7 +14,7 @@ from distprefix.redis.replies import clock_ms
 __all__ = ["NamespaceSummary", "summarize_namespaces"]
 
 _MAX_NODES = 64
-_DESCRIPTOR = ("schema", "chunk_size", "fingerprint", "created")
+_DESCRIPTOR = ("schema", "chunk_size", "identity", "created")
 _META = ("nodes", "chunks", "bytes", "warm", "cold")
 
 
@@ -23,7 +23,8 @@ class NamespaceSummary:
     """One namespace at a glance."""
 
     name: str
-    fingerprint: str
+    identity: str
+    """What its KV depends on, as `Identity.text` has it."""
     chunk_size: int
     """Tokens."""
     nodes: int
@@ -67,14 +68,14 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
         batch.zrange(keys.leaves, 0, _MAX_NODES - 1, desc=True)
         batch.zrange(keys.hot, 0, _MAX_NODES - 1, desc=True)
         descriptor, meta, known, live, leaves, hot = batch.execute(raise_on_error=False)
-    schema, chunk_size, fingerprint, created = (_text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
+    schema, chunk_size, identity, created = (_text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
     if not schema or not chunk_size.isdigit():
         return None
     nodes, chunks, held, warm, cold = (_number(value) for value in _items(meta, len(_META)))
     heads = {_text(head) for head in (*_items(leaves), *_items(hot))}
     return NamespaceSummary(
         name,
-        fingerprint,
+        identity,
         int(chunk_size),
         nodes,
         chunks,

@@ -34,8 +34,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("fingerprint", 5, "text"),
     ("chunk_size", 0, "between 1 and 65536"),
     ("chunk_size", "16", "a whole number"),
-    ("hash_algorithm", "md5", "'xxh3_128' or 'sha256'"),
+    ("hash_algorithm", "md5", "'blake2b' or 'sha256' or 'xxh3_128'"),
     ("salt", b"bytes", "text"),
+    ("request_salt", 1, "text"),
+    ("model", 5, "text"),
+    ("weights", 5, "text"),
+    ("tokenizer", 5, "text"),
+    ("lora", None, "text"),
+    ("dtype", 5, "text"),
+    ("layout", 5, "text"),
+    ("engine", 5, "text"),
+    ("ranks", 5, "text"),
+    ("hashing", 5, "text"),
+    ("secret", 5, "text"),
+    ("max_payload_bytes", 0, "between 1 and"),
     ("max_run", 257, "between 1 and 256"),
     ("shards", 2, "between 1 and 1"),
     ("lookup_timeout_s", 0.0, "between 0.001 and 60"),
@@ -108,7 +120,7 @@ def test_defaults_are_the_original_ones() -> None:
     assert (config.max_cached_sequences, config.min_prefix_length, config.max_prefix_length) == (10_000, 1, None)
     assert (config.enable_prewarm, config.prewarm_threshold, config.hot_threshold) == (True, 3, 10)
     assert (config.cold_timeout_s, config.eviction_batch_size) == (300.0, 100)
-    assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "xxh3_128", 256, 1)
+    assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "blake2b", 256, 1)
     assert (config.lookup_timeout_s, config.publish_timeout_s, config.strict) == (0.05, 0.2, False)
     assert config.worker_id == ""
     assert config.with_worker_id().worker_id.endswith(f"-{os.getpid()}")
