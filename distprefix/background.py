@@ -27,6 +27,10 @@ class Schedule:
         self._due[task] = now + interval_s
         return True
 
+    def postpone(self, task: str, delay_s: float) -> None:
+        """The task is due in so long, not at once."""
+        self._due[task] = time.monotonic() + delay_s
+
     def hasten(self, task: str) -> None:
         """The task is due now."""
         self._due.pop(task, None)

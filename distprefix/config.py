@@ -65,6 +65,14 @@ class PrefixCacheConfig:
     """... down to this share."""
     policy: str = "lru"
     """Order of eviction, the same for all who share the namespace: a file in lua/policies, as lru or cost."""
+    server_max_bytes: int | None = None
+    """Memory that the whole server may use, all namespaces and whatever else it holds; None: its maxmemory, if it has
+    one. Above `high_watermark` of it the namespaces that are furthest over their shares give up what they have over."""
+    share: float = 1.0
+    """This namespace's weight among those of its tenant, and its tenant's among all, where the server is full: as the
+    process says that makes the namespace."""
+    namespace_ttl_s: float = 604_800.0
+    """How long this namespace stays on the server when no process uses it, likewise; 0: for ever."""
     maintain_interval_s: float = 0.0
     """How often a background thread looks after the budgets; 0: only publishes do."""
     url: str | None = field(default=None, repr=False)
@@ -348,6 +356,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("high_watermark", 0.01, 1),
     ("low_watermark", 0.01, 1),
     ("maintain_interval_s", 0, 3600),
+    ("server_max_bytes", 1, 2**53),
+    ("share", 0.001, 1e6),
+    ("namespace_ttl_s", 0, 1e9),
     ("feed_interval_s", 0, 3600),
     ("staleness_sample", 0, 1),
     ("prewarm_time_s", 0, 3600),

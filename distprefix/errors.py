@@ -73,6 +73,9 @@ class ForkedProcessError(DistPrefixError):
 class UnavailableError(DistPrefixError):
     """Redis did not give a usable answer in time. Look-ups become misses; only ``strict=True`` raises this."""
 
+    is_full = False
+    """Whether a write was refused because the server is at its maxmemory."""
+
 
 class ReplayError(DistPrefixError):
     """The engine could not replay what is missing; the message says why. What it holds is then not known."""

@@ -21,6 +21,10 @@ _PAYLOADS = (
     *("demoted_chunks", "demoted_bytes", "demoted_bytes_packed", "demote_us", "demotions_failed"),
     *("promoted_chunks", "promoted_bytes", "promote_us", "promotions_failed"),
 )
+_RELIEF = (
+    *("relief_bytes", "relief_namespaces", "relief_evicted_chunks", "relief_refused", "relief_failed"),
+    "namespaces_removed",
+)
 
 
 def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
@@ -74,6 +78,7 @@ def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
         "evicted_nodes": counts["evicted_nodes"],
         "evicted_chunks": counts["evicted_chunks"],
         "evictions_failed": counts["evictions_failed"],
+        **{name: counts[name] for name in _RELIEF},
         "leases": counts["leases"],
         "leases_failed": counts["leases_failed"],
         "claims": counts["claims"],

@@ -367,15 +367,16 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
             return nodes, chunks
 
 
-def evict(bounds: Bounds, batch: int, rank: int = 0) -> Generator[Call, Any, Evicted]:
+def evict(bounds: Bounds, batch: int, rank: int = 0, *, takes_leased: bool = False) -> Generator[Call, Any, Evicted]:
     """Take at most `batch` leaves while a shard is over its bounds, beginning at a rank in the order of eviction.
 
     One call for every 25, fewer where payloads have many parts, and for about 150 leased leaves that are passed over.
+    `takes_leased`: leases and pins hold nothing, as where their owner is over its share of the server.
     """
     limits = tuple("" if bound is None else bound for bound in bounds)
     total = Evicted(0, 0, 0, more=True, rank=rank)
     while total.more and batch > 0:
-        args = (SCHEMA, min(batch, EVICTS_A_CALL), *limits, total.rank)
+        args = (SCHEMA, min(batch, EVICTS_A_CALL), *limits, total.rank, "1" if takes_leased else "")
         nodes, chunks, leased, more, next_rank = yield Call("evict", args)
         total = total.then(Evicted(nodes, chunks, leased, bool(more), next_rank))
         batch -= EVICTS_A_CALL

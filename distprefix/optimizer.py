@@ -70,6 +70,7 @@ class PrefixCacheOptimizer:
             self._tiers = Tiers(self._state)
             if config.prewarm_on_start and config.enable_prewarm:
                 self.prewarm()
+            self._state.relief.enroll(time.monotonic() + _REGISTER_TIMEOUT_S)
             self._upkeep = Upkeep(self._state, self._tiers, self._publisher)
             self._begin_background()
             _open.add(self)

@@ -286,6 +286,9 @@ class Publisher:
             if failed is not None:
                 state.counts["publishes_dropped"] += 1
                 state.drops[type(failed).__name__] += 1
+                if isinstance(failed, UnavailableError) and failed.is_full:
+                    state.is_full = True
+                    state.wake()  # to make room: publishes wait for nothing
             elif reached < wanted:
                 state.counts["publishes_cut"] += 1
                 state.unpublished["hashing"] += wanted - hashed

@@ -21,6 +21,7 @@ from distprefix.operations import WINDOW, Usage
 from distprefix.outbox import Outbox
 from distprefix.own import OwnBlocks, UnnamedChains
 from distprefix.redis.link import Link
+from distprefix.relief import Relief
 from distprefix.reservations import Reservations
 
 __all__ = ["State"]
@@ -44,6 +45,8 @@ class State:
         """Chunks that publishes left out, by what took too long."""
         self.usage: Usage | None = None
         """What the shard held after this process's last publish."""
+        self.is_full = False
+        """Whether the server refused a write for want of room, and nothing was done about that yet."""
         self.unusable = ""
         """Why nothing can be asked of this cache any more; empty while it can."""
         self.wake: Callable[[], object] = lambda: None
@@ -61,6 +64,7 @@ class State:
         """Where prompts ended, to be gone on from in the background."""
         self.unnamed = UnnamedChains()
         self.reservations = Reservations(self)
+        self.relief = Relief(self.link.admin, self.link.keys, config, self.counts)
         self._warned_of_cut = False
 
     def _distrust_all(self) -> None:

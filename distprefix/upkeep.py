@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import time
+from random import random
 from typing import TYPE_CHECKING
 
 from distprefix.background import Schedule
@@ -16,6 +17,7 @@ from distprefix.metrics import metrics_of
 from distprefix.prewarm import speculate
 from distprefix.publisher import Publisher
 from distprefix.redis.metrics import withdraw_metrics, write_metrics
+from distprefix.relief import REMOVING_S
 from distprefix.republish import Republisher
 from distprefix.staleness import check_samples
 from distprefix.sweep import sweep
@@ -32,6 +34,8 @@ _SWEEP_TIMEOUT_S = 60.0
 _SWEEP_INTERVAL_S = 10.0
 _ROLE_INTERVAL_S = 1.0
 _FORGET_INTERVAL_S = 3600.0
+_RELIEF_TIMEOUT_S = 30.0
+_RELIEVE_INTERVAL_S = 5.0
 
 
 class Upkeep:
@@ -42,6 +46,8 @@ class Upkeep:
         self._republisher = Republisher(state, publisher)
         self._tiers = tiers
         self._schedule = Schedule()
+        self._schedule.postpone("enroll", state.relief.enroll_interval_s)  # it was when the cache opened
+        self._schedule.postpone("remove", random() * REMOVING_S)  # noqa: S311 - that not all look at once
         self._has_reported = False
         self._instance = secrets.token_hex(4)
         """Tells this cache from others of the same worker, as an engine's scheduler and its workers have one each."""
@@ -90,6 +96,7 @@ class Upkeep:
         speculate(state)
         self._tiers.promote_waiting()
         self._keep_in_touch()
+        self._look_after_the_server()
         if state.link.attached:
             self._republisher.work()
         if self._schedule.is_due("demote", config.demote_interval_s):
@@ -99,6 +106,19 @@ class Upkeep:
                 maintain(state)
             except DistPrefixError:
                 state.counts["evictions_failed"] += 1
+
+    def _look_after_the_server(self) -> None:
+        """Note that the namespace is used, make room where the server is full, remove what nobody uses."""
+        state = self._state
+        deadline = time.monotonic() + _RELIEF_TIMEOUT_S
+        if self._schedule.is_due("enroll", state.relief.enroll_interval_s):
+            state.relief.enroll(deadline)
+        if state.is_full or self._schedule.is_due("relieve", _RELIEVE_INTERVAL_S):
+            is_full = state.is_full
+            state.is_full = False
+            state.relief.relieve(deadline, is_full=is_full)
+        if self._schedule.is_due("remove", REMOVING_S):
+            state.relief.remove_unused(deadline)
 
     def _keep_in_touch(self) -> None:
         """Know what others did, and let others know of this process."""

@@ -11,6 +11,7 @@
 -- ARGV[5]    leaves that may stay, likewise
 -- ARGV[6]    bytes of cold payloads that may stay, likewise
 -- ARGV[7]    rank among the leaves to begin with: so many that earlier calls passed over stand before it
+-- ARGV[8]    "1" to take leased and pinned leaves as well, "" to pass over them
 -- returns    {nodes removed, chunks removed, leased leaves passed over, 1 when there is more to do, else 0, rank for
 --            the next call, -1 when the last leaf was seen}
 -- errors     DPGONE, DPSCHEMA
@@ -51,7 +52,7 @@ while over + over_bytes > 0 and nodes + moved < most and not is_spent() do
   local flat, node = fields_of(head)
   spend(1 + #flat / 25)
   local size, until_ms = math.floor(#(node.r or '') / 16), leased_until(head, flat)
-  if until_ms > now then
+  if until_ms > now and ARGV[8] ~= '1' then
     local behind_all = until_ms + (tonumber(hot_ms) or 0)
     if tonumber(redis.call('ZSCORE', leaves, head)) < behind_all then
       redis.call('ZADD', leaves, ('%.0f'):format(behind_all), head)

@@ -13,6 +13,7 @@ from distprefix.cli.lookup import lookup
 from distprefix.cli.maintain import maintain
 from distprefix.cli.namespaces import namespaces
 from distprefix.cli.node import node
+from distprefix.cli.purge import purge
 from distprefix.cli.replay import replay
 from distprefix.cli.restored import restored
 from distprefix.cli.stats import stats
@@ -46,5 +47,5 @@ def _main(
     del version
 
 
-for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain, restored):
+for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain, purge, restored):
     app.command()(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from distprefix.cli.common import (
     opened,
     show,
 )
+from distprefix.config import PrefixCacheConfig
 from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client, run
@@ -28,6 +30,7 @@ from distprefix.redis.connections import connect
 from distprefix.redis.keys import Keys
 from distprefix.redis.proof import prove
 from distprefix.redis.repair import repair as repair_shard
+from distprefix.relief import relieve, remove_unused
 from distprefix.tiers.elsewhere import Elsewhere
 
 __all__ = ["maintain"]
@@ -55,13 +58,28 @@ def maintain(
         typer.Option("--repair", help="Remove what lost its parent, correct the counts; with --cold-url strays too."),
     ] = False,
     cold_url: ColdUrl = None,
+    server: Annotated[
+        bool,
+        typer.Option("--server", help="Bring the whole server within its budget, and remove namespaces nobody uses."),
+    ] = False,
+    server_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Its budget, with --server; default: the server's maxmemory.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evict what is over a budget, in the namespace's order; several may do so at once. Or repair the counts."""
     bounds = Bounds(max_chunks, max_bytes, max_leaves, max_cold_bytes)
-    if bounds == _NONE and not repair:
-        fail("nothing to do: give --max-chunks, --max-bytes, --max-leaves, --max-cold-bytes or --repair", EXIT_USAGE)
+    if bounds == _NONE and not repair and not server:
+        limits = "--max-chunks, --max-bytes, --max-leaves, --max-cold-bytes"
+        fail(f"nothing to do: give {limits}, --repair or --server", EXIT_USAGE)
     with errors(), opened(url) as (client, _):
+        while server:
+            done = _look_after(Client(client), server_bytes)
+            show(done, as_json=as_json, render=lambda done=done: _lines(done))
+            if every is None:
+                return
+            sys.stdout.flush()
+            time.sleep(every)
         keys = Keys(namespace)
         descriptor = describe(client, namespace, private=url is None)
         calls = Client(client)
@@ -82,6 +100,21 @@ def maintain(
                 break
             sys.stdout.flush()
             time.sleep(every)
+
+
+def _look_after(calls: Client, server_bytes: int | None) -> dict[str, int]:
+    """One round over the whole server."""
+    counts = Counter[str]()
+    config = PrefixCacheConfig(server_max_bytes=server_bytes)
+    deadline = time.monotonic() + _DEADLINE_S
+    removed = remove_unused(calls, deadline, counts)
+    relieved = relieve(calls, config, deadline, counts=counts)
+    return {
+        "wanted_bytes": relieved.wanted,
+        "freed_bytes": relieved.freed,
+        "relieved_namespaces": relieved.namespaces,
+        "removed_namespaces": removed + relieved.removed,
+    }
 
 
 def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:

@@ -6,13 +6,13 @@ import time
 
 import redis
 
-from distprefix.errors import NotAttachedError
-from distprefix.operations import drop
-from distprefix.redis.client import Client, run
+from distprefix.redis.client import Client
 from distprefix.redis.connections import connect
-from distprefix.redis.keys import Keys
+from distprefix.redis.purge import purge_cold, remove_namespace
 
 __all__ = ["remove_namespaces"]
+
+_TIMEOUT_S = 60.0
 
 
 def remove_namespaces(client: redis.Redis, name: str, nodes: int, cold_url: str | None = None) -> None:
@@ -20,17 +20,14 @@ def remove_namespaces(client: redis.Redis, name: str, nodes: int, cold_url: str 
 
     On the server of the cold tier it takes a scan of all keys there.
     """
+    names = (name, *(f"{name}-{i}" for i in range(nodes)))
     calls = Client(client)
-    for each in (name, *(f"{name}-{i}" for i in range(nodes))):
-        keys = Keys(each)
-        try:
-            run(drop(), calls, keys.meta, time.monotonic() + 60)
-        except NotAttachedError:
-            continue
-        for key in (keys.meta, keys.log, keys.writers, keys.holders, *keys.own):
-            client.delete(key)
+    for each in names:
+        remove_namespace(calls, each, None, time.monotonic() + _TIMEOUT_S)
     if cold_url:
-        with connect(cold_url, 60.0) as cold:
-            for each in (name, *(f"{name}-{i}" for i in range(nodes))):
-                for key in cold.scan_iter(match=f"{Keys(each).base}*", count=1000):
-                    cold.unlink(key)
+        cold = connect(cold_url, _TIMEOUT_S)
+        try:
+            for each in names:
+                purge_cold(Client(cold), each, time.monotonic() + _TIMEOUT_S)
+        finally:
+            cold.close()

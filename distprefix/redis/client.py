@@ -393,9 +393,11 @@ class Client:
         cause = cause_of_code(code)
         if code == "OOM" or "OOM" in str(error)[:80]:
             breaker.succeed()
-            return self._failure(
+            full = self._failure(
                 "out of memory", "Redis is at maxmemory: nothing more is published until there is room"
             )
+            full.is_full = True
+            return full
         if code in ("BUSY", "CLUSTERDOWN"):
             self._break(breaker)
             return self._failure(cause, str(error))

@@ -157,7 +157,9 @@ class DataPool:
             with self._wire(deadline, reads=False) as wire:
                 write_values(wire, values, lengths, options, written)
         except errors.UnavailableError as error:
-            raise WriteError(str(error), written) from error
+            failed = WriteError(str(error), written)
+            failed.is_full = error.is_full
+            raise failed from error
         return written
 
     def delete(self, keys: Sequence[str], deadline: float) -> int:
@@ -217,7 +219,9 @@ class DataPool:
         except RefusedError as error:
             in_order = True
             self._note_refusal(error, breaker=breaker, generation=generation)
-            raise errors.UnavailableError(f"the server refused the call: {error}") from error
+            refused = errors.UnavailableError(f"the server refused the call: {error}")
+            refused.is_full = error.code == "OOM"
+            raise refused from error
         except ReplicaError as error:
             self._count("replica")
             breaker.fail()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["NAMESPACES", "REGISTRY", "RELIEVING", "Keys"]
+import re
+
+__all__ = ["NAMESPACES", "REGISTRY", "RELIEVING", "REMOVING", "Keys"]
 
 NAMESPACES = "dp:ns:*"
 REGISTRY = "dp:namespaces"
 """All namespaces of the server, by when each was used last, ms by the server's clock."""
 RELIEVING = "dp:relieving"
 """A process is making room on the whole server now."""
+REMOVING = "dp:removing"
+"""A process has looked for namespaces that nobody uses lately."""
 
 
 class Keys:
@@ -41,6 +45,8 @@ class Keys:
             *(self.sweeping, self.metrics, self.changes, self.forgetting),
         )
         """The namespace's keys that lie in no shard, but for those of the members."""
+        self.every = f"dp:{{{namespace}*"
+        """A pattern of all keys whose braces have the namespace in them, and of some of others (`owns`)."""
         self.base = f"dp:{{{namespace}:{shard}}}:"
         self.meta = f"{self.base}meta"
         """The one key that every script declares; the others of the shard are derived from it."""
@@ -58,6 +64,11 @@ class Keys:
         """Chunks whose cold payloads on another server the tree names."""
         self.unsettled = f"{self.base}unsettled"
         """Heads of nodes that became cold, to the chunks that the other server has to be told to keep."""
+
+    def owns(self, name: bytes) -> bool:
+        """Whether a key that `every` matches is the namespace's: its name goes on after the braces."""
+        found = re.match(rb"dp:\{([A-Za-z0-9._-]+)(:\d+)?\}:", name)
+        return found is not None and found[1] == self.descriptor.removeprefix("dp:ns:").encode()
 
     def moving(self, head: str) -> str:
         """Somebody moves the payloads of the node with this head."""

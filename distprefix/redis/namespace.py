@@ -166,6 +166,9 @@ def _meta_of(config: PrefixCacheConfig) -> dict[str, str]:
         "elsewhere": "1" if config.cold_url else "0",
         "hot_hits": str(config.hot_threshold),
         "hot_ms": str(int(config.cold_timeout_s * 1000)),
+        "tenant": config.identity.tenant,
+        "share": f"{config.share:g}",
+        "ttl_ms": str(int(config.namespace_ttl_s * 1000)),
     }
 
 

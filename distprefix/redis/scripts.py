@@ -23,6 +23,8 @@ SCRIPTS = (
     "disprove",
     "drop",
     "dropped",
+    "enroll",
+    "erase",
     "evict",
     "feed",
     "forget",
@@ -47,6 +49,8 @@ SCRIPTS = (
     "sweep",
     "touch",
     "trim",
+    "turn",
+    "used",
     "walk",
     "where",
 )

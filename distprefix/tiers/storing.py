@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distprefix.budget import keep_within
 from distprefix.chunking import HASH_BYTES, Prompt, read_items
-from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError, OrphansError
+from distprefix.errors import DistPrefixError, InvalidInputError, NoParentError, OrphansError, UnavailableError
 from distprefix.redis.transfers import Buffer
 from distprefix.tiers import operations
 from distprefix.tiers.moving import promote
@@ -68,10 +68,14 @@ def store(payloads: Payloads, wanted: Sequence[tuple[Prompt, Sequence[Buffer | N
             waiting = [each for each in waiting if each.fresh]
             fresh = dict.fromkeys(chunk for each in waiting for chunk in each.fresh)
             began = time.perf_counter()
-            payloads.warm.write([(chunk, given[chunk]) for chunk in fresh], deadline)
-            payloads.count("payload_store_us", int(1e6 * (time.perf_counter() - began)))
-            for each in waiting:
-                named |= _name(payloads, each, deadline)
+            try:
+                payloads.warm.write([(chunk, given[chunk]) for chunk in fresh], deadline)
+                payloads.count("payload_store_us", int(1e6 * (time.perf_counter() - began)))
+                for each in waiting:
+                    named |= _name(payloads, each, deadline)
+            except UnavailableError as error:
+                if not (error.is_full and state.relief.relieve(deadline, is_full=True)):
+                    raise
             waiting = [each for each in waiting if each.fresh]
     except DistPrefixError as error:
         payloads.count("stores_failed", 1)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from distprefix import operations
-from distprefix.redis.keys import Keys
+from distprefix.redis.keys import REGISTRY, RELIEVING, REMOVING, Keys
 from distprefix.redis.scripts import SCRIPTS
 from distprefix.tiers import operations as payloads
 
@@ -18,7 +18,15 @@ _LONGEST = _PAGE.split("<!-- longest -->\n")[1].split("<!-- end -->")[0]
 def test_every_key_is_described() -> None:
     """Each key that the package builds has a row."""
     keys = Keys("NS")
-    names = [*keys.own, *(value for value in vars(keys).values() if isinstance(value, str) and value != keys.base)]
+    own = (value for value in vars(keys).values() if isinstance(value, str))
+    parts = (keys.base, keys.every)
+    names = [*keys.own, REGISTRY, RELIEVING, REMOVING, *(value for value in own if value not in parts)]
+        *keys.own,
+        REGISTRY,
+        RELIEVING,
+        REMOVING,
+        *(value for value in vars(keys).values() if isinstance(value, str) and value not in (keys.base, keys.every)),
+    ]
     for name in names:
         shown = name.replace("NS:0", "<ns>:<shard>").replace("NS", "<ns>")
         assert f"`{shown}`" in _PAGE, shown
