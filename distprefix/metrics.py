@@ -56,6 +56,7 @@ def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
         "breaker_opened": sum(breaker.opened for breaker in breakers.values()),
         **{f"payload_failures_{name}": dict(pool.failures) for name, pool in pools.items()},
         "reconnects": dict(link.endpoint.renewals),
+        "tree_damaged": link.damage.count,
         "touches_dropped": outbox.touches.dropped,
         "retractions_waiting": outbox.waiting,
         "retractions_refused": outbox.retractions_refused,

@@ -29,7 +29,7 @@ local head, from, seen, copies = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local to = from == '@warm' and '@cold' or '@warm'
 local run, sizes, there = unpack(redis.call('HMGET', node_key(head), 'r', 'b:' .. from, 'b:' .. to))
 local rest = to == '@warm' and (sizes or ''):sub(#seen + 1) or ''
-if not run or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
+if not is_run(head, run) or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
   return answer(0)
 end
 local after, elsewhere = joined(there or '', copies), redis.call('HGET', KEYS[1], 'elsewhere') == '1'

@@ -17,6 +17,9 @@ local head, chunks, done = ARGV[2], ARGV[3], 0
 if redis.call('HGET', base .. 'unsettled', head) == chunks then
   done = redis.call('HDEL', base .. 'unsettled', head)
 end
+if #chunks % 16 > 0 or #chunks > 4096 then
+  return answer(done) -- no node has such chunks: nothing is to be settled
+end
 -- Whoever told the server to keep them may have come late: the tree dropped them, and another one emptied the trash.
 for at = 0, #chunks / 16 - 1 do
   if redis.call('SISMEMBER', base .. 'kept', hex(chunks, at)) == 0 then

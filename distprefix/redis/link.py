@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import redis
 
 from distprefix.config import PrefixCacheConfig
+from distprefix.damage import Damage
 from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
 from distprefix.history import History, Loss
 from distprefix.operations import SCHEMA, Call
@@ -45,6 +46,8 @@ class Link:
         self.keys = Keys(config.namespace)
         self.failures: Counter[str] = Counter()
         """Failed calls by reason."""
+        self.damage = Damage()
+        """What cannot be as it is in the tree."""
         self.attached = False
         """Whether the epoch counts; if not, a new one has to be taken before anything is published."""
         self.history = History()
@@ -74,7 +77,8 @@ class Link:
         self._role_is_given = client is None
 
         def new_client(timeout_s: float, breakers: Breakers | None) -> Client:
-            return Client(client or connect(url, timeout_s, self.endpoint), breakers, self.failures, self.endpoint)
+            redis_client = client or connect(url, timeout_s, self.endpoint)
+            return Client(redis_client, breakers, self.failures, self.endpoint, self.damage)
 
         self.lookups = new_client(config.lookup_timeout_s, self.breakers)
         self.publishes = new_client(config.publish_timeout_s, self.breakers)

@@ -96,8 +96,13 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
         if shard.get("cold", "0") != "0":
             raise NamespaceError(f"namespace {config.namespace!r} keeps cold payloads with the tree: pass no cold_url")
         client.command("HSET", keys.meta, "elsewhere", "1", deadline=deadline)
-    return Attached(bool(config.cold_url) or shard.get("elsewhere") == "1", shard.get("created", "").encode())
+    return Attached(
+        bool(config.cold_url) or shard.get("elsewhere") == "1",
+        shard.get("created", "").encode(errors="surrogateescape"),
+    )
 
 
 def _texts(reply: Any) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in pairs(reply).items()}
+    return {
+        name.decode(errors="replace"): value.decode(errors="surrogateescape") for name, value in pairs(reply).items()
+    }
