@@ -215,7 +215,7 @@ def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> tuple[list[Nod
             for i in range(at, at + 2 * count, 2):
                 epoch, _, covered = reply[i + 1].partition(b":")
                 end = start + int(covered)
-                if end > stop:
+                if not start <= end <= stop:
                     raise ValueError
                 holders[_name(reply[i])] = (int(epoch), end)
             times = (_count(accessed), _count(hits), _count(created))

@@ -9,10 +9,11 @@
 -- returns    1 when it is to be kept, else 0
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room to speak of
--- cost       an SREM, an SISMEMBER, an HSET
+-- cost       three TYPE, an SREM, an SISMEMBER, an HSET
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include lists
 local member, chunk = ARGV[2], ARGV[3]
 redis.call('SREM', base .. 'trash', member)
 if chunk == '' or redis.call('SISMEMBER', base .. 'kept', hex(chunk)) == 0 then

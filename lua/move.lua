@@ -11,7 +11,7 @@
 -- returns    1 when moved, 0 when the node is another one, a copy is not there, or what is around it does not allow it
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: on a full server it makes room
--- cost       HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
+-- cost       three TYPE, HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
 -- @include guard
 -- @include writes
 -- @include keys
@@ -25,6 +25,7 @@
 -- @include account
 -- @include tell
 -- @include place
+-- @include lists
 local head, from, seen, copies = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local to = from == '@warm' and '@cold' or '@warm'
 local run, sizes, there = unpack(redis.call('HMGET', node_key(head), 'r', 'b:' .. from, 'b:' .. to))

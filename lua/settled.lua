@@ -9,10 +9,11 @@
 -- returns    1 when settled, 0 when more has become cold meanwhile
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room to speak of
--- cost       an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
+-- cost       three TYPE, an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include lists
 local head, chunks, done = ARGV[2], ARGV[3], 0
 if redis.call('HGET', base .. 'unsettled', head) == chunks then
   done = redis.call('HDEL', base .. 'unsettled', head)
