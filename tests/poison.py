@@ -33,11 +33,19 @@ _BYTES = (
     *(b"\0", b"\xff\xfe\xfd", b"abc", b"A" * 16, b"A" * 17, b"B" * (16 * 300), b"C" * (1 << 19), b"\xff" * 160),
     *("\u202e[/red]\x1b]0;x\x07".encode(), b"a\nb\r\n{}*?: %s"),
 )
+
+
+def _packed(value: object) -> bytes:
+    packed = msgpack.packb(value)
+    assert packed is not None
+    return packed
+
+
 _PACKED = (
     *(b"\x91" * 100_000 + b"\xc0", b"\x81" * 50_000, b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff"),
-    *(b"\xc6\xff\xff\xff\xff", b"\xc7\x05\x01hello", b"\xd4\xff\x00", msgpack.packb([1, 2]), msgpack.packb({1: 2})),
-    msgpack.packb({"load": {"x": []}, "lookups": "x", "hits": 1e308, "hit_rate": None}),
-    b"99999999999999:" + msgpack.packb({"lookups": float("nan"), "hits": {"x": 1}}),
+    *(b"\xc6\xff\xff\xff\xff", b"\xc7\x05\x01hello", b"\xd4\xff\x00", _packed([1, 2]), _packed({1: 2})),
+    _packed({"load": {"x": []}, "lookups": "x", "hits": 1e308, "hit_rate": None}),
+    b"99999999999999:" + _packed({"lookups": float("nan"), "hits": {"x": 1}}),
 )
 _VALUES = (*_NUMBERS, *_COVERAGE, *_BYTES, *_PACKED)
 _HOLDERS = (b"@warm", b"@cold", b"a/0@gpu", b"z/0@gpu", b"\xff\xfe", b"", b"x" * 50_000)

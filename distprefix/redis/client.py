@@ -142,6 +142,7 @@ def run(
             raise
         failed = None
         if isinstance(call, Damaged):
+            client.failures["DPDAMAGED"] += 1  # the reply makes no sense in part
             client.damage.note(call.args[0])
             reply = None
             continue

@@ -3,12 +3,11 @@
 -- upper half or of a leaf that grows; `tip`: last chunk of the node that the path ends in, as it is now. Returns
 -- {{head, last chunk}, ..., taken = whether any of these names is there already, repeats = whether any comes up twice}.
 local function plan(chain, first, max_run, lower, ends, tip)
-  local new, keys, taken = { repeats = ends == tip }, {}, 0
-  local seen = { [node_key(lower or '')] = true, [junction_key(ends or tip)] = true, [junction_key(tip)] = true }
+  local new, keys, seen, taken = { repeats = ends == tip }, {}, {}, 0
   for at = first, #chain / 16 - 1, max_run do
     local node = { hex(chain, at), hex(chain, math.min(at + max_run, #chain / 16) - 1) }
     local key, junction = node_key(node[1]), junction_key(node[2])
-    new.repeats = new.repeats or seen[key] or seen[junction]
+    new.repeats = new.repeats or seen[key] or seen[junction] or node[1] == lower or node[2] == ends or node[2] == tip
     seen[key], seen[junction] = true, true
     new[#new + 1], keys[#keys + 1], keys[#keys + 2] = node, key, junction
   end

@@ -23,10 +23,10 @@ local function is_child(field)
   return #field == 32 and not field:find('[^0-9a-f]')
 end
 
--- A stored whole number; `otherwise`, or 0, for what is none: nothing that is stored may end a script that has written.
+-- A stored number that is at least 0; `otherwise`, or 0, for what is none: no value may end a script that has written.
 local function count_of(value, otherwise)
   local number = tonumber(value or '')
-  return number and number >= 0 and number < 9007199254740992 and math.floor(number) or otherwise or 0
+  return number and number >= 0 and number < 9007199254740992 and number or otherwise or 0
 end
 
 -- Whether a node's run can be one: at most 256 chunks, and the first of them is what the node is named by.

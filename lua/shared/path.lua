@@ -27,7 +27,7 @@ local function read_path(chain, begin, holder, epoch, column, is_over)
     end
     path[#path + 1] = {
       head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
-      accessed = count_of(accessed), hits = count_of(hits), depth = begin + first,
+      accessed = accessed, hits = hits, depth = begin + first,
       epoch = held_epoch, covered = covered, held = held,
       parent = parent or '',
     }

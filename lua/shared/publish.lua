@@ -66,7 +66,7 @@ local function publish(chain, depth, metadata, with)
   if pos < total then
     tail = create(chain, pos, depth, tail, with, new, last and not owner and not splits)
   else
-    local accessed = ('%.0f'):format(math.max(tonumber(with.now), tonumber(last.accessed)))
+    local accessed = ('%.0f'):format(math.max(tonumber(with.now), count_of(last.accessed)))
     redis.call('HSET', node_key(tail), 'a', accessed)
     rank(tail, accessed, last.hits, last.depth, last.size)
   end
