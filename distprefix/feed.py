@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from distprefix import operations
-from distprefix.errors import DistPrefixError, NotAttachedError
+from distprefix.errors import DamagedNodeError, DistPrefixError, NotAttachedError
 from distprefix.l1 import L1
 from distprefix.operations import FeedPage
 from distprefix.redis.link import Link
@@ -17,6 +18,8 @@ __all__ = ["Feed"]
 
 _PAGE = 1000
 _CURRENT_S = 1.0
+_MAX_PAGES = 64
+_HEAD = re.compile(r"[0-9a-f]{32}")
 
 
 class Feed:
@@ -41,10 +44,10 @@ class Feed:
         self._last_entry: dict[str, str] = {}
         self._number = 0
         self._apply: dict[str, Callable[[dict[str, str]], None]] = {
-            "removed": lambda entry: l1.forget(entry["removed"]),
-            "split": lambda entry: l1.split(entry["split"], entry["lower"]),
-            "trimmed": lambda entry: l1.trim(entry["trimmed"], int(entry["size"])),
-            "changed": lambda entry: l1.doubt(entry["changed"]),
+            "removed": lambda entry: l1.forget(_head(entry, "removed")),
+            "split": lambda entry: l1.split(_head(entry, "split"), _head(entry, "lower")),
+            "trimmed": lambda entry: l1.trim(_head(entry, "trimmed"), max(1, int(entry["size"]))),
+            "changed": lambda entry: l1.doubt(_head(entry, "changed")),
         }
 
     def is_current(self, now: float) -> bool:
@@ -55,9 +58,12 @@ class Feed:
         """Read and apply what is new. One call for every 1,000 entries. Whether Redis answered; never raises."""
         try:
             with self._polling:
+                pages = 0
                 while self._read():
-                    pass
-        except NotAttachedError:
+                    pages += 1
+                    if pages == _MAX_PAGES:  # longer than any log is kept
+                        self._lost()
+        except (NotAttachedError, DamagedNodeError):
             self._lost()
         except DistPrefixError:
             self.failures += 1
@@ -128,3 +134,11 @@ class Feed:
         self.distrust_all()
         self.gaps += bool(self._created)
         self._created, self._last, self._last_entry, self._number = "", "", {}, 0
+
+
+def _head(entry: dict[str, str], name: str) -> str:
+    """The node that a field of an entry names. Raises ValueError for what names none."""
+    head = entry[name]
+    if not _HEAD.fullmatch(head):
+        raise ValueError(f"{name} names no node")
+    return head

@@ -267,13 +267,20 @@ class L1:
         return chain
 
     @_change
-    def learn_chain(self, chain: bytes, view: NodeView, now: float, *, sure: bool = True) -> None:
-        """Take over a node that came without being asked for: `chain` ends with its run."""
+    def learn_chain(self, chain: bytes, view: NodeView, now: float, *, sure: bool = True) -> bool:
+        """Take over a node that came without being asked for: `chain` ends with its run.
+
+        Whether it could be: L1 knows all that precedes the node, and its head at no other depth.
+        """
         tree = self._trees[True]
+        known = tree.find_longest_prefix(chain[: view.start * HASH_BYTES]).chunks
+        if known < view.start or not self.credible(chain[view.start * HASH_BYTES :], view.start, [view]):
+            return False
         snapshot = _snapshot_of(view, chain, now if sure else _UNCONFIRMED)
         path = tree.insert(chain, snapshot, hashes=chain, start=view.start)
         path[-1].accessed = now
         self._enqueue(path[-1], tree)
+        return True
 
     @_change
     def cut(self, prompt: Prompt, depth: int) -> None:

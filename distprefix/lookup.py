@@ -214,7 +214,8 @@ def _blocks_of(state: State, views: list[NodeView], holder: str) -> bytes:
         epoch, end = view.holders.get(holder, (0, 0))
         if end <= view.start or not state.link.is_live(holder, epoch):
             break
-        blocks.append(view.blocks[: 4 * min(end - view.start, view.matched)])
+        told = view.blocks[: 4 * min(end - view.start, view.matched)]
+        blocks.append(told[: len(told) // 4 * 4])
         if len(blocks[-1]) < 4 * view.matched:
             break
     return b"".join(blocks)

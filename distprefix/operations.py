@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
+from distprefix.damage import Progress
 from distprefix.errors import DamagedNodeError, UnavailableError
 from distprefix.nodes import NodeView
 
@@ -21,6 +22,7 @@ __all__ = [
     "Call",
     "Candidate",
     "Claimed",
+    "Damaged",
     "Evicted",
     "FeedPage",
     "HotNode",
@@ -48,6 +50,9 @@ SCHEMA = b"5"
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 _MIN_WINDOW = 64
+_MAX_DIGITS = 15
+MAX_CALLS = 1_000_000
+"""Of one sweep or census: of far more nodes than a server holds."""
 TOUCHES_A_CALL = 100
 EVICTS_A_CALL = 25
 """Leaves: look-ups wait for no longer than a millisecond or two."""
@@ -63,6 +68,10 @@ class Call(NamedTuple):
 
     script: str
     args: tuple[Any, ...]
+
+
+class Damaged(Call):
+    """No call: so many places cannot be as they are and were passed over. Whoever drives an operation sends None."""
 
 
 Operation = Generator[Call, Any, Any]
@@ -184,15 +193,41 @@ class HotNode(NamedTuple):
     view: NodeView
 
 
-def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> list[NodeView]:
+def report_damage(places: int) -> Generator[Call, Any, None]:
+    """Have the driver count places that were passed over; nothing where there are none."""
+    if places:
+        yield Damaged("", (places,))
+
+
+def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> tuple[list[NodeView], int]:
     """Read what `walk` tells, from element `at` on; `start` is the depth of the first node.
 
-    Raises DamagedNodeError for what another hand wrote.
+    Returns the nodes, and how many fields make no sense: a holder that has one is left out, a number counts as 0.
     """
-    try:
-        return _parse_nodes(reply, start, at)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
+    views: list[NodeView] = []
+    damaged = 0
+    while at < len(reply):
+        size, matched, accessed, hits, created, metadata, blocks, count = reply[at : at + 8]
+        at += 8
+        stop = start + size
+        holders: dict[str, tuple[int, int]] = {}
+        try:
+            for i in range(at, at + 2 * count, 2):
+                epoch, _, covered = reply[i + 1].partition(b":")
+                end = start + int(covered)
+                if not start <= end <= stop:
+                    raise ValueError
+                holders[_name(reply[i])] = (int(epoch), end)
+            times = (_count(accessed), _count(hits), _count(created))
+        except ValueError:
+            holders, wrong = _sound_holders(reply[at : at + 2 * count], start, stop)
+            numbers = [_count_or_none(value) for value in (accessed, hits, created)]
+            times = (numbers[0] or 0, numbers[1] or 0, numbers[2] or 0)
+            damaged += wrong + numbers.count(None)
+        at += 2 * count
+        views.append(NodeView(start, size, matched, *times, metadata, blocks, holders))
+        start += matched
+    return views, damaged
 
 
 @lru_cache(4096)
@@ -200,19 +235,32 @@ def _name(holder: bytes) -> str:
     return sys.intern(holder.decode())
 
 
-def _parse_nodes(reply: Sequence[Any], start: int, at: int) -> list[NodeView]:
-    views: list[NodeView] = []
-    while at < len(reply):
-        size, matched, accessed, hits, created, metadata, blocks, count = reply[at : at + 8]
-        at += 8
-        holders: dict[str, tuple[int, int]] = {}
-        for i in range(at, at + 2 * count, 2):
-            epoch, _, covered = reply[i + 1].partition(b":")
-            holders[_name(reply[i])] = (int(epoch), start + int(covered))
-        at += 2 * count
-        views.append(NodeView(start, size, matched, int(accessed), int(hits), int(created), metadata, blocks, holders))
-        start += matched
-    return views
+def _count(value: bytes) -> int:
+    """A stored whole number. Raises ValueError for what is none, or more than a server counts up to."""
+    if len(value) > _MAX_DIGITS:
+        raise ValueError
+    return int(value)
+
+
+def _count_or_none(value: bytes) -> int | None:
+    try:
+        return _count(value)
+    except ValueError:
+        return None
+
+
+def _sound_holders(told: Sequence[bytes], start: int, stop: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """The holders of a node whose coverage can be, and how many there are whose cannot."""
+    holders: dict[str, tuple[int, int]] = {}
+    for name, value in zip(told[::2], told[1::2], strict=True):
+        epoch, _, covered = value.partition(b":")
+        try:
+            end = start + _count(covered)
+            if start <= end <= stop:
+                holders[_name(name)] = (_count(epoch), end)
+        except ValueError:
+            continue
+    return holders, len(told) // 2 - len(holders)
 
 
 def _made(
@@ -253,7 +301,9 @@ def walk(
                 return views
             raise
         stopped = bool(reply) and reply[-1] == b"more"
-        views += parse_nodes(reply[:-1] if stopped else reply, start + pos)
+        told, damaged = parse_nodes(reply[:-1] if stopped else reply, start + pos)
+        yield from report_damage(damaged)
+        views += told
         reached = views[-1].start + views[-1].matched - start if views else 0
         if not stopped and (reached < min(limit, total) or reached >= total):
             return views
@@ -309,7 +359,8 @@ def publish(
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         now_ms = int(reply[6])
         taken = pos + reply[7]
-        told = parse_nodes(reply, start + pos, 8)
+        told, damaged = parse_nodes(reply, start + pos, 8)
+        yield from report_damage(damaged)
         reached = told[-1].start + told[-1].matched if told else start + pos
         views += told
         views += _made(reached, start + taken, max_run, holder, epoch, now_ms, metadata if taken == total else b"")
@@ -332,11 +383,15 @@ def trim(chain: bytes, holder: str, epoch: int) -> Generator[Call, Any, int]:
         begin = views[-1].start if views else 0
     taken = 0
     resume = b""
+    progress = Progress()
     while True:
         reply = yield Call("trim", (SCHEMA, holder, epoch, chain[begin * HASH_BYTES :], resume, WORK_A_CALL))
         taken += reply[0]
         resume = reply[3]
         if not resume:
+            return taken
+        if not progress.goes_on(resume, has_changed=any(reply[:3])):
+            yield from report_damage(1)
             return taken
 
 
@@ -359,11 +414,15 @@ def drop(head: str = "root") -> Generator[Call, Any, tuple[int, int]]:
     """Take out a subtree, or everything. One call for some 50 nodes. Returns nodes and chunks removed."""
     nodes = chunks = 0
     resume = b""
+    progress = Progress()
     while True:
         reply = yield Call("drop", (SCHEMA, head, resume, WORK_A_CALL))
         nodes, chunks = nodes + reply[0], chunks + reply[1]
         resume = reply[2]
         if not resume:
+            return nodes, chunks
+        if not progress.goes_on(resume, has_changed=reply[0] > 0):
+            yield from report_damage(1)
             return nodes, chunks
 
 
@@ -392,12 +451,14 @@ def sweep(newest: Mapping[str, int]) -> Generator[Call, Any, Swept]:
     holders = [part for holder, epoch in newest.items() for part in (holder, epoch)]
     stack = [b"root"]
     total = Swept(0, 0, 0)
-    while stack:
+    for _ in range(MAX_CALLS):
+        if not stack:
+            return total
         items = b" ".join(stack[-ITEMS_A_CALL:])
         coverage, nodes, chunks, *left = yield Call("sweep", (SCHEMA, WORK_A_CALL, items, *holders))
         stack[-ITEMS_A_CALL:] = left
         total = total.then(Swept(coverage, nodes, chunks))
-    return total
+    raise DamagedNodeError("a sweep of the tree does not end: run `distprefix maintain --repair`")
 
 
 def lease(chain: bytes, name: str, ttl_ms: int) -> Generator[Call, Any, tuple[int, int]]:
@@ -423,13 +484,19 @@ def claim(chunk: bytes, worker: str, ttl_ms: int) -> Generator[Call, Any, Claime
 
 
 def feed(last: str, most: int) -> Generator[Call, Any, FeedPage]:
-    """The log from entry `last` on, that one included; "" for the newest entry only. One call."""
+    """The log from entry `last` on, that one included; "" for the newest entry only. One call.
+
+    Raises DamagedNodeError for what is no log.
+    """
     created, newest, *rest = yield Call("feed", (SCHEMA, last, most))
     entries: list[tuple[str, dict[str, str]]] = []
-    for entry, flat in zip(rest[::2], rest[1::2], strict=True):
-        words = [word.decode() for word in flat]
-        entries.append((entry.decode(), dict(zip(words[::2], words[1::2], strict=True))))
-    return FeedPage(created.decode(), int(newest), entries)
+    try:
+        for entry, flat in zip(rest[::2], rest[1::2], strict=True):
+            words = [word.decode() for word in flat]
+            entries.append((entry.decode(), dict(zip(words[::2], words[1::2], strict=True))))
+        return FeedPage(created.decode(errors="replace"), _count(newest), entries)
+    except ValueError as error:
+        raise DamagedNodeError(f"the log makes no sense: {error}") from error
 
 
 def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int, str, list[HotNode]]]:
@@ -439,27 +506,43 @@ def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int
     call, else "": what that brings precedes these nodes; and the nodes.
     """
     reply = yield Call("prewarm", (SCHEMA, chunks, *heads))
-    return reply[0], reply[1].decode(), _parse_hot(reply, 2)
+    nodes, damaged = _parse_hot(reply, 2)
+    yield from report_damage(damaged)
+    return reply[0], reply[1].decode(), nodes
 
 
 def guess(last: bytes, chunks: int) -> Generator[Call, Any, list[HotNode]]:
     """What most likely follows the node whose last chunk is `last`, for about so many chunks. One call."""
     reply = yield Call("guess", (SCHEMA, last.hex(), chunks))
-    return _parse_hot(reply, 1)
-
-
-def _parse_hot(reply: Sequence[Any], at: int) -> list[HotNode]:
-    nodes: list[HotNode] = []
-    try:
-        while at < len(reply):
-            parent, depth, run = reply[at : at + 3]
-            count = 8 + 2 * int(reply[at + 10])
-            (view,) = parse_nodes(reply[at + 3 : at + 3 + count], int(depth))
-            nodes.append(HotNode(bytes.fromhex(parent.decode()), run, view))
-            at += 3 + count
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
+    nodes, damaged = _parse_hot(reply, 1)
+    yield from report_damage(damaged)
     return nodes
+
+
+def _parse_hot(reply: Sequence[Any], at: int) -> tuple[list[HotNode], int]:
+    nodes: list[HotNode] = []
+    damaged = 0
+    while at < len(reply):
+        parent, depth, run = reply[at : at + 3]
+        count = 8 + 2 * int(reply[at + 10])
+        views, wrong = parse_nodes(reply[at + 3 : at + 3 + count], _count_or_none(depth) or 0)
+        damaged += wrong
+        at += 3 + count
+        above = _hash(parent)
+        if above is None:
+            damaged += 1
+        else:
+            nodes += [HotNode(above, run, view) for view in views]
+    return nodes, damaged
+
+
+def _hash(name: bytes) -> bytes | None:
+    """A chunk hash by its name in Redis, empty for that above the roots; None for what is neither."""
+    try:
+        packed = bytes.fromhex(name.decode())
+    except ValueError:
+        return None
+    return packed if len(packed) in (0, HASH_BYTES) else None
 
 
 def hot(limit: int, first: int = 0) -> Generator[Call, Any, list[Candidate]]:
@@ -471,10 +554,8 @@ def hot(limit: int, first: int = 0) -> Generator[Call, Any, list[Candidate]]:
         reply += page
         if not page:
             break
-    try:
-        return [
-            Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))
-            for last, stop, hits, accessed, created, head in zip(*(reply[i::6] for i in range(6)), strict=True)
-        ]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedNodeError(f"a node's fields make no sense: {error}") from error
+    told = zip(*(reply[i::6] for i in range(6)), strict=True)
+    return [
+        Candidate(last.decode(), int(stop), int(hits), int(accessed), int(created), bytes.fromhex(head.decode()))
+        for last, stop, hits, accessed, created, head in told  # the script passes over what cannot be
+    ]

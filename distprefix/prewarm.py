@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from distprefix import operations
 from distprefix.chunking import HASH_BYTES
+from distprefix.damage import Damage, Progress
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheTier, PrefixEntry
 from distprefix.nodes import Snapshot
@@ -51,7 +52,7 @@ def prewarm(
 
     def is_over() -> bool:
         held = state.l1.bytes - before + paths.waiting_bytes
-        return time.monotonic() - began >= time_s or held >= max_bytes
+        return paths.is_stuck or time.monotonic() - began >= time_s or held >= max_bytes
 
     while not is_over():
         deadline = min(began + time_s, state.link.publish_deadline())
@@ -66,14 +67,15 @@ def prewarm(
             break
         with state.lock:
             sure = generation == state.feed.generation
+            known = nodes
             for chain, node in paths.take(*reply):
                 if is_over():
                     break
-                if len(chain) == HASH_BYTES * (node.view.start + node.view.size):  # else another hand wrote its depth
-                    state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure)
+                if state.l1.learn_chain(chain, node.view, time.monotonic(), sure=sure):
                     nodes += 1
                     chunks += node.view.size
             state.l1.shrink()
+        paths.finish_call(state.link.damage, has_changed=nodes > known)
         if progress is not None:
             progress(Prewarmed(nodes, chunks, state.l1.bytes - before, time.monotonic() - began, complete=False))
     state.counts["prewarmed_chunks"] += chunks
@@ -88,7 +90,12 @@ class _Paths:
         """What to ask for."""
         self.waiting: list[HotNode] = []
         """Nodes of which something that precedes them has not come yet."""
+        self.is_stuck = False
+        """Whether calls come back to where they were, as circles in a damaged tree would have it."""
+        self._progress = Progress()
         self._rank = 0
+        self._damaged = 0
+        """Nodes whose depth is not where their path ends."""
         self._lasts: dict[str, bytes] = {}
         """Heads of candidates to the hashes of their last chunks."""
         self._known: dict[bytes, tuple[bytes, bytes]] = {}
@@ -121,14 +128,25 @@ class _Paths:
                 self.waiting.append(node)
                 continue
             last = node.run[-HASH_BYTES:]
-            if last not in self._known:
-                self._known[last] = (node.parent, node.run)
-                self._path = (last, self._chain_to(node.parent) + node.run)
-                yield self._path[1], node
+            if last in self._known:
+                continue
+            chain = self._chain_to(node.parent) + node.run
+            if len(chain) != HASH_BYTES * (node.view.start + node.view.size):
+                self._damaged += 1
+                continue
+            self._known[last] = (node.parent, node.run)
+            self._path = (last, chain)
+            yield chain, node
         if not above:
             self.waiting = []  # the way up is broken
         left = [head for head in self.heads[done:] if self._lasts.get(head) not in self._known]
         self.heads = [above, *left] if self.waiting else left
+
+    def finish_call(self, damage: Damage, *, has_changed: bool) -> None:
+        """Count what the call brought and what cannot be, and look whether the next one gets any further."""
+        self.is_stuck = not self._progress.goes_on((tuple(self.heads), len(self.waiting)), has_changed=has_changed)
+        damage.note(self._damaged + self.is_stuck)
+        self._damaged = 0
 
     def _chain_to(self, last: bytes) -> bytes:
         if last == self._path[0]:
@@ -162,7 +180,8 @@ def speculate(state: State) -> None:
                 if each.view.start != len(chain) // HASH_BYTES:
                     break
                 chain += each.run
-                state.l1.learn_chain(chain, each.view, time.monotonic())
+                if not state.l1.learn_chain(chain, each.view, time.monotonic()):
+                    break
                 state.counts["speculated_chunks"] += each.view.size
             state.l1.shrink()
 

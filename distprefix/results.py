@@ -16,7 +16,7 @@ from distprefix.model import CacheTier, PrefixEntry
 from distprefix.nodes import Snapshot
 from distprefix.touches import Touches
 
-__all__ = ["entry_of", "pack_metadata"]
+__all__ = ["entry_of", "pack_metadata", "unpack_metadata"]
 
 _MAX_METADATA_BYTES = 4096
 
@@ -59,12 +59,13 @@ def _make_entry(
         access_count=(snapshot.hits if snapshot else 0) + hits,
         created_at=snapshot.created / 1000 if snapshot else 0.0,
         last_access=time.time() if used_now or not snapshot else snapshot.accessed / 1000,
-        metadata=_unpack_metadata(snapshot.metadata) if snapshot and ends_here else None,
+        metadata=unpack_metadata(snapshot.metadata) if snapshot and ends_here else None,
         _on_touch=partial(touches.add, path) if snapshot else None,
     )
 
 
-def _unpack_metadata(packed: bytes) -> Mapping[str, Any] | None:
+def unpack_metadata(packed: bytes) -> Mapping[str, Any] | None:
+    """Metadata as a publish packed it; None for nothing, and for what no publish can have packed."""
     try:
         metadata = msgpack.unpackb(packed) if packed else None
     except ValueError:  # another hand wrote it

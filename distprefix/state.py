@@ -55,7 +55,7 @@ class State:
         self.outbox = Outbox(self.link, config)
         self.feed = Feed(self.link, self.l1, self.lock, config.feed_interval_s)
         self.link.on_loss = _weakly(self._distrust_all)  # or an unfinished cache would keep its connections
-        self.link.on_rekey = _weakly(self._forget_names)
+        self.link.naming.on_rekey = _weakly(self._forget_names)
         if config.feed_interval_s:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)

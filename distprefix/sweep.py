@@ -10,7 +10,7 @@ from distprefix.operations import Swept
 from distprefix.redis.client import Client, run
 from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import count_of, pairs
 from distprefix.redis.roster import GRACE_S, read_roster, retire
 
 __all__ = ["sweep"]
@@ -33,7 +33,7 @@ def sweep(client: Client, keys: Keys, deadline: float) -> Swept:
         retire(client, keys, {member: reading.epochs.get(member) for member in dead}, deadline)
         reading = read_roster(client, keys, "", deadline)
     known = _swept(client, keys, deadline).items()
-    done = {name.decode(errors="replace"): int(epoch) for name, epoch in known if epoch.isdigit()}
+    done = {name.decode(errors="replace"): count_of(epoch) for name, epoch in known}
     epochs = reading.epochs or {}
     due = {member: epoch for member, epoch in epochs.items() if epoch > done.get(member, 0)}
     if not due:

@@ -26,7 +26,7 @@ end
 
 -- A node's run, what is told of it without holders, and holder, "epoch:k", keys, ...
 local function read_node(head)
-  local run, parent, depth = unpack(redis.call('HMGET', node_key(head), 'r', 'p', 'd'))
+  local run, parent, depth = unpack(redis.pcall('HMGET', node_key(head), 'r', 'p', 'd'))
   local held = {}
   if holders then
     for _, holder in ipairs(holders) do
@@ -37,7 +37,7 @@ local function read_node(head)
       end
     end
   else
-    local flat = redis.call('HGETALL', node_key(head))
+    local flat = redis.pcall('HGETALL', node_key(head))
     for i = 1, #flat, 2 do
       if flat[i]:sub(1, 2) == 'h:' then
         held[#held + 1] = { flat[i]:sub(3), flat[i + 1], '', '' }
@@ -60,10 +60,11 @@ repeat
       end
     end
     reply[#reply + 1] = run and told or nil
-    last = run and #run >= 16 and hex(run) or nil
+    last = is_run(head, run) and hex(run) or nil
+    damaged = damaged + (run and not last and 1 or 0)
   end
   if last then
-    local children, after = children_of(last, cursor == '' and '0' or cursor, holders)
+    local children, after = children_of(last, cursor == '' and '0' or cursor, holders, cursor == '' and head or '')
     items[#items + 1] = after ~= '0' and last .. ':' .. after or nil
     for _, child in ipairs(children) do
       items[#items + 1] = child

@@ -21,9 +21,11 @@ if ttl == 0 then
     redis.call('DEL', key)
   end
   return answer({ '', 0, 0 })
-elseif owner and owner ~= worker then
-  return answer({ owner, tonumber(since), redis.call('PTTL', key) })
 end
-local began = since or ('%.0f'):format(now)
+local left = owner and redis.call('PTTL', key) or -1
+if owner ~= worker and left > 0 then -- one without an end is nobody's: it would never end
+  return answer({ owner, count_of(since), left })
+end
+local began = owner == worker and since or ('%.0f'):format(now)
 redis.call('SET', key, began .. ' ' .. worker, 'PX', ttl)
 return answer({ worker, tonumber(began), ttl })

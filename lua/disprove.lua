@@ -48,7 +48,8 @@ local function is_as_seen()
   local first = base .. tiers[tier] .. hex(chain, at)
   if header == '' then
     return whole_size(tier, hex(chain, at)) ~= size_at(size, 0)
-  elseif length_of(first) == 0 or redis.call('GETRANGE', first, 0, #header - 1) ~= header then
+  elseif length_of(first) ~= math.min(size_at(size, 0), part)
+    or redis.call('GETRANGE', first, 0, #header - 1) ~= header then
     return false
   end
   return digest == '' or not redis.sha1hex or redis.sha1hex(redis.call('GET', first)) == digest

@@ -32,12 +32,14 @@ redis.call('XLEN', base .. 'log')
 
 local nodes, chunks = 0, 0
 local visit = {
-  wanted = function(last) return redis.call('HLEN', junction_key(last)) end,
+  wanted = function(last) return count_of(redis.pcall('HLEN', junction_key(last))) end,
   wants = function(child, last)
-    if redis.call('HEXISTS', node_key(child), 'r') == 1 then
+    local parent, run = unpack(redis.pcall('HMGET', node_key(child), 'p', 'r'))
+    if run and parent == last then
       return true
     end
-    redis.call('HDEL', junction_key(last), child) -- its key was lost, as a failover may
+    redis.call('HDEL', junction_key(last), child) -- its key was lost, as a failover may; or it is no child
+    damaged = damaged + (run and 1 or 0)
   end,
   leave = function(head, run)
     if head ~= 'root' and run then

@@ -52,16 +52,19 @@ while over + over_bytes > 0 and nodes + moved < most and not is_spent() do
   local flat, node = fields_of(head)
   spend(1 + #flat / 25)
   local size, until_ms = math.floor(#(node.r or '') / 16), leased_until(head, flat)
-  if until_ms > now and ARGV[8] ~= '1' then
-    local behind_all = until_ms + (tonumber(hot_ms) or 0)
+  if size > 0 and not is_run(head, node.r) then
+    damaged, nodes = damaged + 1, nodes + 1
+    chunks = chunks + unlink(head, flat, node)
+  elseif until_ms > now and ARGV[8] ~= '1' then
+    local behind_all = until_ms + hot_ms
     if tonumber(redis.call('ZSCORE', leaves, head)) < behind_all then
       redis.call('ZADD', leaves, ('%.0f'):format(behind_all), head)
       moved = moved + 1
     else
       rank_now = rank_now + 1
     end
-  elseif size == 0 then
-    redis.call('ZREM', leaves, head) -- lost in a failover
+  elseif size == 0 or has_children(head, node.r) then
+    redis.call('ZREM', leaves, head) -- lost in a failover, or named by somebody who should not have
   else
     local cut = math.min(surplus(size, node['b:@warm'] or '', over, over_bytes), affordable(size, node))
     if cut < size then

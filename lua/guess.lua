@@ -23,19 +23,24 @@ local function likeliest(junction)
   local children = redis.call('HKEYS', junction)
   spend(1 + #children / 8)
   for _, child in ipairs(children) do
-    local accessed = is_child(child) and tonumber(redis.call('HGET', node_key(child), 'a') or '-1') or -1
+    local accessed = is_child(child) and count_of(redis.pcall('HGET', node_key(child), 'a'), -1) or -1
     if accessed > latest then
       best, latest = child, accessed
     end
   end
-  return unpack(best and redis.call('HMGET', node_key(best), 'd', 'r') or {})
+  return best, unpack(best and redis.call('HMGET', node_key(best), 'd', 'r', 'p') or {})
 end
 
+local expected = nil
 while chunks < budget and not is_spent() and redis.call('HLEN', junction_key(last)) <= most_children do
-  local depth, run = likeliest(junction_key(last))
+  local head, depth, run, parent = likeliest(junction_key(last))
   if not run then
     break
+  elseif parent ~= last or not is_run(head, run) or tonumber(depth) ~= (expected or tonumber(depth or '')) then
+    damaged = damaged + 1 -- the way down may be a circle
+    break
   end
+  expected = count_of(depth) + #run / 16
   local n = #reply
   reply[n + 1], reply[n + 2], reply[n + 3] = last, depth, run
   walk(run, '', reply, spend, is_spent)

@@ -11,14 +11,27 @@
 -- cost       a ZREVRANGE, and an HMGET a node
 -- @include guard
 -- @include reads
+-- @include budget
 -- @include keys
-local reply, first, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
-for _, head in ipairs(redis.call('ZREVRANGE', base .. 'hot', first, first + most - 1)) do
-  local run, depth, hits, accessed, created = unpack(redis.call('HMGET', node_key(head), 'r', 'd', 'n', 'a', 'c'))
-  if run then
-    for _, value in ipairs({ hex(run), depth + #run / 16, hits, accessed, created, head }) do
-      reply[#reply + 1] = value
-    end
+local reply, rank, most = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
+
+local function add(head)
+  local run, depth, hits, accessed, created = unpack(redis.pcall('HMGET', node_key(head), 'r', 'd', 'n', 'a', 'c'))
+  if is_run(head, run) and count_of(depth, -1) >= 0 then
+    local n = #reply
+    reply[n + 1], reply[n + 2], reply[n + 3] = hex(run), depth + #run / 16, count_of(hits)
+    reply[n + 4], reply[n + 5], reply[n + 6] = count_of(accessed), count_of(created), head
+  elseif run then
+    damaged = damaged + 1
   end
 end
+
+repeat -- what is no node makes room for others
+  local portion = redis.call('ZREVRANGE', base .. 'hot', rank, rank + most - 1)
+  for _, head in ipairs(portion) do
+    add(head)
+  end
+  rank = rank + #portion
+  spend(10 + #portion / 5)
+until #portion < most or #reply > 0 or is_spent()
 return answer(reply)

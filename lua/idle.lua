@@ -18,12 +18,20 @@
 -- @include budget
 -- @include tally
 -- @include covered
+-- @include upwards
 -- @include clock
 local before, rank, most = now - tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local leaves, seen = redis.call('ZRANGE', base .. 'leaves', rank, rank + most - 1), {}
 local reply = { #leaves == most and rank + most or -1, '' }
 
+-- Whether a node's warm payloads may become cold.
+local function is_idle(run, sizes, accessed)
+  return sizes and #sizes % 4 == 0 and #sizes <= #run / 4 and count_of(accessed) <= before
+    and covered_children(hex(run), '@warm') == 0
+end
+
 for i, leaf in ipairs(leaves) do
+  local below
   local head = i == 1 and ARGV[5] ~= '' and ARGV[5] or leaf
   while head and not seen[head] do
     if is_spent() then
@@ -32,17 +40,19 @@ for i, leaf in ipairs(leaves) do
     end
     spend(0.7)
     seen[head] = true
-    local run, held, sizes, accessed, parent = unpack(redis.call('HMGET', node_key(head),
-      'r', 'h:@warm', 'b:@warm', 'a', 'p'))
-    local n = #reply
-    if run and not held then
-      head = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
-    elseif run and tonumber(accessed) <= before and covered_children(hex(run), '@warm') == 0 then
-      reply[n + 1], reply[n + 2], reply[n + 3] = head, slice(run, 0, #sizes / 4), sizes
+    local run, held, sizes, accessed, parent, depth = unpack(redis.pcall('HMGET', node_key(head),
+      'r', 'h:@warm', 'b:@warm', 'a', 'p', 'd'))
+    if not run or not is_sound(head, run, depth, parent, below) then
       break
-    else
+    elseif held then
+      if is_idle(run, sizes, accessed) then
+        local n = #reply
+        reply[n + 1], reply[n + 2], reply[n + 3] = head, slice(run, 0, #sizes / 4), sizes
+      end
       break
     end
+    below = count_of(depth)
+    head = parent ~= '' and redis.call('HGET', junction_key(parent), 'o')
   end
 end
 return answer(reply)

@@ -27,7 +27,8 @@ local first, total, leaves, deepest, covered = 0, #chain / 16, base .. 'leaves',
 redis.call('ZCARD', leaves)
 while first < total do
   local head = hex(chain, first)
-  local run = redis.call('HGET', node_key(head), 'r') or ''
+  local run = redis.pcall('HGET', node_key(head), 'r') or ''
+  run = type(run) == 'string' and run or ''
   local matched = #run % 16 == 0 and match(run, chain, first) or 0
   if matched == 0 then
     break
@@ -46,7 +47,7 @@ end
 local ends = now + ttl
 if deepest and ttl > 0 then
   local before = redis.call('HGET', node_key(deepest), name) or ':0'
-  covered = math.max(covered, tonumber(before:match('%d+$')))
+  covered = math.max(covered, math.min(count_of(before:match('%d+$')), 256))
   if redis.call('HLEN', node_key(deepest)) > 64 then
     local place = ('%.0f'):format(now % 1048573) -- some fields a call, wherever: of a node with thousands of holders
     leased_until(deepest, redis.call('HSCAN', node_key(deepest), place, 'MATCH', 'l:*', 'COUNT', 128)[2])

@@ -11,7 +11,7 @@
 -- returns    1 when moved, 0 when the node is another one, a copy is not there, or what is around it does not allow it
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: on a full server it makes room
--- cost       HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
+-- cost       three TYPE, HMGET, a STRLEN and a PERSIST for each part, two HSET, UNLINK
 -- @include guard
 -- @include writes
 -- @include keys
@@ -25,11 +25,12 @@
 -- @include account
 -- @include tell
 -- @include place
+-- @include lists
 local head, from, seen, copies = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local to = from == '@warm' and '@cold' or '@warm'
 local run, sizes, there = unpack(redis.call('HMGET', node_key(head), 'r', 'b:' .. from, 'b:' .. to))
 local rest = to == '@warm' and (sizes or ''):sub(#seen + 1) or ''
-if not run or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
+if not is_run(head, run) or seen == '' or sizes ~= seen .. rest or #seen ~= #copies or not may_move(head, to) then
   return answer(0)
 end
 local after, elsewhere = joined(there or '', copies), redis.call('HGET', KEYS[1], 'elsewhere') == '1'

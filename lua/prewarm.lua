@@ -17,25 +17,30 @@
 -- @include keys
 -- @include budget
 -- @include walk
+-- @include upwards
 local budget, reply, sent, chunks = tonumber(ARGV[2]), { 0, '' }, {}, 0
 
 -- The path of a node, deepest first, up to what was sent already; nil when the way up is broken. Where the budget ends
 -- before the path does, also the head to go on with.
 local function path_of(head)
-  local path = {}
+  local path, below = {}, nil
   while not sent[head] do
     if is_spent() and #path > 0 then
       return path, head
     end
-    local parent, depth = unpack(redis.call('HMGET', node_key(head), 'p', 'd'))
-    if not parent then
+    local parent, depth, run = unpack(redis.pcall('HMGET', node_key(head), 'p', 'd', 'r'))
+    if not run or not is_sound(head, run, depth, parent, below) then
       return nil
     end
     spend(3.5 + redis.call('HLEN', node_key(head)) / 12)
-    path[#path + 1] = { head = head, parent = parent, depth = depth }
+    path[#path + 1] = { head = head, parent = parent, depth = depth, run = run }
+    below = count_of(depth)
+    if parent == '' then
+      return path
+    end
     head = redis.call('HGET', junction_key(parent), 'o')
-    if parent == '' or not head then
-      return parent == '' and path or nil
+    if not head then
+      return nil
     end
   end
   return path
@@ -49,10 +54,7 @@ for at = 3, #ARGV do
   local path, above = path_of(ARGV[at])
   path = path or {}
   for i = #path, 1, -1 do
-    local run, n = redis.call('HGET', node_key(path[i].head), 'r'), #reply
-    if not run then
-      break
-    end
+    local n, run = #reply, path[i].run
     reply[n + 1], reply[n + 2], reply[n + 3] = path[i].parent, path[i].depth, run
     walk(run, '', reply)
     sent[path[i].head], chunks = true, chunks + #run / 16

@@ -17,7 +17,7 @@ local member, above, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('ZCARD', roster .. 'workers') -- fails here, before anything is written, if it is something else
 redis.call('ZCARD', roster .. 'changes')
 local current = redis.call('HGET', KEYS[1], member) or '0'
-if not current:match('^%d+$') then
+if not current:match('^%d+$') or #current > 15 then
   return redis.error_reply('DPDAMAGED the epoch of ' .. member .. ' is no number: ' .. current:sub(1, 20))
 end
 local epoch = math.max(tonumber(current) + 1, above + 1, now)

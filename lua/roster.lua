@@ -16,7 +16,8 @@
 -- cost       a GET and an HGET; two ZRANGE, an HMGET and a ZMSCORE when something has changed
 -- @include clock
 local roster, most, own = KEYS[1]:sub(1, -7), tonumber(ARGV[4]), ARGV[5]
-local version = tonumber(redis.call('GET', roster .. 'version') or '') or 0
+local stored = tonumber(redis.pcall('GET', roster .. 'version') or '') or 0
+local version = stored >= 0 and stored < 9e15 and stored or 0
 local known = tonumber(ARGV[1]) or -1
 local reply = { ('%.0f'):format(now), ('%.0f'):format(version), redis.call('HGET', KEYS[1], own) or '' }
 if known == version and ARGV[2] == '' then

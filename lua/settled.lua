@@ -9,13 +9,17 @@
 -- returns    1 when settled, 0 when more has become cold meanwhile
 -- errors     DPGONE, DPSCHEMA
 -- flags      allow-oom: it takes no room to speak of
--- cost       an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
+-- cost       three TYPE, an HGET and an HDEL, an SISMEMBER a chunk, an SADD for one that is gone
 -- @include guard
 -- @include writes
 -- @include keys
+-- @include lists
 local head, chunks, done = ARGV[2], ARGV[3], 0
 if redis.call('HGET', base .. 'unsettled', head) == chunks then
   done = redis.call('HDEL', base .. 'unsettled', head)
+end
+if #chunks % 16 > 0 or #chunks > 4096 then
+  return answer(done) -- no node has such chunks: nothing is to be settled
 end
 -- Whoever told the server to keep them may have come late: the tree dropped them, and another one emptied the trash.
 for at = 0, #chunks / 16 - 1 do

@@ -42,8 +42,8 @@ for item in ARGV[3]:gmatch('%S+') do
   items[#items + 1] = item
 end
 
-local function read_on(last, cursor)
-  local children, after = children_of(last, cursor, holders)
+local function read_on(last, cursor, owner)
+  local children, after = children_of(last, cursor, holders, owner)
   items[#items + 1] = after ~= '0' and last .. ':' .. after or nil
   for _, child in ipairs(children) do
     items[#items + 1] = child
@@ -54,15 +54,15 @@ repeat
   local item = table.remove(items)
   local head, kind, rest = item:match('^(%w+)([:/]?)(.*)$')
   if kind == ':' then
-    read_on(head, rest)
+    read_on(head, rest, '')
   elseif head == 'root' then
-    read_on(head, '0')
+    read_on(head, '0', '')
   else
     local last, stale = look_at(head, holders, newest)
-    local is_leaf = not last or redis.call('HLEN', junction_key(last)) == 0
+    local is_leaf = not last or redis.pcall('HLEN', junction_key(last)) == 0
     if last and not is_leaf and (kind == '' or (rest == '' and is_counted(last, stale))) then
       items[#items + 1] = head .. (kind == '' and '/' or '/!')
-      read_on(last, '0')
+      read_on(last, '0', head)
     elseif last and (#stale > 0 or (is_leaf and kind ~= '')) then
       clean(head, stale, reply)
     end

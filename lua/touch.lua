@@ -20,19 +20,28 @@ local threshold, hot, most_candidates = tonumber(ARGV[2]), base .. 'hot', 1000
 redis.call('ZCARD', base .. 'leaves') -- fails here, before a hit is counted, if it is something else
 redis.call('ZCARD', hot)
 local touched = 0
-for i = 3, #ARGV, 3 do
-  local head, hits, used = ARGV[i], ARGV[i + 1], now - math.max(0, tonumber(ARGV[i + 2]))
-  local accessed, depth = unpack(redis.call('HMGET', node_key(head), 'a', 'd'))
-  if accessed then
-    hits = redis.call('HINCRBY', node_key(head), 'n', hits)
-    accessed = ('%.0f'):format(math.max(used, tonumber(accessed) or 0))
-    redis.call('HSET', node_key(head), 'a', accessed)
-    rank(head, accessed, hits, depth, redis.call('HSTRLEN', node_key(head), 'r') / 16)
-    if threshold > 0 and hits >= threshold then
-      redis.call('ZADD', hot, hits, head)
-    end
-    touched = touched + 1
+
+local function record(head, more, used)
+  local accessed, depth = unpack(redis.pcall('HMGET', node_key(head), 'a', 'd'))
+  if not accessed then
+    return
   end
+  local hits = redis.pcall('HINCRBY', node_key(head), 'n', more)
+  if type(hits) ~= 'number' then
+    hits, damaged = count_of(more), damaged + 1
+    redis.call('HSET', node_key(head), 'n', more)
+  end
+  accessed = ('%.0f'):format(math.max(used, count_of(accessed)))
+  redis.call('HSET', node_key(head), 'a', accessed)
+  rank(head, accessed, hits, depth, redis.call('HSTRLEN', node_key(head), 'r') / 16)
+  if threshold > 0 and hits >= threshold then
+    redis.call('ZADD', hot, hits, head)
+  end
+  touched = touched + 1
+end
+
+for i = 3, #ARGV, 3 do
+  record(ARGV[i], ARGV[i + 1], now - math.max(0, tonumber(ARGV[i + 2])))
 end
 redis.call('ZREMRANGEBYRANK', hot, 0, -most_candidates - 1)
 return answer(touched)

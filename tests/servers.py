@@ -254,7 +254,7 @@ class Backend:
             cache.close()
 
     def dump(self) -> dict[str, Any]:
-        """What is under the namespace's shard but log and counts of writes, to compare before and after."""
+        """What is under the namespace's shard but log, last use and counts of writes, to compare before and after."""
         found: dict[str, Any] = {}
         admin: Any = self.admin
         for key in sorted(admin.scan_iter(match=f"{self.keys.base}*", count=1000)):
@@ -263,7 +263,11 @@ class Backend:
                 continue
             if kind == b"hash":
                 counts = name == self.keys.meta
-                found[name] = {at: value for at, value in admin.hgetall(key).items() if not (counts and b" " in at)}
+                found[name] = {
+                    at: value
+                    for at, value in admin.hgetall(key).items()
+                    if not (counts and (b" " in at or at == b"used"))
+                }
             elif kind == b"zset":
                 found[name] = admin.zrange(key, 0, -1, withscores=True)
             elif kind == b"string":

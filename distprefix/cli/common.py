@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Generator
 from typing import Annotated, Any, NoReturn
@@ -150,7 +151,7 @@ def describe(client: redis.Redis, namespace: str, *, private: bool) -> dict[str,
     if not found:
         absent(client, namespace, private=private)
     whole = all(found.get(name) for name in ("schema", "hash_algorithm", "key_check"))
-    if not whole or not all(found.get(name, "").isdigit() for name in ("chunk_size", "max_run")):
+    if not whole or not all(re.fullmatch("[0-9]{1,9}", found.get(name, "")) for name in ("chunk_size", "max_run")):
         fail(f"{keys.descriptor} describes no namespace; there are: {names_text(client)}", EXIT_MISS)
     return found
 

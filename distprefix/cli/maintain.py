@@ -23,6 +23,7 @@ from distprefix.cli.common import (
     show,
 )
 from distprefix.config import PrefixCacheConfig
+from distprefix.damage import Progress
 from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client, run
@@ -129,8 +130,12 @@ def _reclaim(calls: Client, keys: Keys, cold_url: str) -> int:
 
 def _evict(calls: Client, keys: Keys, bounds: Bounds, batch: int) -> dict[str, int]:
     total = Evicted(0, 0, 0, more=True)
-    while total.more:
-        total = total.then(run(evict(bounds, batch, max(0, total.rank)), calls, keys.meta, time.monotonic() + 5))
+    progress = Progress()
+    has_changed = True
+    while total.more and progress.goes_on(total.rank, has_changed=has_changed):
+        evicted = run(evict(bounds, batch, max(0, total.rank)), calls, keys.meta, time.monotonic() + 5)
+        has_changed = evicted.nodes + evicted.chunks > 0
+        total = total.then(evicted)
     return {"evicted_nodes": total.nodes, "evicted_chunks": total.chunks, "leased_leaves": total.leased}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-import msgpack
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +26,7 @@ from distprefix.cli.common import (
 )
 from distprefix.redis.inspect import NodeRecord, children_of, find_node
 from distprefix.redis.keys import Keys
+from distprefix.results import unpack_metadata
 
 __all__ = ["node"]
 
@@ -48,7 +48,7 @@ def node(
             there = f"namespaces of this server: {names_text(client)}"
             fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}; {there}", EXIT_MISS)
         children = children_of(client, keys, record.last)
-        metadata = msgpack.unpackb(record.metadata) if record.metadata else None
+        metadata = unpack_metadata(record.metadata)
         value = {**record.as_dict(), "key": keys.node(record.head), "children": children, "metadata": metadata}
         now_ms = server_ms(client)
         show(value, as_json=as_json, render=lambda: _table(record, keys.node(record.head), children, metadata, now_ms))

@@ -25,12 +25,13 @@ from redis.exceptions import (
 )
 
 from distprefix import errors
-from distprefix.operations import Call
+from distprefix.damage import Damage
+from distprefix.operations import Call, Damaged
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
 from distprefix.redis.causes import cause_of_code
 from distprefix.redis.connections import current
 from distprefix.redis.endpoint import Endpoint, ReplicaError
-from distprefix.redis.scripts import load_script
+from distprefix.redis.scripts import Script, load_script
 
 __all__ = ["Caller", "Client", "run"]
 
@@ -49,6 +50,8 @@ _ANSWER_S = 1.0
 _LOST_S = 1.0
 """How long after the deadline of its call a connection is taken to be lost."""
 _OVER = float("-inf")
+_ANSWER_ITEMS = 4
+"""Of a script's reply, before the number of damaged places."""
 _READS = frozenset({"EVALSHA_RO", "EXISTS", "GET", "HGET", "HGETALL", "PING", "ROLE", "SISMEMBER", "SRANDMEMBER"})
 _HEALED = ("DPGONE", "DPNOPARENT", "DPAGAIN")
 """Codes after which the caller puts things right by itself."""
@@ -135,10 +138,16 @@ def run(
             return cast("T", done.value)
         except errors.DamagedNodeError:
             client.failures["DPDAMAGED"] += 1
+            client.damage.note()
             raise
+        failed = None
+        if isinstance(call, Damaged):
+            client.failures["DPDAMAGED"] += 1  # the reply makes no sense in part
+            client.damage.note(call.args[0])
+            reply = None
+            continue
         if sent is not None:
             sent.append(call.script)
-        failed = None
         args = call.args
         before: Any = None
         if caller is not None:
@@ -165,12 +174,15 @@ class Client:
         breakers: Breakers | None = None,
         failures: Counter[str] | None = None,
         endpoint: Endpoint | None = None,
+        damage: Damage | None = None,
     ) -> None:
         self.redis = redis_client
         self.breakers = breakers or new_breakers()
         self.failures = Counter[str]() if failures is None else failures
         """Failed calls by reason."""
         self.endpoint = endpoint or Endpoint()
+        self.damage = damage or Damage()
+        """What cannot be as it is and was passed over."""
         self.calls = 0
         """Calls sent."""
         self._with_flags = True
@@ -192,11 +204,14 @@ class Client:
         reads = loaded.reads_only
         command = "EVALSHA_RO" if reads and self._with_flags else "EVALSHA"
         try:
-            return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
+            return self._noted(
+                loaded, self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
+            )
         except NoScriptError:
             try:
                 self.command("SCRIPT LOAD", loaded.body, deadline=deadline, reads=reads)
-                return self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
+                reply = self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
+                return self._noted(loaded, reply)
             except NoScriptError as error:
                 raise self._failure("no script", "the server forgets its scripts as fast as they load") from error
             except _NoFlagsError:
@@ -204,6 +219,13 @@ class Client:
         except _NoFlagsError:
             self._with_flags = False
         return self.call(script, meta, args, deadline)
+
+    def _noted(self, script: Script, reply: Any) -> Any:
+        """A script's reply without the number of damaged places that it passed over, which is counted."""
+        if script.tells_damage and len(reply) > _ANSWER_ITEMS:
+            self.damage.note(reply[_ANSWER_ITEMS])
+            return reply[:_ANSWER_ITEMS]
+        return reply
 
     def command(self, *args: Any, deadline: float, reads: bool | None = None) -> Any:
         """Send one command and read its reply by `deadline`. `reads`: which breaker it is for, by default its own."""
@@ -389,6 +411,8 @@ class Client:
             breaker.succeed()
             if code not in _HEALED:
                 self.failures[code] += 1
+            if code == "DPDAMAGED" and "twice" not in str(error):  # that is the caller's chain, not the tree
+                self.damage.note()
             return _CODES[code](str(error))
         cause = cause_of_code(code)
         if code == "OOM" or "OOM" in str(error)[:80]:

@@ -10,7 +10,7 @@ import redis
 
 from distprefix.redis.keys import NAMESPACES, Keys
 from distprefix.redis.metrics import read_metrics
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import count_of, is_chunk_name, pairs
 
 __all__ = ["NodeRecord", "children_of", "find_node", "namespaces", "read_descriptor", "read_node", "read_stats"]
 
@@ -77,17 +77,17 @@ def read_node(client: redis.Redis, keys: Keys, head: str) -> NodeRecord | None:
         return None
     holders: dict[str, tuple[int, int]] = {}
     for name, value in fields.items():
-        if name.startswith(b"h:"):
-            epoch, _, covered = value.partition(b":")
-            holders[name[2:].decode()] = (int(epoch), int(covered))
+        epoch, _, covered = value.partition(b":")
+        if name.startswith(b"h:") and count_of(covered):
+            holders[name[2:].decode(errors="replace")] = (count_of(epoch), count_of(covered))
     return NodeRecord(
         head,
-        fields.get(b"p", b"").decode(),
-        int(fields.get(b"d", b"0")),
+        fields.get(b"p", b"").decode(errors="replace"),
+        count_of(fields.get(b"d")),
         fields[b"r"],
-        int(fields.get(b"a", b"0")),
-        int(fields.get(b"n", b"0")),
-        int(fields.get(b"c", b"0")),
+        count_of(fields.get(b"a")),
+        count_of(fields.get(b"n")),
+        count_of(fields.get(b"c")),
         holders,
         fields.get(b"m", b""),
     )
@@ -96,7 +96,7 @@ def read_node(client: redis.Redis, keys: Keys, head: str) -> NodeRecord | None:
 def children_of(client: redis.Redis, keys: Keys, last: str) -> list[str]:
     """Heads of the children of the node whose last chunk is `last`; of the roots for ""."""
     names = _hash(client, keys.junction(last))
-    return sorted(name.decode() for name in names if name != b"o" and b"@" not in name)
+    return sorted(name.decode() for name in names if is_chunk_name(name))
 
 
 def find_node(client: redis.Redis, keys: Keys, chunk: str) -> NodeRecord | None:
@@ -105,14 +105,13 @@ def find_node(client: redis.Redis, keys: Keys, chunk: str) -> NodeRecord | None:
     Fewer than 32 digits are the beginning of a head; None when several begin so.
     """
     if len(chunk) < 32:
-        heads = {
-            name.decode().rpartition(":")[2] for name in client.scan_iter(match=keys.node(f"{chunk}*"), count=1000)
-        }
+        names = client.scan_iter(match=keys.node(f"{chunk}*"), count=1000)
+        heads = {name.decode(errors="replace").rpartition(":")[2] for name in names}
         return read_node(client, keys, heads.pop()) if len(heads) == 1 else None
     node = read_node(client, keys, chunk)
     owner = _hash(client, keys.junction(chunk)).get(b"o") if node is None else None
     if owner:
-        return read_node(client, keys, owner.decode())
+        return read_node(client, keys, owner.decode(errors="replace"))
     if node is not None:
         return node
     wanted = bytes.fromhex(chunk)
@@ -130,20 +129,22 @@ def read_stats(client: redis.Redis, keys: Keys) -> dict[str, Any]:
     meta = _hash(client, keys.meta)
     memory: Any = client.info("memory")
     server: Any = client.info("server")
-    nodes, chunks = int(meta.get(b"nodes", b"0")), int(meta.get(b"chunks", b"0"))
+    nodes, chunks = count_of(meta.get(b"nodes")), count_of(meta.get(b"chunks"))
     return {
         "nodes": nodes,
         "chunks": chunks,
         "mean_run": round(chunks / nodes, 1) if nodes else 0.0,
         "roots": len(children_of(client, keys, "")),
-        "leaves": int(client.zcard(keys.leaves)),
-        "bytes": int(meta.get(b"bytes", b"0")),
-        "warm_bytes": int(meta.get(b"warm", b"0")),
-        "cold_bytes": int(meta.get(b"cold", b"0")),
-        "log": int(meta.get(b"log", b"0")),
-        "hot": int(client.zcard(keys.hot)),
+        "leaves": _members(client, keys.leaves),
+        "bytes": count_of(meta.get(b"bytes")),
+        "warm_bytes": count_of(meta.get(b"warm")),
+        "cold_bytes": count_of(meta.get(b"cold")),
+        "log": count_of(meta.get(b"log")),
+        "hot": _members(client, keys.hot),
         "live": read_metrics(client, keys),
-        "workers": {name.decode(): int(epoch) for name, epoch in sorted(_hash(client, keys.epochs).items())},
+        "workers": {
+            name.decode(errors="replace"): count_of(epoch) for name, epoch in sorted(_hash(client, keys.epochs).items())
+        },
         "descriptor": read_descriptor(client, keys),
         "server": (server.get("valkey_version") and f"Valkey {server['valkey_version']}")
         or f"Redis {server['redis_version']}",
@@ -154,7 +155,7 @@ def read_stats(client: redis.Redis, keys: Keys) -> dict[str, Any]:
 
 def _all_nodes(client: redis.Redis, keys: Keys) -> Iterator[NodeRecord]:
     for name in client.scan_iter(match=keys.node("*"), count=1000):
-        record = read_node(client, keys, name.decode().rpartition(":")[2])
+        record = read_node(client, keys, name.decode(errors="replace").rpartition(":")[2])
         if record is not None:
             yield record
 
@@ -165,3 +166,11 @@ def _hash(client: redis.Redis, name: str) -> dict[bytes, bytes]:
     except redis.ResponseError:
         return {}
     return pairs(reply)
+
+
+def _members(client: redis.Redis, name: str) -> int:
+    """How many members a sorted set has; 0 for what is none."""
+    try:
+        return int(client.zcard(name))
+    except redis.ResponseError:
+        return 0

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import FencedError, LostHistoryError
+from distprefix.errors import DamagedNodeError, FencedError, LostHistoryError
 from distprefix.events.changes import Change, Covered
 from distprefix.events.journal import Fate, Lead, Outcome, Position
-from distprefix.operations import ITEMS_A_CALL, SCHEMA, WORK_A_CALL, Call
+from distprefix.operations import ITEMS_A_CALL, MAX_CALLS, SCHEMA, WORK_A_CALL, Call, report_damage
 from distprefix.redis.client import Client, run
 from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import count_of, is_chunk_name
 from distprefix.redis.roster import WorkerInfo, heartbeat, register
 
 __all__ = ["RedisJournal", "census"]
 
 _READ_TIMEOUT_S = 60.0
 _AT_ONCE_S = 0.001
+_MAX_RUN = 256
 _RIGHT_S = 10.0
 """How long the right to write lasts for a worker that holds no lease."""
 _FATES = {"done": Fate.DONE, "again": Fate.AGAIN, "absent": Fate.MOVED, "noparent": Fate.MOVED, "refused": Fate.REFUSED}
@@ -72,10 +75,10 @@ class RedisJournal:
         if lost:  # once: what is asked for next begins with what the server has
             raise LostHistoryError("the server has lost what was written of this stream: begin again")
         self._number = int(number)
-        position = Position(int(seq), digest.decode(), float(at)) if seq else None
-        current = int(found) if found and found.isdigit() else 0
-        self._epoch = max(self._epoch, current, int(epoch))  # a new one must be above, whatever was lost
-        return Lead(position, int(epoch), current, state)
+        position = _position(seq, digest, at)
+        current = count_of(found)
+        self._epoch = max(self._epoch, current, count_of(epoch))  # a new one must be above, whatever was lost
+        return Lead(position, count_of(epoch), current, state)
 
     def resign(self) -> None:
         """Let another ingester go on at once."""
@@ -143,6 +146,16 @@ class RedisJournal:
         return time.monotonic() + self._timeout_s
 
 
+def _position(seq: bytes, digest: bytes, at: bytes) -> Position | None:
+    """How far a stream is written; None where nothing is, or what is stored cannot be a place."""
+    number = count_of(seq, -1)
+    try:
+        made = float(at)
+        return Position(number, digest.decode(), made) if number >= 0 and isfinite(made) else None
+    except ValueError:
+        return None
+
+
 def _outcome(word: str) -> Outcome:
     first, *rest = word.split()
     if first == "part":
@@ -169,20 +182,34 @@ def census(holders: Sequence[str] = ()) -> Generator[Call, Any, list[Node]]:
     """
     found: dict[bytes, Node] = {}
     stack: list[bytes] = [b"root"]
-    while stack:
+    for _ in range(MAX_CALLS):
+        if not stack:
+            return list(found.values())
         items = b" ".join(stack[-ITEMS_A_CALL:])
         left, *nodes = yield Call("census", (SCHEMA, WORK_A_CALL, items, *holders))
         stack[-ITEMS_A_CALL:] = left
+        damaged = 0
         for head, parent, depth, *rest in nodes:
-            found.setdefault(head, _node_of(parent, depth, rest, with_chunks=bool(holders)))
-    return list(found.values())
+            node, wrong = _node_of(parent, depth, rest, with_chunks=bool(holders))
+            damaged += wrong
+            if node is not None:
+                found.setdefault(head, node)
+        yield from report_damage(damaged)
+    raise DamagedNodeError("a census of the tree does not end: run `distprefix maintain --repair`")
 
 
-def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool) -> Node:
+def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool) -> tuple[Node | None, int]:
+    """A node as the script tells it, None for one that cannot be; and how much of it cannot be."""
     holders: dict[str, tuple[int, bytes, bytes]] = {}
+    if count_of(depth, -1) < 0 or (parent and not is_chunk_name(parent)):
+        return None, 1
+    damaged = 0
     for holder, held, chunks, keys in zip(*(rest[i::4] for i in range(4)), strict=True):
         epoch, _, covered = held.partition(b":")
-        if epoch.isdigit() and covered.isdigit():
-            told = chunks if with_chunks else bytes(int(covered) * HASH_BYTES)
-            holders[holder.decode(errors="replace")] = (int(epoch), told, keys)
-    return Node(bytes.fromhex(parent.decode()), int(depth), holders)
+        count = count_of(covered)
+        if 0 < count <= _MAX_RUN and count_of(epoch, -1) >= 0:
+            told = chunks if with_chunks else bytes(count * HASH_BYTES)
+            holders[holder.decode(errors="replace")] = (count_of(epoch), told, keys)
+        else:
+            damaged += 1
+    return Node(bytes.fromhex(parent.decode()), count_of(depth), holders), damaged

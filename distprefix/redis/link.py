@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import redis
 
 from distprefix.config import PrefixCacheConfig
+from distprefix.damage import Damage
 from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
 from distprefix.hashing import ChunkHasher
 from distprefix.history import History, Loss
+from distprefix.naming import Naming
 from distprefix.operations import SCHEMA, Call
 from distprefix.redis.address import embedded_name
 from distprefix.redis.breaker import Breakers, new_breakers
@@ -46,6 +48,8 @@ class Link:
         self.keys = Keys(config.namespace)
         self.failures: Counter[str] = Counter()
         """Failed calls by reason."""
+        self.damage = Damage()
+        """What cannot be as it is in the tree."""
         self.attached = False
         """Whether the epoch counts; if not, a new one has to be taken before anything is published."""
         self.history = History()
@@ -54,13 +58,7 @@ class Link:
         """How often the server had lost some of that, by how it showed."""
         self.on_loss: Callable[[], object] = lambda: None
         """Called once for each loss."""
-        self.hasher: ChunkHasher
-        """What names this namespace's chunks."""
-        self._secret = b""
-        self.rekeyed = 0
-        """How often the namespace was made anew with another secret: its chunks have other names since."""
-        self.on_rekey: Callable[[], object] = lambda: None
-        """Called each time, when `hasher` is the new one."""
+        self.naming = Naming(config.namespace)
         self.renewed = 0
         """How often a new epoch was taken under which what this worker holds has to be published again."""
         self._warned_of_stale_epoch = False
@@ -82,7 +80,8 @@ class Link:
         self._role_is_given = client is None
 
         def new_client(timeout_s: float, breakers: Breakers | None) -> Client:
-            return Client(client or connect(url, timeout_s, self.endpoint), breakers, self.failures, self.endpoint)
+            redis_client = client or connect(url, timeout_s, self.endpoint)
+            return Client(redis_client, breakers, self.failures, self.endpoint, self.damage)
 
         self.lookups = new_client(config.lookup_timeout_s, self.breakers)
         self.publishes = new_client(config.publish_timeout_s, self.breakers)
@@ -94,17 +93,10 @@ class Link:
             self.close()
             raise
 
-    def _warn_of_hash(self) -> None:
-        if self._config.hash_algorithm == "xxh3_128":
-            _log.warning(
-                "hash_algorithm xxh3_128 is no cryptographic hash: who chooses prompts can forge chunks of others in "
-                "minutes. Keep it for namespaces all of whose tenants are trusted; blake2b is the default"
-            )
-
     def _attach(self, client: Client, deadline: float) -> None:
-        attached = attach(client, self.keys, self._config, deadline, self._secret)
+        attached = attach(client, self.keys, self._config, deadline, self.naming.secret)
         self.cold_is_elsewhere = attached.cold_is_elsewhere
-        self._name_by(attached.hasher, attached.secret)
+        self.naming.take(attached.hasher, attached.secret)
         member, asked = self._config.member, time.monotonic()
         self.attached = False  # interrupted from here on, this process may not know the epoch that Redis gave it
         epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
@@ -112,23 +104,10 @@ class Link:
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
         self.attached = True
 
-    def _name_by(self, hasher: ChunkHasher, secret: bytes) -> None:
-        """Take over what names chunks."""
-        before = getattr(self, "hasher", None)
-        self._secret = secret
-        if before is not None and before.check == hasher.check:
-            return
-        self.hasher = hasher
-        if before is None:
-            self._warn_of_hash()
-            return
-        self.rekeyed += 1
-        _log.warning(
-            "namespace %s was made anew by another process, with another secret: what this one knows under the old "
-            "names is forgotten",
-            self._config.namespace,
-        )
-        self.on_rekey()
+    @property
+    def hasher(self) -> ChunkHasher:
+        """What names this namespace's chunks."""
+        return self.naming.hasher
 
     @property
     def epoch(self) -> int:

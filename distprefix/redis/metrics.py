@@ -13,11 +13,14 @@ import redis
 
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import clock_ms, pairs
+from distprefix.redis.replies import clock_ms, count_of, pairs
 
 __all__ = ["read_metrics", "withdraw_metrics", "write_metrics"]
 
 _FRESH_MS = 30_000
+_MAX_DEPTH = 2
+_MAX_FIGURE = 1e18
+"""Nothing that is counted gets as large."""
 _GAUGES = frozenset({"at", "epoch", "l2_bytes", "l2_budget_use", "l2_chunks", "l2_leaves"})
 """What caches of one worker say of the same thing: the largest counts, not the sum."""
 _STATES = ("closed", "half-open", "open")
@@ -44,7 +47,7 @@ def read_metrics(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, value in pairs(reply).items():
         metrics = _unpack(value)
-        if metrics is None or now_ms - 1000 * metrics["at"] >= _FRESH_MS:
+        if metrics is None or abs(now_ms - 1000 * metrics["at"]) >= _FRESH_MS:
             continue
         holder = name.decode(errors="replace").partition(" ")[0]
         found[holder] = _added(found[holder], metrics) if holder in found else metrics
@@ -56,11 +59,21 @@ def _unpack(value: bytes) -> dict[str, Any] | None:
     at_ms, _, packed = value.partition(b":")
     try:
         metrics = msgpack.unpackb(packed)
-        if not isinstance(metrics, dict):
-            return None
-        return {**cast("dict[str, Any]", metrics), "at": int(at_ms) / 1000}
     except ValueError:
         return None
+    at = count_of(at_ms)
+    return {**_figures(cast("dict[Any, Any]", metrics)), "at": at / 1000} if isinstance(metrics, dict) and at else None
+
+
+def _figures(metrics: dict[Any, Any], depth: int = 0) -> dict[str, Any]:
+    """What can be a report of all that was told: numbers and words by name, and dictionaries of these."""
+    found: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict) and depth < _MAX_DEPTH:
+            found[str(name)] = _figures(cast("dict[Any, Any]", value), depth + 1)
+        elif isinstance(value, str) or (isinstance(value, int | float) and abs(value) < _MAX_FIGURE):
+            found[str(name)] = value
+    return found
 
 
 def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +83,20 @@ def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         before = one.get(name)
         if before is None:
             total[name] = value
-        elif isinstance(value, dict):
-            total[name] = _added(before, cast("dict[str, Any]", value))
-        elif isinstance(value, str):
-            total[name] = max(before, value, key=lambda state: _STATES.index(state) if state in _STATES else -1)
+        elif isinstance(value, str | dict) or isinstance(before, str | dict):
+            total[name] = _joined(before, value)
         else:
             total[name] = max(before, value) if name in _GAUGES else before + value
-    if "hit_rate" in total:
-        total["hit_rate"] = total["hits"] / total["lookups"] if total["lookups"] else 0.0
+    hits, lookups = (total.get(name, 0) for name in ("hits", "lookups"))
+    if "hit_rate" in total and isinstance(hits, int | float) and isinstance(lookups, int | float):
+        total["hit_rate"] = hits / lookups if lookups else 0.0
     return total
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two dictionaries added up, or the worse of two states; the first where they are not of one kind."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return _added(cast("dict[str, Any]", one), cast("dict[str, Any]", other))
+    if isinstance(one, str) and isinstance(other, str):
+        return max(one, other, key=lambda state: _STATES.index(state) if state in _STATES else -1)
+    return one

@@ -55,7 +55,7 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
             raise NamespaceError(f"namespace {config.namespace!r} keeps cold payloads with the tree: pass no cold_url")
         client.command("HSET", keys.meta, "elsewhere", "1", deadline=deadline)
     is_elsewhere = bool(config.cold_url) or shard.get("elsewhere") == "1"
-    return Attached(is_elsewhere, shard.get("created", "").encode(), hasher, secret)
+    return Attached(is_elsewhere, shard.get("created", "").encode(errors="surrogateescape"), hasher, secret)
 
 
 def hasher_of(config: PrefixCacheConfig, secret: bytes) -> ChunkHasher:
@@ -179,7 +179,9 @@ def _attach_to(client: Client, key: str, fields: dict[str, str], deadline: float
         reply = client.call("attach", key, tuple(flat), deadline)
     except ScriptError as error:
         raise NamespaceError(f"{key} cannot be read: {error}") from error
-    return {name.decode(): value.decode(errors="replace") for name, value in pairs(reply).items()}
+    return {
+        name.decode(errors="replace"): value.decode(errors="surrogateescape") for name, value in pairs(reply).items()
+    }
 
 
 def _utc() -> str:

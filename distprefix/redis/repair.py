@@ -1,4 +1,4 @@
-"""Putting a shard right after keys were lost: orphans go, leaves are those that are there, all counts are exact."""
+"""Putting a shard right after keys were lost or forged: what cannot be goes, and all counts are exact."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from distprefix.operations import SCHEMA, drop
 from distprefix.redis.client import Client, run
 from distprefix.redis.integrity import Report, check_integrity
 from distprefix.redis.keys import Keys
+from distprefix.redis.soundness import as_bytes
 
 __all__ = ["repair"]
 
-_ATTEMPTS = 5
+_ATTEMPTS = 8
 _COUNTS_A_CALL = 300
 
 
 def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[Report, bool]:
-    """Read the whole shard and mend it, as long as nobody writes meanwhile; tried five times.
+    """Read the whole shard and mend it, as long as nobody writes meanwhile; tried eight times.
 
     Returns what was found first, and whether all of it is right now. Costs what `check_integrity` does, and a few calls
     for each orphan.
@@ -31,7 +32,7 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
         if report.ok:
             return first, True
         _mend(client, keys, report, deadline)
-        if not (report.orphans or report.strays or report.missing or report.childless):
+        if not (report.fixes or report.orphans or report.strays or report.missing or report.childless):
             counted = [
                 str(number).encode() for number in (report.nodes, report.chunks, report.bytes, report.warm, report.cold)
             ]
@@ -46,18 +47,20 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
 
 
 def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
+    for fix in report.fixes:
+        client.command(fix.command, fix.key, *fix.args, deadline=deadline)
     for head in report.orphans:
         run(drop(head), client, keys.meta, deadline)
     for last, gone in report.childless.items():
         junction = keys.junction("" if last == "root" else last)
         for head in gone:
-            client.command("HDEL", junction, head, deadline=deadline)
+            client.command("HDEL", junction, as_bytes(head), deadline=deadline)
         names = cast("list[bytes]", client.command("HKEYS", junction, deadline=deadline))
         if all(name == b"o" or b"@" in name for name in names):  # what is left counts children that are not there
             client.command("DEL", junction, deadline=deadline)
     for head in report.strays:
-        client.command("ZREM", keys.leaves, head, deadline=deadline)
-        client.command("ZREM", keys.hot, head, deadline=deadline)
+        client.command("ZREM", keys.leaves, as_bytes(head), deadline=deadline)
+        client.command("ZREM", keys.hot, as_bytes(head), deadline=deadline)
     for head, accessed in report.missing.items():
         if head not in report.orphans:
             client.command("ZADD", keys.leaves, "NX", accessed, head, deadline=deadline)

@@ -10,15 +10,19 @@ from typing import Any, cast
 
 import msgpack
 
-from distprefix.errors import InvalidInputError
+from distprefix.errors import InvalidInputError, ScriptError
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import count_of, pairs
 from distprefix.roster import Reading
 
 __all__ = ["GRACE_S", "Member", "WorkerInfo", "heartbeat", "read_members", "read_roster", "register", "retire"]
 
 _MEMBERS_A_PAGE = 500
+_MAX_RESTARTS = 3
+"""Of one reading: at its begin, and where data are lost meanwhile."""
+_MAX_NUMBER = 1e15
+"""No time in ms and no epoch is as large."""
 GRACE_S = 60.0
 """How long after its lease a member may come back with all that it published."""
 
@@ -122,6 +126,7 @@ class _Pages:
         self._ends: dict[str, int] = {}
         self._from = "-inf" if with_leases else ""
         self._skipped = 0
+        self._restarts = 0
 
     def place(self) -> tuple[str, str, int]:
         """Where to go on."""
@@ -136,6 +141,7 @@ class _Pages:
             self.is_complete = True
             return
         go_on, is_unknown, changed, leases = rest
+        self._restarts += bool(is_unknown)
         if is_unknown and not self._is_whole:  # data were lost, or older ones restored
             self._is_whole = True
             self._epochs.clear()
@@ -152,7 +158,8 @@ class _Pages:
             self._from = last.decode()
         else:
             self._from, self._skipped = "", 0
-        self.is_complete = not full and go_on == version
+        # Changes of versions that were never given have each page begin anew: what has come by then is all there is.
+        self.is_complete = (not full and go_on == version) or self._restarts > _MAX_RESTARTS
 
     def reading(self) -> Reading:
         """All that came."""
@@ -190,10 +197,20 @@ def read_members(client: Client, keys: Keys, deadline: float) -> list[Member]:
         left, said = None, dict[bytes, bytes]()
         if end is not None:
             left = (end - reading.server_ms) / 1000
-            said = pairs(client.command("HGETALL", keys.member(name), deadline=deadline))
+            said = _said(client, keys.member(name), deadline)
         started = _float(said.get(b"started", b""))
-        members.append(Member(worker, int(rank) if rank.isdigit() else 0, epoch, left, _info(said), started))
+        started = started if isfinite(started) else 0.0
+        members.append(Member(worker, count_of(rank.encode(errors="replace")), epoch, left, _info(said), started))
     return members
+
+
+def _said(client: Client, name: str, deadline: float) -> dict[bytes, bytes]:
+    """What a member says of itself; nothing where a foreign writer put something else there."""
+    try:
+        return pairs(client.command("HGETALL", name, deadline=deadline))
+    except ScriptError:
+        client.damage.note()
+        return {}
 
 
 def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
@@ -203,21 +220,22 @@ def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
     try:
         load = msgpack.unpackb(said.get(b"load", b"\x80"))
         load = {str(name): float(value) for name, value in load.items()}
-    except (ValueError, TypeError, AttributeError):  # another hand wrote it
+        load = {name: value for name, value in load.items() if isfinite(value)}
+    except (ValueError, TypeError, AttributeError, OverflowError):  # another hand wrote it
         load = {}
     return WorkerInfo(text(b"address"), text(b"model"), tuple(filter(None, text(b"media").split(","))), load)
 
 
 def _whole_number(value: bytes) -> int:
     number = _float(value)
-    return int(number) if isfinite(number) else 0
+    return int(number) if abs(number) < _MAX_NUMBER else 0
 
 
 def _numbers(flat: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, value in pairs(flat).items():
         number = _float(value)
-        if number and isfinite(number):
+        if number and abs(number) < _MAX_NUMBER:
             found[name.decode(errors="replace")] = int(number)
     return found
 

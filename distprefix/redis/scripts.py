@@ -64,6 +64,8 @@ class Script(NamedTuple):
     body: str
     sha: str
     reads_only: bool
+    tells_damage: bool
+    """Whether its reply ends with the damaged places that it passed over, where there are any."""
 
 
 @cache
@@ -95,4 +97,5 @@ def load_script(name: str, *, with_flags: bool = True) -> Script:
     first, _, rest = body.partition("\n")
     if not with_flags:
         body = rest
-    return Script(name, body, hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest(), "no-writes" in first)
+    sha = hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest()
+    return Script(name, body, sha, "no-writes" in first, "\nlocal damaged = 0" in body)

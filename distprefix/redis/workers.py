@@ -11,7 +11,7 @@ from distprefix.redis.client import Client, run
 from distprefix.redis.journal import census
 from distprefix.redis.keys import Keys
 from distprefix.redis.metrics import read_metrics
-from distprefix.redis.replies import clock_ms, pairs
+from distprefix.redis.replies import clock_ms, count_of, pairs
 from distprefix.redis.roster import Member, read_members, read_roster, retire
 from distprefix.roster import member_of, members_of
 
@@ -54,7 +54,7 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
         figures = figures_of.get(member.name, [])
         if member.lease_left_s is not None or member.name in chunks or stream or figures:
             one = _describe(member, dict(chunks.get(member.name, {})), stream, server_s)
-            one["figures"] = {name: sum(figure.get(name, 0) for figure in figures) for name in FIGURES}
+            one["figures"] = {name: sum(_number(figure.get(name)) for figure in figures) for name in FIGURES}
             described.append(one)
     return described
 
@@ -75,9 +75,14 @@ def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> i
     return retire(client, keys, dict.fromkeys(members_of(worker, epochs)), deadline)
 
 
+def _number(figure: Any) -> int:
+    return int(figure) if isinstance(figure, int | float) else 0
+
+
 def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes], server_s: float) -> dict[str, Any]:
     info = member.info
-    ends = int(stream[b"u"]) / 1000 if stream.get(b"u", b"").isdigit() else 0.0
+    ends = count_of(stream.get(b"u")) / 1000
+    sequence = count_of(stream.get(b"q"), -1)
     return {
         "worker": member.worker,
         "rank": member.rank,
@@ -92,7 +97,7 @@ def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]
         "started": member.started or None,
         "events": {
             "source": stream.get(b"w", b"").decode(errors="replace"),
-            "sequence": int(stream[b"q"]) if stream.get(b"q", b"").isdigit() else None,
+            "sequence": sequence if sequence >= 0 else None,
             "lag_s": info.load.get("lag_s"),
             "followed": ends > server_s,
         }

@@ -16,7 +16,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.errors import ScriptError, UnavailableError
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import is_chunk_name, pairs
 from distprefix.tiers import operations
 from distprefix.tiers.envelope import HEADER_BYTES, upload_of
 
@@ -24,6 +24,7 @@ __all__ = ["Elsewhere"]
 
 _DROP_S = 120
 _A_TIME = 200
+_MAX_RUN_BYTES = 256 * HASH_BYTES
 
 
 class Elsewhere:
@@ -37,20 +38,26 @@ class Elsewhere:
 
     def settle(self, deadline: float) -> int:
         """Have it keep what became cold. Returns the nodes settled. A call, and some for each node."""
-        waiting = pairs(self._client.command("HGETALL", self._keys.unsettled, deadline=deadline))
+        waiting = pairs(self._read(b"hash", self._keys.unsettled, deadline, "HGETALL"))
         for head, chunks in waiting.items():
-            self._each(chunks, deadline, "PERSIST")
+            if 0 < len(chunks) <= _MAX_RUN_BYTES and len(chunks) % HASH_BYTES == 0:
+                self._each(chunks, deadline, "PERSIST")
+            else:
+                self._client.damage.note()  # chunks of no node: it is taken out, whatever it is
             run(operations.settled(head, chunks), self._client, self._keys.meta, deadline)
         return len(waiting)
 
     def empty_trash(self, deadline: float) -> int:
-        """Have it drop, in two minutes, what the tree dropped. Returns the chunks. A call, and some for each."""
-        chunks: Any = self._client.command("SRANDMEMBER", self._keys.trash, _A_TIME, deadline=deadline)
-        for chunk in chunks:
-            packed = bytes.fromhex(chunk.decode())
-            self._each(packed, deadline, "EXPIRE", _DROP_S)
-            run(operations.dropped(packed), self._client, self._keys.meta, deadline)
-        return len(chunks)
+        """Have it drop, in two minutes, what the tree dropped. Returns how much that was. A call, and some for each."""
+        members = self._read(b"set", self._keys.trash, deadline, "SRANDMEMBER", _A_TIME)
+        for member in members:
+            packed = bytes.fromhex(member.decode()) if is_chunk_name(member) else b""
+            if packed:
+                self._each(packed, deadline, "EXPIRE", _DROP_S)
+            else:
+                self._client.damage.note()
+            run(operations.dropped(member, packed), self._client, self._keys.meta, deadline)
+        return len(members)
 
     def reclaim(self, deadline: float) -> int:
         """Have it drop what the tree does not name, as after the tree's server lost its data. Returns the chunks.
@@ -61,6 +68,9 @@ class Elsewhere:
         base = f"{self._keys.base}cold:"
         for name in self._scan(f"{base}*"):
             chunk, _, part = name.removeprefix(base).partition(":")
+            if not is_chunk_name(chunk.encode(errors="replace")):
+                self._client.damage.note()  # not a payload: whose it is, is not known
+                continue
             if self._ask(deadline, "PTTL", name) != -1:
                 continue  # what has a TTL expires, or is being moved
             if part:
@@ -75,6 +85,17 @@ class Elsewhere:
         """Close the connections."""
         self._server.close()
 
+    def _read(self, kind: bytes, name: str, deadline: float, command: str, *args: Any) -> Any:
+        """Read a list of what is to be done. One of another type is removed: nothing in it could be done."""
+        try:
+            return self._client.command(command, name, *args, deadline=deadline)
+        except ScriptError:
+            if self._client.command("TYPE", name, deadline=deadline) in (kind, b"none"):
+                raise
+            self._client.damage.note()
+            self._client.command("UNLINK", name, deadline=deadline)
+            return []
+
     def _drop_lone_part(self, name: str, chunk: str, deadline: float) -> None:
         """Remove a part whose first value is of another upload, or is not there."""
         if name not in self._keys_of(bytes.fromhex(chunk), deadline):
@@ -83,7 +104,7 @@ class Elsewhere:
     def _scan(self, pattern: str) -> Iterator[str]:
         try:
             for name in self._server.redis.scan_iter(match=pattern, count=1000):
-                yield name.decode()
+                yield name.decode(errors="replace")
         except redis.RedisError as error:
             raise UnavailableError(f"the server of the cold tier does not answer: {error}") from error
 

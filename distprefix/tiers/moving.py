@@ -6,6 +6,7 @@ import time
 from array import array
 
 from distprefix.chunking import HASH_BYTES
+from distprefix.damage import Progress
 from distprefix.errors import NotAttachedError
 from distprefix.tiers import operations
 from distprefix.tiers.payloads import COLD, WARM, Payloads
@@ -37,7 +38,8 @@ def demote(payloads: Payloads, deadline: float, idle_s: float | None = None) -> 
     if payloads.cold is None:
         return 0
     idle_ms = int(1000 * (state.config.cold_timeout_s if idle_s is None else idle_s))
-    while rank >= 0 and time.monotonic() < deadline:
+    progress = Progress()
+    while rank >= 0 and time.monotonic() < deadline and progress.goes_on((rank, above)):
         try:
             rank, above, found = state.link.publish(operations.idle(idle_ms, rank, 50, above), deadline)
         except NotAttachedError:  # flushed: there is nothing to move

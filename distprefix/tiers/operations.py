@@ -8,7 +8,8 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.operations import SCHEMA, WINDOW, WORK_A_CALL, Call, Usage
+from distprefix.damage import Progress
+from distprefix.operations import SCHEMA, WINDOW, WORK_A_CALL, Call, Usage, report_damage
 
 __all__ = [
     "Disproved",
@@ -124,11 +125,15 @@ def disprove(run: bytes, evidence: Evidence) -> Generator[Call, Any, Disproved]:
     agreed = False
     trimmed = 0
     resume = b""
+    progress = Progress()
     while True:
         holds, taken, resume = yield Call("disprove", (SCHEMA, evidence.tier, run, *seen, resume, WORK_A_CALL))
         agreed = agreed or bool(holds)
         trimmed += taken
         if not resume:
+            return Disproved(agreed, trimmed)
+        if not progress.goes_on(resume, has_changed=taken > 0):
+            yield from report_damage(1)
             return Disproved(agreed, trimmed)
 
 
@@ -163,6 +168,9 @@ def settled(head: bytes, chunks: bytes) -> Generator[Call, Any, bool]:
     return bool((yield Call("settled", (SCHEMA, head, chunks))))
 
 
-def dropped(chunk: bytes) -> Generator[Call, Any, bool]:
-    """The other server was told to drop a chunk. One call. True when it is cold all the same, and has to be settled."""
-    return bool((yield Call("dropped", (SCHEMA, chunk))))
+def dropped(member: bytes, chunk: bytes) -> Generator[Call, Any, bool]:
+    """The other server was told to drop a chunk, which is named by `member` of the trash; no chunk: it names none.
+
+    One call. True when the chunk is cold all the same, and has to be settled.
+    """
+    return bool((yield Call("dropped", (SCHEMA, member, chunk))))

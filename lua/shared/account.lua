@@ -30,7 +30,7 @@ end
 local function settle()
   local total, names = {}, { 'nodes', 'chunks', 'bytes', 'warm', 'cold' }
   for i, name in ipairs(names) do
-    total[i] = (tonumber(shard[i]) or 0) + added[name]
+    total[i] = count_of(shard[i]) + added[name]
     total[i + 5] = ('%.0f'):format(total[i])
   end
   is_noted = written >= 0 and ARGV[1] ~= schema

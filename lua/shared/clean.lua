@@ -1,10 +1,10 @@
 -- Whether a node's fields make sense. One that another hand wrote is passed over: look-ups refuse it as well.
-local function is_sound(flat, node)
-  local sound = node.r and #node.r > 0 and #node.r % 16 == 0
+local function is_sound(head, flat, node)
+  local sound = is_run(head, node.r)
   for i = 1, #flat, 2 do
     if flat[i]:sub(1, 2) == 'h:' then
-      local epoch, covered = flat[i + 1]:match('^(%d+):(%d+)$')
-      sound = sound and epoch and tonumber(covered) > 0
+      local _, covered = coverage_of(flat[i + 1])
+      sound = sound and covered > 0
     end
   end
   return sound
@@ -17,7 +17,7 @@ local function look_at(head, holders, newest)
   for i, holder in ipairs(holders) do
     fields[i + 1] = 'h:' .. holder
   end
-  local values = redis.call('HMGET', node_key(head), unpack(fields))
+  local values = redis.pcall('HMGET', node_key(head), unpack(fields))
   spend(1 + #holders / 50)
   for i, holder in ipairs(holders) do
     if (tonumber((values[i + 1] or ''):match('^%d+') or '') or math.huge) < newest[holder] then
@@ -25,7 +25,7 @@ local function look_at(head, holders, newest)
     end
   end
   local run = values[1]
-  return run and #run > 0 and #run % 16 == 0 and hex(run) or nil, stale
+  return is_run(head, run) and hex(run) or nil, stale
 end
 
 -- Whether children of the node with this last chunk still have what counts for nothing: it was split meanwhile.
@@ -43,13 +43,14 @@ end
 local function clean(head, stale, total)
   local flat, node = fields_of(head)
   spend(2 + #flat / 50)
-  if not is_sound(flat, node) then
+  if not is_sound(head, flat, node) then
+    damaged = damaged + (#flat > 0 and 1 or 0)
     return
   end
   for _, holder in ipairs(stale) do
     total[1] = total[1] + uncover(head, holder, 0, true)
   end
-  if redis.call('HLEN', junction_key(hex(node.r))) > 0 then
+  if redis.pcall('HLEN', junction_key(hex(node.r))) ~= 0 then
     return
   end
   flat, node = fields_of(head)

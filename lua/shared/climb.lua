@@ -1,11 +1,15 @@
+local function depth_of(head)
+  return count_of(redis.pcall('HGET', node_key(head), 'd'), math.huge)
+end
+
 -- The steps of `descend`: down to the next child as long as there is one, else up to the parent. Returns what the next
 -- call resumes with, "" when `top` has been visited.
 local function climb(head, top, visit, next_child, scans)
   repeat
     spend(1)
-    local run, parent = '', ''
+    local run, parent, depth = '', '', '0'
     if head ~= 'root' then
-      run, parent = unpack(redis.call('HMGET', node_key(head), 'r', 'p'))
+      run, parent, depth = unpack(redis.pcall('HMGET', node_key(head), 'r', 'p', 'd'))
     end
     local last = head == 'root' and '' or (run and #run >= 16 and hex(run))
     local child = next_child(head, last)
@@ -16,6 +20,9 @@ local function climb(head, top, visit, next_child, scans)
         return ''
       end
       child = owner or top
+      if child ~= top and child ~= 'root' and depth_of(child) >= count_of(depth) then
+        child, damaged = top, damaged + 1 -- not upwards: it may be a circle
+      end
     end
     head = child or head
   until is_spent()

@@ -1,4 +1,4 @@
 -- How many of the children a holder covers, of the junction that is named by the chunk `parent`.
 local function covered_children(parent, holder)
-  return tonumber(redis.call('HGET', counts_key(parent), holder) or '') or 0
+  return count_of(redis.pcall('HGET', counts_key(parent), holder))
 end

@@ -1,12 +1,13 @@
 -- The nodes that a chain makes from chunk `first` on, looked at before anything is written: a key that is no hash must
--- show. Returns {{head, last chunk}, ..., taken = whether any of these names is there already, repeats = whether any
--- comes up twice}.
-local function plan(chain, first, max_run)
-  local new, keys, seen, taken = {}, {}, {}, 0
+-- show. Names that are given in the same call: `lower`, head of the lower half of a split; `ends`, last chunk of the
+-- upper half or of a leaf that grows; `tip`: last chunk of the node that the path ends in, as it is now. Returns
+-- {{head, last chunk}, ..., taken = whether any of these names is there already, repeats = whether any comes up twice}.
+local function plan(chain, first, max_run, lower, ends, tip)
+  local new, keys, seen, taken = { repeats = ends == tip }, {}, {}, 0
   for at = first, #chain / 16 - 1, max_run do
     local node = { hex(chain, at), hex(chain, math.min(at + max_run, #chain / 16) - 1) }
     local key, junction = node_key(node[1]), junction_key(node[2])
-    new.repeats = new.repeats or seen[key] or seen[junction]
+    new.repeats = new.repeats or seen[key] or seen[junction] or node[1] == lower or node[2] == ends or node[2] == tip
     seen[key], seen[junction] = true, true
     new[#new + 1], keys[#keys + 1], keys[#keys + 2] = node, key, junction
   end

@@ -12,12 +12,18 @@ local function discard(head)
   end
 end
 
--- Where a run ends anew, children that are there already are orphans. Without them nothing below can be reached.
+-- Where a run ends anew, children that are there already are orphans. Without them nothing below can be reached. Some
+-- tens at most are removed: what else a junction names that should not be there stays until the shard is repaired.
 local function disown(last)
-  for _, child in ipairs(redis.call('HKEYS', junction_key(last))) do
-    if is_child(child) then
-      discard(child)
+  local junction = junction_key(last)
+  local reply = redis.pcall('HSCAN', junction, '0', 'COUNT', 50)
+  local fields = reply[2] or {}
+  for i = 1, math.min(#fields, 200), 2 do
+    if is_child(fields[i]) and redis.pcall('HGET', node_key(fields[i]), 'p') == last then
+      discard(fields[i])
     end
   end
-  redis.call('DEL', junction_key(last))
+  if #fields > 0 or reply.err then
+    redis.call('UNLINK', junction)
+  end
 end

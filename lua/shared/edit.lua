@@ -17,12 +17,12 @@ local function split(node, at, is_leaf, width)
   for i = 1, #fields, 2 do
     local name, value = fields[i], fields[i + 1]
     if name == 'd' then
-      add(lower, name, tonumber(value) + at)
+      add(lower, name, node.depth + at)
     elseif name:sub(1, 2) == 'h:' then
-      local epoch, covered = value:match('^(%d+):(%d+)$')
-      if tonumber(covered) > at then
+      local epoch, covered = coverage_of(value)
+      if covered > at then
         add(upper, name, epoch .. ':' .. at)
-        add(lower, name, epoch .. ':' .. covered - at)
+        add(lower, name, epoch .. ':' .. math.min(covered, node.size) - at)
         add(counts, name:sub(3), 1)
         account(0, 0, 1, 0)
       elseif not is_leaf and not tiers[name:sub(3)] then
@@ -35,9 +35,9 @@ local function split(node, at, is_leaf, width)
         add(lower, name, value:sub(cut + 1))
       end
     elseif name:sub(1, 2) == 'l:' then
-      local ends, leased = value:match('^(%d+):(%d+)$')
-      if tonumber(leased) > at then
-        add(lower, name, ends .. ':' .. leased - at)
+      local ends, leased = coverage_of(value)
+      if leased > at then
+        add(lower, name, ends .. ':' .. math.min(leased, node.size) - at)
         redis.call('HDEL', key, name)
       end
     elseif name ~= 'p' and name ~= 'r' then

@@ -10,7 +10,8 @@ if not schema then
 elseif schema ~= ARGV[1]:match('^%S*') then
   return redis.error_reply('DPSCHEMA the tree has schema ' .. schema .. ', not that of the caller: ' .. ARGV[1])
 end
-local written = tonumber(shard[8] or 0)
+local written = tonumber(shard[8] or 0) or 0
+local damaged = 0 -- places that cannot be as they are and were passed over: the reply tells how many, if any
 if not shard[8] and ARGV[1] ~= schema then -- the caller's first write, or a server that has lost those before it
   local epoch, member = ARGV[1]:match('^%S+ (%d+) (.*)$')
   local name = redis.call('HGET', KEYS[1]:sub(1, -5) .. 'writers', member) or ''

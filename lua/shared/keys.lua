@@ -18,9 +18,20 @@ local function junction_key(last)
   return base .. 'j:' .. (last == '' and 'root' or last)
 end
 
--- Whether a junction's field names a child; the others are its owner, and holders, whose names all contain "@".
+-- Whether a junction's field names a child: the head of a node. The others are its owner, and holders.
 local function is_child(field)
-  return field ~= 'o' and not field:find('@', 1, true)
+  return #field == 32 and not field:find('[^0-9a-f]')
+end
+
+-- A stored number that is at least 0; `otherwise`, or 0, for what is none: no value may end a script that has written.
+local function count_of(value, otherwise)
+  local number = tonumber(value or '')
+  return number and number >= 0 and number < 9007199254740992 and number or otherwise or 0
+end
+
+-- Whether a node's run can be one: at most 256 chunks, and the first of them is what the node is named by.
+local function is_run(head, run)
+  return run and #run > 0 and #run % 16 == 0 and #run <= 4096 and hex(run, 0) == head
 end
 
 -- Chunks [first, last) of a packed run, 16 bytes each.

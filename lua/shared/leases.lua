@@ -4,7 +4,7 @@ local function leased_until(head, fields)
   local latest = 0
   for i = 1, #fields, 2 do
     if fields[i]:sub(1, 2) == 'l:' then
-      local ends = tonumber(fields[i + 1]:match('^%d+') or 0)
+      local ends = count_of(fields[i + 1]:match('^%d+'))
       if ends <= now then
         redis.call('HDEL', node_key(head), fields[i])
       end

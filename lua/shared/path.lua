@@ -1,8 +1,9 @@
 -- The nodes on a chain's path as a change needs them, without changing any. Returns the path and the chunks matched,
--- or nil and an error: a damaged node, or a holder that a newer process has taken over. `column`: what the holder
+-- or nil and an error: a damaged node, or a holder that a newer process has taken over. `begin`: depth of the chain's
+-- first chunk, and so of each node: what is stored may be damaged. `column`: what the holder
 -- keeps for each chunk, "b:" block ids or "e:" an engine's keys. `is_over`: asked after each node, with the number of
 -- its fields and of the nodes so far, whether another call takes the rest of the path: then true is the third value.
-local function read_path(chain, holder, epoch, column, is_over)
+local function read_path(chain, begin, holder, epoch, column, is_over)
   local path, seen, first, total = {}, {}, 0, #chain / 16
   while first < total do
     local head = hex(chain, first)
@@ -20,15 +21,17 @@ local function read_path(chain, holder, epoch, column, is_over)
       return nil, redis.error_reply('DPDAMAGED the run of node ' .. head .. ' does not begin with its head')
     end
     local held_epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
-    if tonumber(held_epoch) > epoch then
+    held_epoch, covered = count_of(held_epoch), math.min(count_of(covered), #run / 16)
+    if held_epoch > epoch then
       return nil, redis.error_reply('DPSTALE ' .. holder .. ' has been taken over: its epoch is ' .. held_epoch)
     end
     path[#path + 1] = {
       head = head, first = first, run = run, size = #run / 16, matched = matched, ids = ids or '',
-      accessed = tonumber(accessed) or 0, hits = tonumber(hits) or 0, depth = tonumber(depth) or 0,
-      epoch = tonumber(held_epoch), covered = tonumber(covered), held = held,
+      accessed = accessed, hits = hits, depth = begin + first,
+      epoch = held_epoch, covered = covered, held = held,
       parent = parent or '',
     }
+    damaged = damaged + (tonumber(depth) == begin + first and 0 or 1)
     first = first + matched
     if matched * 16 < #run then
       break

@@ -10,10 +10,10 @@ local function size_at(sizes, at)
   return d and a + b * 256 + c * 65536 + d * 16777216 or 0
 end
 
--- What the payloads from chunk `from` on take together.
+-- What the payloads from chunk `from` on take together; no call has more than 4,352 chunks.
 local function sum_of(sizes, from)
   local sum = 0
-  for at = from or 0, #sizes / 4 - 1 do
+  for at = from or 0, math.min(#sizes / 4, 4352) - 1 do
     sum = sum + size_at(sizes, at)
   end
   return sum

@@ -1,12 +1,12 @@
--- Puts a chain into the tree that begins at this depth. `with`: now, max_run, and of the holder: holder, epoch, and
--- what it keeps for each chunk: column, width in bytes, ids. Publishes as many leading chunks as the call's budget
--- allows, up to the end of a node. Returns what was made: nodes, chunks, the chunks that were there or that a leaf took
--- in, the chunks that nodes begin with, the chunks taken; or nil and an error, and then nothing was published.
+-- Puts a chain into the tree that begins at this depth. `with`: now, max_run, holder, epoch, and what the holder keeps
+-- for each chunk: column, width in bytes, ids. Publishes as many leading chunks as the call's budget allows, up to a
+-- node's end. Returns what was made: nodes, chunks, chunks that were there or that a leaf took in, chunks that nodes
+-- begin with, chunks taken; or nil and an error, and then nothing was published.
 local function publish(chain, depth, metadata, with)
   local asked, holder, epoch, max_run = #chain / 16, with.holder, with.epoch, with.max_run
   spend(2)
   -- First only look, at every key that is going to change: what is wrong must show before anything is written.
-  local path, pos, stopped = read_path(chain, holder, epoch, with.column, function(fields, count)
+  local path, pos, stopped = read_path(chain, depth, holder, epoch, with.column, function(fields, count)
     spend(3 + fields / 12) -- read twice, written once
     return count > 1 and is_spent() -- a call may begin with a node that the one before took
   end)
@@ -19,13 +19,13 @@ local function publish(chain, depth, metadata, with)
   if stopped then
     chain, metadata = slice(chain, 0, pos), ''
   end
-  local is_leaf, stop = redis.call('HLEN', junction_key(last and hex(last.run) or '')) == 0, pos
-  local total = #chain / 16
+  local tip = last and hex(last.run) or ''
+  local owner, stop, total = redis.call('HGET', junction_key(tip), 'o'), pos, #chain / 16 -- a leaf has no junction
   local splits = last and last.matched < last.size and (total > pos or metadata ~= '')
-  local taken, lower, ends = 0, splits and hex(last.run, last.matched) or nil, nil
+  local taken, lower, ends = owner and owner ~= last.head and 1 or 0, splits and hex(last.run, last.matched), nil
   if lower then
     taken = redis.call('HLEN', node_key(lower))
-  elseif last and is_leaf and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
+  elseif last and not owner and last.size < max_run and not redis.call('HGET', node_key(last.head), 'm') then
     stop = math.min(total, last.first + max_run)
   end
   redis.call('ZCARD', base .. 'leaves')
@@ -40,18 +40,19 @@ local function publish(chain, depth, metadata, with)
     chain = slice(chain, 0, total)
   end
   with.ids = with.ids:sub(1, total * with.width)
-  local new = plan(chain, stop, max_run)
+  local new = plan(chain, stop, max_run, lower, ends, tip)
   spend(3 * #new)
-  local hindrance = (new.repeats or new.taken or taken > 0) and hindrance_of(new, lower, ends, last)
-  if hindrance then
-    return nil, hindrance
+  local is_hindered = new.repeats or new.taken or taken > 0
+  local problem = is_hindered and hindrance_of(new, chain, depth, with, last, stop, lower, ends)
+  if problem then
+    return nil, problem
   end
 
   -- Then write.
-  local nodes, chunks, starts = #new + (splits and 1 or 0), total - pos, {}
+  local nodes, chunks, starts, tail = #new + (splits and 1 or 0), total - pos, {}, last and last.head
   account(nodes, chunks, 0, 0)
   if splits then
-    split(last, last.matched, is_leaf, with.width)
+    split(last, last.matched, not owner, with.width)
   elseif stop > pos then
     pos = grow(last, chain, stop)
   end
@@ -59,14 +60,13 @@ local function publish(chain, depth, metadata, with)
     cover(node, with, node.matched)
     starts[i] = node.first
   end
-  local tail = last and last.head
+  for i = 1, #new do
+    starts[#starts + 1] = pos + (i - 1) * max_run
+  end
   if pos < total then
-    for i = 1, #new do
-      starts[#starts + 1] = pos + (i - 1) * max_run
-    end
-    tail = create(chain, pos, depth, tail, with, new, last and is_leaf and not splits)
+    tail = create(chain, pos, depth, tail, with, new, last and not owner and not splits)
   else
-    local accessed = ('%.0f'):format(math.max(tonumber(with.now), tonumber(last.accessed)))
+    local accessed = ('%.0f'):format(math.max(tonumber(with.now), count_of(last.accessed)))
     redis.call('HSET', node_key(tail), 'a', accessed)
     rank(tail, accessed, last.hits, last.depth, last.size)
   end
@@ -74,6 +74,6 @@ local function publish(chain, depth, metadata, with)
     account(0, 0, 0, #metadata - #(redis.call('HGET', node_key(tail), 'm') or ''))
     redis.call('HSET', node_key(tail), 'm', metadata)
   end
-  local word = total < asked and 'part ' .. total .. ' ' or 'heads ' -- as ingest tells it
-  return { nodes = nodes, chunks = chunks, there = pos, starts = starts, taken = total, word = word }
+  return { nodes = nodes, chunks = chunks, there = pos, starts = starts, taken = total,
+    word = total < asked and 'part ' .. total .. ' ' or 'heads ' } -- as ingest tells it
 end

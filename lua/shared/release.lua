@@ -2,7 +2,7 @@
 -- process that reaches it has to delete them.
 local function release(tier, run, sizes, from)
   local keys, elsewhere = {}, tier == '@cold' and #sizes > 0 and redis.call('HGET', KEYS[1], 'elsewhere') == '1'
-  for at = from, #sizes / 4 - 1 do
+  for at = from, math.min(#sizes / 4, #run / 16, 4352) - 1 do
     local chunk, size = hex(run, at), size_at(sizes, at)
     if size > part and not elsewhere then
       for _, key in ipairs((values_of(tier, chunk))) do
@@ -15,8 +15,11 @@ local function release(tier, run, sizes, from)
   for i = 1, #keys, 1000 do
     local last = math.min(i + 999, #keys)
     if elsewhere then
-      redis.call('SADD', base .. 'trash', unpack(keys, i, last))
-      redis.call('SREM', base .. 'kept', unpack(keys, i, last))
+      if type(redis.pcall('SADD', base .. 'trash', unpack(keys, i, last))) ~= 'number' then
+        redis.call('UNLINK', base .. 'trash') -- no set: it holds nothing that is of use
+        redis.call('SADD', base .. 'trash', unpack(keys, i, last))
+      end
+      redis.pcall('SREM', base .. 'kept', unpack(keys, i, last))
     else
       redis.call('UNLINK', unpack(keys, i, last))
     end

@@ -6,7 +6,8 @@ local roster = KEYS[1]:sub(1, -7)
 -- The end of a lease that is renewed does not count. A version is near the server's time in ms and never comes again,
 -- not even when everything was flushed.
 local function changed(member)
-  local version = tonumber(redis.call('GET', roster .. 'version') or '') or 0
+  local version = tonumber(redis.pcall('GET', roster .. 'version') or '') or 0
+  version = version >= 0 and version < 9e15 and version or 0 -- no version that was given
   version = ('%.0f'):format(math.max(version + 1, now))
   redis.call('ZADD', roster .. 'changes', version, member)
   redis.call('SET', roster .. 'version', version)
@@ -27,7 +28,12 @@ end
 
 -- The member's lease ends, and all that it published counts for nothing. It may find out that nobody took its place.
 local function void(member)
-  redis.call('HSET', roster .. 'voided', member, redis.call('HINCRBY', KEYS[1], member, 1))
+  local epoch = redis.pcall('HINCRBY', KEYS[1], member, 1)
+  if type(epoch) ~= 'number' then -- what was stored is no epoch: one above all that were given
+    epoch = ('%.0f'):format(now)
+    redis.call('HSET', KEYS[1], member, epoch)
+  end
+  redis.call('HSET', roster .. 'voided', member, epoch)
   redis.call('ZREM', roster .. 'workers', member)
   redis.call('DEL', roster .. 'w:' .. member)
   changed(member)

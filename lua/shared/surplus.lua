@@ -1,12 +1,12 @@
 -- How many chunks and bytes must go from a shard that held these chunks, bytes and cold bytes when the call began; none
 -- when every bound holds.
 local function excess(held, most_chunks, most_bytes, most_leaves, most_cold)
-  if (held[3] or 0) + added.cold > most_cold then
+  if count_of(held[3]) + added.cold > most_cold then
     return math.huge, math.huge -- what has been idle longest goes first, and that is what lies cold
   elseif most_leaves < math.huge and redis.call('ZCARD', base .. 'leaves') > most_leaves then
     return math.huge, math.huge
   end
-  local chunks, bytes = (held[1] or 0) + added.chunks - most_chunks, (held[2] or 0) + added.bytes - most_bytes
+  local chunks, bytes = count_of(held[1]) + added.chunks - most_chunks, count_of(held[2]) + added.bytes - most_bytes
   return math.max(chunks, 0), math.max(bytes, 0)
 end
 
@@ -31,4 +31,11 @@ local function affordable(size, node)
     spend(parts / 3 + (#warm + #cold > 0 and 0.05 or 0))
   end
   return cut
+end
+
+-- Whether a node has children, whoever names it as a leaf.
+local function has_children(head, run)
+  local is_inner = redis.pcall('HGET', junction_key(hex(run)), 'o') == head
+  damaged = damaged + (is_inner and 1 or 0)
+  return is_inner
 end

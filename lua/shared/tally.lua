@@ -10,8 +10,12 @@ end
 local function tally(parent, holder, change)
   local key = counts_key(parent)
   local count = redis.pcall('HINCRBY', key, holder, change)
-  if type(count) == 'number' and count <= 0 then
-    redis.call('HDEL', key, holder)
+  if type(count) ~= 'number' then -- what was stored is no number: what is right, repair knows
+    count, damaged = change, damaged + 1
+    redis.pcall('HSET', key, holder, count)
+  end
+  if count <= 0 then
+    redis.pcall('HDEL', key, holder)
   end
 end
 
@@ -31,8 +35,8 @@ local function tally_all(parent, flat, change)
   end
   for first = 1, #names, 500 do
     local last, kept, ended = math.min(first + 499, #names), {}, {}
-    for i, count in ipairs(redis.call('HMGET', key, unpack(names, first, last))) do
-      local left = (tonumber(count or '') or 0) + change
+    for i, count in ipairs(redis.pcall('HMGET', key, unpack(names, first, last))) do
+      local left = count_of(count) + change
       if left > 0 then
         kept[#kept + 1] = names[first + i - 1]
         kept[#kept + 1] = left

@@ -3,7 +3,7 @@ local function longest_coverage(fields)
   local longest = 0
   for i = 1, #fields, 2 do
     if fields[i]:sub(1, 2) == 'h:' then
-      longest = math.max(longest, tonumber(fields[i + 1]:match('%d+$')))
+      longest = math.max(longest, count_of(fields[i + 1]:match('^%d+:(%d+)$')))
     end
   end
   return longest
@@ -16,17 +16,18 @@ local function uncover(head, holder, keep, of_nothing)
   local key = node_key(head)
   local run, held, ids, keys, parent =
     unpack(redis.call('HMGET', key, 'r', 'h:' .. holder, 'b:' .. holder, 'e:' .. holder, 'p'))
-  local epoch, covered = (held or '0:0'):match('^(%d+):(%d+)$')
-  local left, columns = math.min(tonumber(covered), keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
+  local epoch, covered = coverage_of(held)
+  local left, columns = math.min(covered, keep), { ['b:'] = ids or '', ['e:'] = keys or '' }
   spend(0.5)
-  if left == tonumber(covered) then
-    return 0, 0, 0
+  if left == covered and (covered > 0 or not held) then
+    return 0, 0, 0 -- what is stored and says no number of chunks is removed
   end
+  run = run or ''
   if tiers[holder] then
     local gone = -sum_of(columns['b:'], left)
     account(0, 0, 0, 0, holder == '@warm' and gone or 0, holder == '@cold' and gone or 0)
     release(holder, run, columns['b:'], left)
-    spend((covered - left) / 10)
+    spend(math.min(covered - left, 256) / 10)
   end
   spend(3)
   if left == 0 then
@@ -45,7 +46,7 @@ local function uncover(head, holder, keep, of_nothing)
   end
   if of_nothing then
     return covered - left, 0, 0
-  elseif redis.call('HLEN', junction_key(hex(run))) == 0 then
+  elseif #run >= 16 and redis.pcall('HLEN', junction_key(hex(run))) == 0 then
     local flat, node = fields_of(head)
     local longest = longest_coverage(flat)
     spend(#flat / 100)

@@ -2,7 +2,11 @@
 -- its last child: the junction is removed then.
 local function leave_junction(head, parent, flat, holders)
   local junction = junction_key(parent)
-  local owner, fields = redis.call('HGET', junction, 'o'), redis.call('HLEN', junction)
+  local fields = redis.pcall('HLEN', junction)
+  if type(fields) ~= 'number' then
+    return nil
+  end
+  local owner = redis.call('HGET', junction, 'o')
   if owner and fields <= 2 + holders then
     redis.call('DEL', junction) -- the only child: all that is counted are its holders, of which there may be thousands
     return owner
@@ -24,9 +28,11 @@ end
 -- Takes a leaf out: its key, its place in its parent's junction, its share of the counts; tells the log.
 -- A parent that lost its last child becomes a leaf, with the newer of both access times. Returns the chunks removed.
 local function unlink(head, flat, node)
-  local size = math.floor(#node.r / 16)
+  local size = math.floor(#(node.r or '') / 16)
   redis.call('DEL', node_key(head))
-  disown(hex(node.r))
+  if size > 0 then
+    disown(hex(node.r))
+  end
   redis.call('ZREM', base .. 'leaves', head)
   redis.call('ZREM', base .. 'hot', head)
   local holders, extra, warm, cold = weigh(flat)
@@ -38,9 +44,9 @@ local function unlink(head, flat, node)
   if not owner then
     return size
   end
-  local run, accessed, hits, depth = unpack(redis.call('HMGET', node_key(owner), 'r', 'a', 'n', 'd'))
-  if run then
-    local newer = ('%.0f'):format(math.max(tonumber(node.a) or 0, tonumber(accessed) or 0))
+  local run, accessed, hits, depth = unpack(redis.pcall('HMGET', node_key(owner), 'r', 'a', 'n', 'd'))
+  if is_run(owner, run) then
+    local newer = ('%.0f'):format(math.max(count_of(node.a), count_of(accessed)))
     redis.call('HSET', node_key(owner), 'a', newer)
     redis.call('ZADD', base .. 'leaves', score(newer, hits, depth, #run / 16), owner)
   end
@@ -53,10 +59,10 @@ local function shorten(head, keep, flat, node)
   local holders, extra, warm, cold = weigh(flat)
   release_all(node, keep)
   for name, value in pairs(node) do
-    local epoch, covered = value:match('^(%d+):(%d+)$')
-    if name:sub(1, 2) == 'h:' and tonumber(covered) > keep then
+    local epoch, covered = coverage_of(value)
+    if name:sub(1, 2) == 'h:' and covered > keep then
       redis.call('HSET', key, name, epoch .. ':' .. keep)
-    elseif name:sub(1, 2) == 'l:' and tonumber(covered) > keep then
+    elseif name:sub(1, 2) == 'l:' and covered > keep then
       redis.call('HSET', key, name, epoch .. ':' .. keep) -- a lease: when it ends, and how far it reaches
     elseif is_column(name) then
       redis.call('HSET', key, name, value:sub(1, keep * width_of(name, value, node)))

@@ -7,10 +7,10 @@ local function find_end(chain, holder, epoch, first)
     if not run then
       return nil, #chain / 16
     end
-    local matched, held_epoch = #run % 16 == 0 and match(run, chain, first) or 0, tonumber((held or '0'):match('^%d+'))
+    local matched, held_epoch = #run % 16 == 0 and match(run, chain, first) or 0, count_of((held or '0'):match('^%d+'))
     if matched == 0 then
       return nil, nil, redis.error_reply('DPDAMAGED the run of node ' .. head .. ' does not begin with its head')
-    elseif (held_epoch or 0) > epoch then
+    elseif held_epoch > epoch then
       return nil, nil, redis.error_reply('DPSTALE ' .. holder .. ' has been taken over: its epoch is ' .. held_epoch)
     elseif (first + matched) * 16 == #chain then
       return { head = head, first = first, matched = matched, held = held }
@@ -34,6 +34,7 @@ end
 -- chunk, and what to resume with; or nil and an error.
 local function withdraw(chain, holder, epoch, resume)
   local holders, taken, nodes, chunks = tiers[holder] and { '@cold', '@warm' } or { holder }, 0, 0, 0
+  local fields = { 'h:' .. holders[1], holders[2] and 'h:' .. holders[2] }
   local begin, rest = resume:match('^(%d+) ?(.*)$')
   begin = math.min(tonumber(begin or 0), #chain / 16 - 1)
   redis.call('ZCARD', base .. 'leaves')
@@ -56,8 +57,10 @@ local function withdraw(chain, holder, epoch, resume)
   end
   local state = descend(last.head, rest or '', {
     wanted = function(parent) return sum(covered_children, parent) end,
-    wants = function(child)
-      return sum(function(head, each) return redis.call('HEXISTS', node_key(head), 'h:' .. each) end, child) > 0
+    wants = function(child, parent)
+      local above, one, other = unpack(redis.pcall('HMGET', node_key(child), 'p', unpack(fields)))
+      damaged = damaged + (above and above ~= parent and 1 or 0)
+      return above == parent and (one or other)
     end,
     leave = function(head)
       for _, each in ipairs(holders) do

@@ -1,5 +1,6 @@
 -- Every reply says of which history it is: the shard's generation, how many of the caller's writes it had before the
 -- call, and how many it has now. A caller that was acknowledged more, or another generation, knows that some are lost.
+-- Then how many damaged places were passed over, if any.
 local is_noted = false -- by `settle`, in the command that writes the shard's counts
 
 local function answer(reply)
@@ -18,5 +19,5 @@ local function answer(reply)
       redis.call('HSET', KEYS[1], ARGV[1], has)
     end
   end
-  return { reply, generation or '', written, has }
+  return { reply, generation or '', written, has, damaged > 0 and damaged or nil }
 end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def server() -> Iterator[Server]:
 
 def publish(server: Server, namespace: str) -> None:
     """Have a namespace with a prompt in it."""
-    settings = {"touch_interval_s": 0, "feed_interval_s": 0, "worker_id": "w", "chunk_size": 4}
+    settings: dict[str, Any] = {"touch_interval_s": 0, "feed_interval_s": 0, "worker_id": "w", "chunk_size": 4}
     with PrefixCacheOptimizer(PrefixCacheConfig(url=server.url, namespace=namespace, **settings)) as cache:
         cache.cache_prefix(list(range(40)))
         cache.store(list(range(40)), [bytes([n]) * 100_000 for n in range(10)])
