@@ -20,6 +20,7 @@ __all__ = [
     "ReplayError",
     "SchemaError",
     "ScriptError",
+    "ScriptsMissingError",
     "StaleEpochError",
     "TraceError",
     "UnavailableError",
@@ -72,6 +73,10 @@ class ForkedProcessError(DistPrefixError):
 
 class UnavailableError(DistPrefixError):
     """Redis did not give a usable answer in time. Look-ups become misses; only ``strict=True`` raises this."""
+
+
+class ScriptsMissingError(UnavailableError):
+    """The server does not know our scripts and this user may not load them: run `distprefix provision` there."""
 
 
 class ReplayError(DistPrefixError):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
@@ -25,6 +25,8 @@ from redis.retry import Retry
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.redis.keys import Keys
+from distprefix.redis.provision import load_scripts
+from distprefix.redis.rights import Role, User, hash_password
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 _START_S = 20.0
@@ -142,20 +144,32 @@ class Server:
         return self.start()
 
 
+def users_acl(*namespaces: str) -> str:
+    """An ACL file as `distprefix provision` makes it, of users whose passwords are their names.
+
+    ``distprefix`` is a worker, ``reader``, ``inspector`` and ``operator`` are what they are called.
+    """
+    names = {Role.WORKER: "distprefix", **{role: str(role) for role in (Role.READER, Role.INSPECTOR, Role.OPERATOR)}}
+    given = namespaces or ("*",)
+    users = [User(name, role, given, hash_password(name)) for role, name in names.items()]
+    return "".join(f"{line}\n" for line in ("user default off", *(user.line for user in users)))
+
+
 @contextlib.contextmanager
-def deployed(folder: Path, binary: str) -> Generator[int]:
-    """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say."""
-    for name in ("redis.conf", "users.acl"):
-        shutil.copy(DEPLOY / name, folder)
+def deployed(folder: Path, binary: str, *options: str, namespaces: Sequence[str] = ()) -> Generator[int]:
+    """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say; scripts are loaded."""
+    for path in DEPLOY.iterdir():
+        shutil.copy(path, folder)
+    (folder / "users.acl").write_text(users_acl(*namespaces))
     port = free_port()
     with (folder / "server.log").open("w") as log:
-        command = [binary, "redis.conf", "--port", str(port), "--bind", "127.0.0.1"]
+        command = [binary, "redis.conf", "--port", str(port), *options]
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:
-            with redis.Redis(port=port, username="distprefix", password="distprefix") as client:
+            with redis.Redis(port=port, username="operator", password="operator") as client:
                 for _ in range(200):
                     try:
-                        client.ping()
+                        load_scripts(client)
                         break
                     except redis.ConnectionError:
                         time.sleep(0.05)

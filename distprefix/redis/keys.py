@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["NAMESPACES", "Keys"]
+__all__ = ["NAMESPACES", "PROBE", "REGISTRY", "RELIEVING", "Keys"]
 
 NAMESPACES = "dp:ns:*"
+REGISTRY = "dp:namespaces"
+"""All namespaces of the server, by when each was used last, ms by the server's clock."""
+RELIEVING = "dp:relieving"
+"""A process is making room on the whole server now."""
+PROBE = "dp:probe"
+"""Never there: its removal tells whether the server takes writes."""
+
+_OF_SHARD = frozenset(("meta", "leaves", "log", "holders", "hot", "writers", "trash", "kept", "unsettled"))
+_OF_ITEMS = frozenset(("n", "j", "kv", "cold", "moving", "s", "claim"))
 
 
 class Keys:
@@ -12,6 +21,9 @@ class Keys:
 
     def __init__(self, namespace: str, shard: int = 0) -> None:
         self.descriptor = f"dp:ns:{namespace}"
+        self.secret = f"dp-secret:{namespace}"
+        """What the keys of chunk hashes are derived from, unless it is configured. Its prefix is its own, so that a
+        user of the server who may read `dp:*` does not read it."""
         self.epochs = f"dp:{{{namespace}}}:epochs"
         """Members, ``worker/rank``, to epochs. The scripts that look after the workers declare it."""
         self.workers = f"dp:{{{namespace}}}:workers"
@@ -79,3 +91,18 @@ class Keys:
     def member(self, name: str) -> str:
         """What the rank of a worker says of itself."""
         return f"{self.epochs.removesuffix('epochs')}w:{name}"
+
+    def claim(self, chunk: str) -> str:
+        """Who computes the chunk (hex)."""
+        return f"{self.base}claim:{chunk}"
+
+    def is_ours(self, key: str) -> bool:
+        """Whether a key that begins as the namespace's do is one that we write."""
+        kind, _, rest = key.removeprefix(self.base).partition(":")
+        if key.startswith(self.base):
+            return kind in (_OF_ITEMS if rest else _OF_SHARD)
+        return key in self.own or key.startswith(self.member(""))
+
+    def members(self) -> str:
+        """A pattern for all keys of the namespace that lie in no shard and are about its workers."""
+        return f"{self.epochs.removesuffix('epochs')}*"
