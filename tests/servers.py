@@ -156,27 +156,35 @@ def users_acl(*namespaces: str) -> str:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path, binary: str, *options: str, namespaces: Sequence[str] = ()) -> Generator[int]:
-    """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say; scripts are loaded."""
-    for path in DEPLOY.iterdir():
+def serving(folder: Path, binary: str, *options: str, config: str = "redis.conf") -> Generator[int]:
+    """The port of a server that runs in a copy of deploy/, as redis.conf says, with the users.acl there."""
+    for path in DEPLOY.glob("*.conf"):
         shutil.copy(path, folder)
-    (folder / "users.acl").write_text(users_acl(*namespaces))
     port = free_port()
     with (folder / "server.log").open("w") as log:
-        command = [binary, "redis.conf", "--port", str(port), *options]
+        command = [binary, config, "--port" if config == "redis.conf" else "--tls-port", str(port), *options]
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:
-            with redis.Redis(port=port, username="operator", password="operator") as client:
-                for _ in range(200):
-                    try:
-                        load_scripts(client)
+            for _ in range(400):
+                with socket.socket() as probe:
+                    if server.poll() is not None or probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
-                    except redis.ConnectionError:
-                        time.sleep(0.05)
+                time.sleep(0.025)
+            assert server.poll() is None, (folder / "server.log").read_text()
             yield port
         finally:
             server.terminate()
             server.wait(10)
+
+
+@contextlib.contextmanager
+def deployed(folder: Path, binary: str, *options: str, namespaces: Sequence[str] = ()) -> Generator[int]:
+    """As `serving`, with the users of `users_acl`, and the scripts loaded."""
+    (folder / "users.acl").write_text(users_acl(*namespaces))
+    with serving(folder, binary, *options) as port:
+        with redis.Redis(port=port, username="operator", password="operator") as client:
+            load_scripts(client)
+        yield port
 
 
 def free_port() -> int:
