@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import redis
 import typer
 
-from distprefix.cli.common import EXIT_MISS, ColdUrl, Json, Namespace, Url, describe, errors, opened, show
+from distprefix.cli.common import (
+    EXIT_MISS,
+    EXIT_USAGE,
+    ColdUrl,
+    Json,
+    Namespace,
+    Url,
+    describe,
+    errors,
+    fail,
+    opened,
+    show,
+)
 from distprefix.config import PrefixCacheConfig
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.audit import Audit, Scope, audit_namespace
@@ -24,7 +36,6 @@ __all__ = ["audit"]
 _DEADLINE_S = 600.0
 _TIMEOUT_S = 5.0
 _MAX_LINES = 100
-_ME = f"audit-{os.getpid()}"
 
 
 def audit(
@@ -46,8 +57,10 @@ def audit(
         config = _config(where, namespace, found, cold_url)
         keys = Keys(namespace)
         with PrefixCacheOptimizer(config) as cache:
+            if cache._tiers.payloads.cold is None:  # noqa: SLF001
+                fail("the namespace keeps cold payloads on another server: pass --cold-url", EXIT_USAGE)
             done = _run(cache, client, keys, sample, must_lease=leases)
-            cache.drop_worker(_ME)
+            cache.drop_worker(config.worker_id)
         value: dict[str, Any] = asdict(done)
         show(value, as_json=as_json, render=lambda: _lines(done))
         if not done.was_still and not as_json:
@@ -59,7 +72,9 @@ def audit(
 def _run(cache: PrefixCacheOptimizer, client: redis.Redis, keys: Keys, sample: int, *, must_lease: bool) -> Audit:
     config = cache.config
     payloads = cache._tiers.payloads  # noqa: SLF001 - they are opened as workers open them
-    stores = {WARM: payloads.warm} if payloads.cold is None else {WARM: payloads.warm, COLD: payloads.cold}
+    stores = {WARM: payloads.warm}
+    if payloads.cold is not None:
+        stores[COLD] = payloads.cold
     cold = connect(config.cold_url, _TIMEOUT_S) if config.cold_url else None
     scope = Scope(stores, cold, config.max_run, sample, bool(config.encryption_keys), must_lease)
     try:
@@ -73,7 +88,7 @@ def _config(url: str, namespace: str, found: dict[str, str], cold_url: str | Non
     """Settings that the namespace was made with, the rest from the environment."""
     settings: dict[str, Any] = {name: found[name] for name in ("hash_algorithm", "policy", "fingerprint")}
     settings |= {name: int(found[name]) for name in ("chunk_size", "max_run", "shards")}
-    settings |= {"url": url, "namespace": namespace, "worker_id": _ME, "worker_lease_s": 0.0}
+    settings |= {"url": url, "namespace": namespace, "worker_id": f"audit-{os.getpid()}", "worker_lease_s": 0.0}
     settings |= {
         "feed_interval_s": 0.0,
         "touch_interval_s": 0.0,
