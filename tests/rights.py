@@ -255,7 +255,11 @@ def _operator(work: Work) -> None:
     where = ("--namespace", OTHER)
     work.cli(
         *(("namespaces",), ("stats",), ("maintain", "--repair"), ("maintain", "--max-chunks", "1")),
-        *(("maintain", "--repair", *where, "--cold-url", work.url), ("audit",), ("audit", *where)),
+        *(
+            ("maintain", "--repair", *where, "--cold-url", work.url),
+            ("audit",),
+            ("audit", *where, "--cold-url", work.url),
+        ),
         *(("restored", "--all"), ("provision", "--namespace", "three", "--set", "chunk_size=4")),
     )
 
