@@ -93,7 +93,7 @@ def keys_of(role: Role, namespaces: tuple[str, ...]) -> tuple[str, ...]:
         else:
             rules += [f"%R~{key}" for key in _structure(keys)]
     if role is Role.WORKER:
-        rules += [f"(%W~{PROBE} -@all +unlink)", f"(%W~{REGISTRY} -@all +zadd)"]
+        rules += [f"(%W~{PROBE} -@all +unlink)", f"(~{REGISTRY} -@all +evalsha +zadd)"]
     return tuple(rules)
 
 
