@@ -20,6 +20,7 @@ __all__ = [
     "ReplayError",
     "SchemaError",
     "ScriptError",
+    "ScriptsMissingError",
     "StaleEpochError",
     "TraceError",
     "UnavailableError",
@@ -75,6 +76,10 @@ class UnavailableError(DistPrefixError):
 
     is_full = False
     """Whether a write was refused because the server is at its maxmemory."""
+
+
+class ScriptsMissingError(UnavailableError):
+    """The server does not know our scripts and this user may not load them: run `distprefix provision` there."""
 
 
 class ReplayError(DistPrefixError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from distprefix import Chain, PrefixCacheOptimizer
-from tests.servers import DEPLOY, Backend, Server, absent, find_server
+from distprefix.redis.provision import load_scripts
+from tests.servers import DEPLOY, Backend, Server, absent, find_server, users_acl
 
 settings.register_profile(
     "distprefix",
@@ -30,32 +30,26 @@ SERVERS = ("fakeredis", "redis-7.0", "redis-8.2", "valkey-9.1", "valkey-9.1-acl"
 def _start(name: str) -> Server:
     if name != "valkey-9.1-acl":
         return Server(find_server(name)).start()
-    binary, config, users = find_server(name), DEPLOY / "redis.conf", DEPLOY / "users.acl"
-    if not config.exists() or not users.exists():
-        absent("deploy/redis.conf and deploy/users.acl are not there")
+    binary, config = find_server(name), DEPLOY / "redis.conf"
+    if not config.exists():
+        absent("deploy/redis.conf is not there")
     server = Server(binary, config=config)
     acl = server.folder / "users.acl"
-    shutil.copy(users, acl)
-    with acl.open("a") as file:
-        file.write("\nuser tests on nopass ~* &* +@all\n")
+    acl.write_text(f"{users_acl()}user tests on nopass ~* &* +@all\n")
     server = _with_options(server, "--aclfile", str(acl))
     server.log_in_as("tests", "tests")
-    server.user = _credentials(users.read_text())
-    return server.start()
+    server.user = "distprefix:distprefix"
+    server.start()
+    with server.client() as client:
+        load_scripts(client)
+        # Tests hold the tree to its rules through the caches that they write with.
+        client.execute_command("ACL", "SETUSER", "distprefix", "+scan", "+smembers", "+hvals")
+    return server
 
 
 def _with_options(server: Server, *options: str) -> Server:
     server._command += options
     return server
-
-
-def _credentials(users: str) -> str:
-    for line in users.splitlines():
-        words = line.split()
-        if len(words) > 2 and words[0] == "user" and words[1] != "default" and "on" in words:
-            passwords = [word[1:] for word in words if word.startswith(">")]
-            return f"{words[1]}:{passwords[0] if passwords else 'any'}"
-    raise AssertionError("users.acl names no user for the cache")
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,8 @@ from distprefix.chunking import read_prompt
 from distprefix.hashing import ChunkHasher
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import hasher_of
+from distprefix.redis.provision import load_scripts
+from distprefix.redis.rights import Role, User, hash_password
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 _START_S = 20.0
@@ -145,27 +147,47 @@ class Server:
         return self.start()
 
 
+def users_acl(*namespaces: str) -> str:
+    """An ACL file as `distprefix provision` makes it, of users whose passwords are their names.
+
+    ``distprefix`` is a worker, ``reader``, ``inspector`` and ``operator`` are what they are called.
+    """
+    names = {Role.WORKER: "distprefix", **{role: str(role) for role in (Role.READER, Role.INSPECTOR, Role.OPERATOR)}}
+    given = namespaces or ("*",)
+    users = [User(name, role, given, hash_password(name)) for role, name in names.items()]
+    return "".join(f"{line}\n" for line in ("user default off", *(user.line for user in users)))
+
+
 @contextlib.contextmanager
-def deployed(folder: Path, binary: str) -> Generator[int]:
-    """The port of a server that runs in a copy of deploy/, as the first lines of redis.conf say."""
-    for name in ("redis.conf", "users.acl"):
-        shutil.copy(DEPLOY / name, folder)
+def serving(folder: Path, binary: str, *options: str, config: str = "redis.conf") -> Generator[int]:
+    """The port of a server that runs in a copy of deploy/, as redis.conf says, with the users.acl there."""
+    for path in DEPLOY.glob("*.conf"):
+        shutil.copy(path, folder)
     port = free_port()
     with (folder / "server.log").open("w") as log:
-        command = [binary, "redis.conf", "--port", str(port), "--bind", "127.0.0.1"]
+        command = [binary, config, "--port" if config == "redis.conf" else "--tls-port", str(port), *options]
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:
-            with redis.Redis(port=port, username="distprefix", password="distprefix") as client:
-                for _ in range(200):
-                    try:
-                        client.ping()
+            for _ in range(400):
+                with socket.socket() as probe:
+                    if server.poll() is not None or probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
-                    except redis.ConnectionError:
-                        time.sleep(0.05)
+                time.sleep(0.025)
+            assert server.poll() is None, (folder / "server.log").read_text()
             yield port
         finally:
             server.terminate()
             server.wait(10)
+
+
+@contextlib.contextmanager
+def deployed(folder: Path, binary: str, *options: str, namespaces: Sequence[str] = ()) -> Generator[int]:
+    """As `serving`, with the users of `users_acl`, and the scripts loaded."""
+    (folder / "users.acl").write_text(users_acl(*namespaces))
+    with serving(folder, binary, *options) as port:
+        with redis.Redis(port=port, username="operator", password="operator") as client:
+            load_scripts(client)
+        yield port
 
 
 def free_port() -> int:

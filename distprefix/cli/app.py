@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from distprefix import __version__
+from distprefix.cli.audit import audit
 from distprefix.cli.demo import demo
 from distprefix.cli.ingest import ingest
 from distprefix.cli.lookup import lookup
 from distprefix.cli.maintain import maintain
 from distprefix.cli.namespaces import namespaces
 from distprefix.cli.node import node
+from distprefix.cli.provision import provision
 from distprefix.cli.purge import purge
 from distprefix.cli.replay import replay
 from distprefix.cli.restored import restored
@@ -47,5 +49,8 @@ def _main(
     del version
 
 
-for command in (demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest, maintain, purge, restored):
+for command in (
+    *(demo, replay, namespaces, stats, top, tree, node, lookup, workers, ingest),
+    *(maintain, purge, restored, audit, provision),
+):
     app.command()(command)

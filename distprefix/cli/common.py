@@ -12,10 +12,18 @@ from typing import Annotated, Any, NoReturn
 
 import redis
 import typer
+from redis.exceptions import NoPermissionError
 from rich.console import Console
 from rich.text import Text
 
-from distprefix.errors import ConfigError, DistPrefixError, InvalidInputError, TraceError, UnavailableError
+from distprefix.errors import (
+    ConfigError,
+    DistPrefixError,
+    InvalidInputError,
+    ScriptsMissingError,
+    TraceError,
+    UnavailableError,
+)
 from distprefix.redis.address import embedded_name, parse_address
 from distprefix.redis.connections import connect
 from distprefix.redis.embedded import EmbeddedServer
@@ -85,6 +93,8 @@ def errors() -> Generator[None]:
         yield
     except (ConfigError, InvalidInputError, TraceError) as error:
         fail(str(error), EXIT_USAGE)
+    except ScriptsMissingError as error:
+        fail(str(error), EXIT_UNAVAILABLE)
     except (UnavailableError, redis.ConnectionError, redis.TimeoutError) as error:
         fail(f"Redis does not answer: {error}", EXIT_UNAVAILABLE)
     except (DistPrefixError, redis.RedisError) as error:
@@ -164,7 +174,10 @@ def absent(client: redis.Redis, namespace: str, *, private: bool) -> NoReturn:
 
 def names_text(client: redis.Redis) -> str:
     """The first namespaces of a server by name, and how to list all of them. One SCAN of the server."""
-    names = namespaces(client)
+    try:
+        names = namespaces(client)
+    except NoPermissionError:
+        return "those that this user may use, and it may not list them"
     more = f" and {len(names) - _MAX_NAMES:,} more, see `distprefix namespaces`" if len(names) > _MAX_NAMES else ""
     return (", ".join(names[:_MAX_NAMES]) or "none") + more
 

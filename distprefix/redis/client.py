@@ -77,6 +77,9 @@ _CAUSES: tuple[tuple[type[Exception], str], ...] = (
 
 _NOT_SERVING = (ReadOnlyError, MasterDownError, BusyLoadingError)
 """Answers after which a connection may lead to the wrong server."""
+_MISSING_WARNING_S = 60.0
+"""How often at most the log says that the server lacks scripts."""
+_MAY_NOT_LOAD = re.compile(r"NOPERM|no permissions|unknown (sub)?command", re.IGNORECASE)
 # What fakeredis says: it loads a script with a #!lua line, fails to run it, and has no EVALSHA_RO.
 _NO_FLAGS = re.compile(r"near '#'|unknown command .?evalsha_ro", re.IGNORECASE)
 
@@ -198,7 +201,8 @@ class Client:
     def call(self, script: str, meta: str, args: tuple[Any, ...], deadline: float) -> Any:
         """Run a script by EVALSHA (EVALSHA_RO when it only reads); loads it where the server does not know it.
 
-        Raises UnavailableError when there is no usable answer by `deadline`, or the error that the script's code names.
+        Raises UnavailableError when there is no usable answer by `deadline`, ScriptsMissingError where the server does
+        not know the script and this user may not load it, or the error that the script's code names.
         """
         loaded = load_script(script, with_flags=self._with_flags)
         reads = loaded.reads_only
@@ -209,7 +213,7 @@ class Client:
             )
         except NoScriptError:
             try:
-                self.command("SCRIPT LOAD", loaded.body, deadline=deadline, reads=reads)
+                self._load(loaded.body, deadline, self.breakers.of(reads=reads))
                 reply = self.command(command, loaded.sha, 1, meta, *args, deadline=deadline, reads=reads)
                 return self._noted(loaded, reply)
             except NoScriptError as error:
@@ -226,6 +230,13 @@ class Client:
             self.damage.note(reply[_ANSWER_ITEMS])
             return reply[:_ANSWER_ITEMS]
         return reply
+
+    def _load(self, body: str, deadline: float, breaker: Breaker) -> None:
+        """Load a script. The breaker is not asked: the call that found the script missing may be its probe."""
+        try:
+            self._send(("SCRIPT LOAD", body), deadline, breaker)
+        except _SilentError:
+            self._send(("SCRIPT LOAD", body), deadline, breaker, is_repeated=True)
 
     def command(self, *args: Any, deadline: float, reads: bool | None = None) -> Any:
         """Send one command and read its reply by `deadline`. `reads`: which breaker it is for, by default its own."""
@@ -257,14 +268,15 @@ class Client:
             ended = time.monotonic()
             healthy = True
         except NoScriptError:
-            healthy = True
-            breaker.succeed()  # or a probe of a server that came back empty would end here
+            healthy = True  # the breaker hears from the call that loads the script
             raise
         except (redis.RedisError, OSError) as error:
             healthy = isinstance(error, redis.ResponseError) and not isinstance(error, _NOT_SERVING)
             if until < deadline and isinstance(error, redis.TimeoutError | TimeoutError):
                 self.failures["silent connection"] += 1
                 raise _SilentError from error
+            if args[0] == "SCRIPT LOAD" and healthy and _MAY_NOT_LOAD.search(str(error)):
+                raise self._missing(breaker) from error
             raise self._explained(error, breaker, generation, began) from error
         finally:
             current.deadline = None
@@ -400,6 +412,17 @@ class Client:
         breaker.fail(at_once=time.monotonic() - began > _ANSWER_S)
         if breaker.opened != opened and not self._closed:
             _log.warning("Redis failed repeatedly and is left alone for a while: %s", dict(self.failures))
+
+    def _missing(self, breaker: Breaker) -> errors.ScriptsMissingError:
+        """Count that the server lacks scripts which this user may not load, and log it once a minute."""
+        self._break(breaker)
+        self.failures["no script"] += 1
+        error = errors.ScriptsMissingError()
+        now = time.monotonic()
+        if now - self.endpoint.warned_of_scripts_at >= _MISSING_WARNING_S and not self._closed:
+            self.endpoint.warned_of_scripts_at = now
+            _log.warning("%s; until then look-ups are misses and publishes are dropped", error)
+        return error
 
     def _failure(self, reason: str, message: str) -> errors.UnavailableError:
         self.failures[reason] += 1

@@ -20,6 +20,7 @@ from distprefix.redis.address import Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
 from distprefix.redis.causes import NOT_SERVING, cause_of_code
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
+from distprefix.redis.keys import PROBE
 from distprefix.redis.resp import RefusedError, Wire, WireError
 from distprefix.redis.transfers import ABSENT, REFUSED, STOP, Sink, Value, length_of, read_values, write_values
 
@@ -33,7 +34,7 @@ _STALE_S = 0.5
 """A connection that rested for so long is asked whether it leads anywhere before anything is written."""
 _PROBE_S = 0.3
 """The longest that such a question may take, and what asks a server that is off."""
-_PROBE_KEY = b"dp:probe"
+_PROBE_KEY = PROBE.encode()
 """Is removed, and never there: a write that needs no room."""
 _UNLINK_KEYS = 512
 

@@ -50,6 +50,8 @@ class Endpoint:
         """How often all connections were ended, by cause."""
         self.identity = Identity()
         """Of the server that the newest connection led to."""
+        self.warned_of_scripts_at = float("-inf")
+        """When the log last said that the server lacks scripts (time.monotonic)."""
         self._promoted_at = float("-inf")
         self._lock = threading.RLock()  # a signal handler may close the cache in the middle of a call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["NAMESPACES", "REGISTRY", "RELIEVING", "REMOVING", "Keys"]
+__all__ = ["NAMESPACES", "PROBE", "REGISTRY", "RELIEVING", "REMOVING", "Keys"]
 
 NAMESPACES = "dp:ns:*"
 REGISTRY = "dp:namespaces"
@@ -13,6 +13,11 @@ RELIEVING = "dp:relieving"
 """A process is making room on the whole server now."""
 REMOVING = "dp:removing"
 """A process has looked for namespaces that nobody uses lately."""
+PROBE = "dp:probe"
+"""Never there: its removal tells whether the server takes writes."""
+
+_OF_SHARD = frozenset(("meta", "leaves", "log", "holders", "hot", "writers", "trash", "kept", "unsettled"))
+_OF_ITEMS = frozenset(("n", "j", "kv", "cold", "moving", "s", "claim"))
 
 
 class Keys:
@@ -97,3 +102,18 @@ class Keys:
     def member(self, name: str) -> str:
         """What the rank of a worker says of itself."""
         return f"{self.epochs.removesuffix('epochs')}w:{name}"
+
+    def claim(self, chunk: str) -> str:
+        """Who computes the chunk (hex)."""
+        return f"{self.base}claim:{chunk}"
+
+    def is_ours(self, key: str) -> bool:
+        """Whether a key that begins as the namespace's do is one that we write."""
+        kind, _, rest = key.removeprefix(self.base).partition(":")
+        if key.startswith(self.base):
+            return kind in (_OF_ITEMS if rest else _OF_SHARD)
+        return key in self.own or key.startswith(self.member(""))
+
+    def members(self) -> str:
+        """A pattern for all keys of the namespace that lie in no shard and are about its workers."""
+        return f"{self.epochs.removesuffix('epochs')}*"

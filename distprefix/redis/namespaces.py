@@ -15,7 +15,7 @@ __all__ = ["NamespaceSummary", "summarize_namespaces"]
 
 _MAX_NODES = 64
 _DESCRIPTOR = ("schema", "chunk_size", "identity", "created")
-_META = ("nodes", "chunks", "bytes", "warm", "cold")
+_META = ("nodes", "chunks", "bytes", "warm", "cold", "used")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
     schema, chunk_size, identity, created = (_text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
     if not schema or not chunk_size.isdigit():
         return None
-    nodes, chunks, held, warm, cold = (_number(value) for value in _items(meta, len(_META)))
+    nodes, chunks, held, warm, cold, used = (_number(value) for value in _items(meta, len(_META)))
     heads = {_text(head) for head in (*_items(leaves), *_items(hot))}
     return NamespaceSummary(
         name,
@@ -84,7 +84,7 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
         cold,
         len(_items(live)),
         known if isinstance(known, int) else 0,
-        _last_used_ms(client, keys, sorted(heads)),
+        max(used, _last_used_ms(client, keys, sorted(heads)) or 0) or None,
         created,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from distprefix.redis.inspect import namespaces
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
 from tests.cli.test_cli import run_cli
-from tests.servers import DEPLOY, Backend, Server, deployed, find_server
+from tests.servers import Backend, Server, deployed, find_server, users_acl
 
 _IDENTITY = Identity("vllm 0.32", "org/Llama-8B", "main", "bfloat16", "32 layers; 8 heads", 4, "tp 0/1", "sha256")
 _SETTINGS: dict[str, Any] = {
@@ -153,24 +152,24 @@ def test_a_server_without_namespaces_says_so(server: Server) -> None:
     assert "name yours with --url" in run_cli("namespaces").stderr
 
 
-@pytest.mark.parametrize("user", ["distprefix", "inspector"])
+@pytest.mark.parametrize("user", ["operator", "inspector"])
 def test_limited_users_may_list(tmp_path: Path, user: str) -> None:
-    """Each user of deploy/users.acl sees the same list."""
+    """Operators and inspectors see the same list; a worker lists no keys of the server, and is told so."""
     with deployed(tmp_path, find_server("valkey-9.1")) as port:
         with _open(f"redis://distprefix:distprefix@127.0.0.1:{port}", "n", worker_lease_s=600) as cache:
             cache.cache_prefix(list(range(16)))
             (found,) = _listed(f"redis://{user}:{user}@127.0.0.1:{port}")
+            refused = run_cli("namespaces", "--url", f"redis://distprefix:distprefix@127.0.0.1:{port}")
+            assert (refused.returncode, "permission" in refused.stderr) == (3, True)
         assert (found["name"], found["chunks"], found["live_workers"]) == ("n", 4, 1)
         assert found["last_used_ms"] > 0
 
 
 def test_commands_that_are_refused_show_as_nothing(tmp_path: Path) -> None:
     """With a user that may only read descriptors, what cannot be read is 0 and nothing raises."""
-    shutil.copy(DEPLOY / "users.acl", tmp_path / "users.acl")
     acl = tmp_path / "users.acl"
     acl.write_text(
-        acl.read_text()
-        + "\nuser few on nopass ~dp:* -@all +ping +hello +scan +time +hmget\nuser all on nopass ~* &* +@all\n"
+        users_acl() + "user few on nopass ~dp:* -@all +ping +hello +scan +time +hmget\nuser all on nopass ~* &* +@all\n"
     )
     server = Server(find_server("valkey-9.1"), "--aclfile", str(acl))
     server.log_in_as("all", "x")

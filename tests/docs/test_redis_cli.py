@@ -65,8 +65,9 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Run a server with the settings and users of deploy/."""
-    with deployed(tmp_path_factory.mktemp("server"), shutil.which("redis-server") or find_binary()) as number:
+    """Run a server with the settings of deploy/ and users for this namespace."""
+    binary = shutil.which("redis-server") or find_binary()
+    with deployed(tmp_path_factory.mktemp("server"), binary, namespaces=["docs*"]) as number:
         yield number
 
 
@@ -115,7 +116,7 @@ def results(port: int) -> list[Result]:
         capture_output=True,
         timeout=60,
         check=False,
-        env={**os.environ, "PATH": path, "LC_ALL": "C"},
+        env={**os.environ, "PATH": path, "LC_ALL": "C", "DP_INSPECTOR_PASSWORD": "inspector"},
     )
     output = done.stdout.decode("latin-1")
     assert not done.stderr, done.stderr.decode()
