@@ -17,10 +17,9 @@ from distprefix.cli.common import (
     Url,
     describe,
     errors,
-    fail,
     opened,
-    show,
 )
+from distprefix.cli.output import fail, show
 from distprefix.operations import Bounds, Evicted, evict
 from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client, run
@@ -28,6 +27,7 @@ from distprefix.redis.connections import connect
 from distprefix.redis.keys import Keys
 from distprefix.redis.proof import prove
 from distprefix.redis.repair import repair as repair_shard
+from distprefix.redis.replies import whole
 from distprefix.tiers.elsewhere import Elsewhere
 
 __all__ = ["maintain"]
@@ -66,18 +66,20 @@ def maintain(
         descriptor = describe(client, namespace, private=url is None)
         calls = Client(client)
         if repair:
-            report, right = repair_shard(calls, keys, int(descriptor["max_run"]), time.monotonic() + _DEADLINE_S)
+            report, right = repair_shard(
+                calls, keys, whole(descriptor["max_run"].encode()), time.monotonic() + _DEADLINE_S
+            )
             value: dict[str, Any] = {"nodes": report.nodes, "chunks": report.chunks, "bytes": report.bytes}
             # What was read while others wrote is no snapshot: nothing can be said then.
             value |= {"right": right, "problems": report.problems[:20] if right else None}
             if cold_url:
                 value["reclaimed_cold_chunks"] = _reclaim(calls, keys, cold_url)
-            show(value, as_json=as_json, render=lambda: _lines(value))
+            show(value, as_json=as_json, render=_lines)
             if not right:
                 fail("others kept writing, or it cannot be mended: try again", EXIT_MISS)
         while bounds != _NONE:
             evicted = _evict(calls, keys, bounds, batch)
-            show(evicted, as_json=as_json, render=lambda done=evicted: _lines(done))
+            show(evicted, as_json=as_json, render=_lines)
             if every is None:
                 break
             sys.stdout.flush()

@@ -9,12 +9,16 @@ from typing import Any, cast
 
 import redis
 
+from distprefix.printable import printable
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import is_wrong_type, pairs, whole
 from distprefix.tiers.envelope import HEADER_BYTES, MAX_PAYLOAD
 from distprefix.tiers.store import PART_BYTES
 
 __all__ = ["Report", "check_integrity", "check_payloads"]
+
+
+_LONGEST_PROBLEM = 500
 
 
 @dataclass(slots=True)
@@ -30,6 +34,7 @@ class Report:
     cold: int = 0
     """Bytes of cold payloads."""
     problems: list[str] = field(default_factory=list[str])
+    """Printable lines. The other fields name what is there exactly: bytes that are no UTF-8 are surrogates."""
     orphans: list[str] = field(default_factory=list[str])
     """Heads of nodes that have lost their parent."""
     strays: list[str] = field(default_factory=list[str])
@@ -53,11 +58,11 @@ def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = N
     `cold`: the other server, where the cold ones lie on one. What waits in the trash may still be there, and what waits
     to be settled may still have a TTL.
     """
-    trash: Any = client.execute_command("SMEMBERS", keys.trash)
-    waiting: Any = client.execute_command("HVALS", keys.unsettled)
-    allowed = {chunk.decode() for chunk in trash}
-    unsettled = {chunks[at : at + 16].hex() for chunks in waiting for at in range(0, len(chunks), 16)}
     problems: list[str] = []
+    trash = _ask(client, problems, "SMEMBERS", keys.trash)
+    waiting = _ask(client, problems, "HVALS", keys.unsettled)
+    allowed = {_name(chunk) for chunk in trash}
+    unsettled = {chunks[at : at + 16].hex() for chunks in waiting for at in range(0, len(chunks), 16)}
     for tier, kind, server in (("@warm", "kv", client), ("@cold", "cold", cold or client)):
         wanted = _wanted(client, keys, f"b:{tier}".encode())
         there = _there(server, keys, kind)
@@ -74,7 +79,7 @@ def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = N
             named = values.named if chunk in wanted or chunk in allowed else set[str]()
             lone = values.staying - named
             problems += [f"{kind}:{chunk}{part} stays and belongs to nothing" for part in sorted(lone)]
-    return problems
+    return [printable(problem, _LONGEST_PROBLEM) for problem in problems]
 
 
 @dataclass(slots=True)
@@ -109,7 +114,7 @@ def _wanted(client: redis.Redis, keys: Keys, column: bytes) -> dict[str, int]:
     for name in _scan(client, f"{keys.base}n:"):
         fields = _read(client, name) or {}
         run = fields.get(b"r", b"")
-        for i, size in enumerate(array("I", fields.get(column, b""))):
+        for i, size in enumerate(_numbers(fields.get(column, b""))):
             if size:
                 wanted[run[16 * i : 16 * i + 16].hex()] = size
     return wanted
@@ -123,13 +128,14 @@ def _there(server: redis.Redis, keys: Keys, kind: str) -> dict[str, _Values]:
         chunk, _, part = name.removeprefix(base).partition(":")
         values = there.setdefault(chunk, _Values())
         part = f":{part}" if part else ""
+        key = _key(name)
         try:
-            values.lengths[part] = cast("int", server.execute_command("STRLEN", name))
+            values.lengths[part] = cast("int", server.execute_command("STRLEN", key))
             if not part:
-                values.header = cast("bytes", server.execute_command("GETRANGE", name, 0, HEADER_BYTES - 1))
+                values.header = cast("bytes", server.execute_command("GETRANGE", key, 0, HEADER_BYTES - 1))
         except redis.ResponseError:  # of another type
             values.lengths[part] = 0
-        if server.execute_command("PTTL", name) == -1:
+        if server.execute_command("PTTL", key) == -1:
             values.staying.add(part)
     return there
 
@@ -163,16 +169,16 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
             problems.append(f"node {head} has a damaged run of {len(run)} bytes")
             continue
         owners[run[-16:].hex()] = head
-        children.setdefault(node.get(b"p", b"").decode() or "root", set()).add(head)
+        children.setdefault(_name(node.get(b"p", b"")) or "root", set()).add(head)
         report.bytes += _weigh(node)
         report.warm += _payloads(node, b"b:@warm")
         report.cold += _payloads(node, b"b:@cold")
         problems += _check_coverage(head, node, len(run) // 16)
     _check_links(nodes, junctions, children, owners, problems)
     newest = _read(client, keys.epochs) or {}
-    for head, node in nodes.items():
-        above = nodes.get(owners.get(node.get(b"p", b"").decode(), ""))
-        problems += _check_closed(head, node, above, newest) if above else []
+    for head in owners.values():
+        above = nodes.get(owners.get(_name(nodes[head].get(b"p", b"")), ""))
+        problems += _check_closed(head, nodes[head], above, newest) if above else []
     _check_leaves(client, keys, nodes, junctions, children, owners, report)
     _check_counts(nodes, {**junctions, "root": _read(client, keys.holders) or {}}, children, report)
     meta: dict[bytes, bytes] = _read(client, keys.meta) or {}
@@ -183,8 +189,10 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
         ("warm", report.warm),
         ("cold", report.cold),
     ):
-        if int(meta.get(name.encode(), b"0")) != count:
-            problems.append(f"meta counts {int(meta.get(name.encode(), b'0'))} {name}, there are {count}")
+        told = meta.get(name.encode(), b"0")
+        if told != b"%d" % count:
+            problems.append(f"meta counts {printable(told)} {name}, there are {count}")
+    report.problems = [printable(problem, _LONGEST_PROBLEM) for problem in problems]
     return report
 
 
@@ -198,13 +206,13 @@ def _check_leaves(
     report: Report,
 ) -> None:
     problems = report.problems
-    members: Any = client.zrange(keys.leaves, 0, -1)
-    hot: Any = client.zrange(keys.hot, 0, -1)
-    problems += [f"hot names {head.decode()}, which is no node" for head in hot if head.decode() not in nodes]
-    leaves = {member.decode() for member in members}
+    leaves = {_name(member) for member in _ask(client, problems, "ZRANGE", keys.leaves, 0, -1)}
+    hot = [_name(member) for member in _ask(client, problems, "ZRANGE", keys.hot, 0, -1)]
+    strangers = [head for head in hot if head not in nodes]
+    problems += [f"hot names {head}, which is no node" for head in strangers]
     expected = {head for last, head in owners.items() if last not in children}
-    report.missing = {head: int(nodes[head].get(b"a", b"0")) for head in expected - leaves}
-    report.strays = [*sorted(leaves - expected), *(head.decode() for head in hot if head.decode() not in nodes)]
+    report.missing = {head: whole(nodes[head].get(b"a")) for head in expected - leaves}
+    report.strays = [*sorted(leaves - expected), *strangers]
     for last, junction in junctions.items():
         gone = _children(junction) - children.get(last, set())
         if gone or last not in children:
@@ -216,7 +224,7 @@ def _check_leaves(
 
 def _children(junction: dict[bytes, bytes]) -> set[str]:
     """The heads that a junction names; its other fields are the owner, and holders, which all contain "@"."""
-    return {name.decode() for name in junction if name != b"o" and b"@" not in name}
+    return {_name(name) for name in junction if name != b"o" and b"@" not in name}
 
 
 def _check_counts(
@@ -233,13 +241,13 @@ def _check_counts(
             told = counted.get(holder, b"0")
             true = covered[holder]
             if told != b"%d" % true or (holder in counted) != bool(true):
-                name = holder.decode(errors="surrogateescape")
+                name = _name(holder)
                 report.miscounted.append((last, name, true))
                 report.problems.append(f"junction {last} counts {told!r} children that {name} covers, there are {true}")
 
 
 def _is_orphan(node: dict[bytes, bytes], owners: dict[str, str]) -> bool:
-    parent = node.get(b"p", b"").decode()
+    parent = _name(node.get(b"p", b""))
     return bool(parent) and parent not in owners
 
 
@@ -252,7 +260,7 @@ def _weigh(node: dict[bytes, bytes]) -> int:
 
 def _payloads(node: dict[bytes, bytes], column: bytes) -> int:
     """Bytes of a node's payloads in a tier, as the script that found them there counted them."""
-    return sum(array("I", node.get(column, b"")))
+    return sum(_numbers(node.get(column, b"")))
 
 
 def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]:
@@ -261,15 +269,16 @@ def _check_coverage(head: str, node: dict[bytes, bytes], size: int) -> list[str]
         if name.startswith(b"h:"):
             epoch, _, chunks = value.partition(b":")
             if not epoch.isdigit() or not chunks.isdigit():
-                problems.append(f"node {head}: {name.decode(errors='replace')} is {value!r}")
+                problems.append(f"node {head}: {_name(name)} is {value!r}")
                 continue
-            covered = int(chunks)
+            covered = whole(chunks)
             if not 0 < covered <= size:
-                problems.append(f"node {head}: {name.decode()} covers {covered} of {size}")
+                problems.append(f"node {head}: {_name(name)} covers {printable(chunks)} of {size}")
+                continue
             if len(node.get(b"b:" + name[2:], b"")) > 4 * covered:
-                problems.append(f"node {head}: {name.decode()} has more block ids than coverage")
+                problems.append(f"node {head}: {_name(name)} has more block ids than coverage")
             if len(node.get(b"e:" + name[2:], b"")) % (8 * covered):
-                problems.append(f"node {head}: {name.decode()} has not as many keys as coverage")
+                problems.append(f"node {head}: {_name(name)} has not as many keys as coverage")
     return problems
 
 
@@ -285,7 +294,7 @@ def _check_closed(
         if name == b"h:@cold" and whole in (above.get(b"h:@warm"), above.get(name)):
             continue  # what is cold has warm or cold ones above it
         if counts and above.get(name) != whole:
-            problems.append(f"node {head}: {name.decode()} does not cover the parent")
+            problems.append(f"node {head}: {_name(name)} does not cover the parent")
     return problems
 
 
@@ -302,25 +311,51 @@ def _check_links(
         problems += [f"node {head} has no parent" for head in sorted(heads) if last != "root" and last not in owners]
         if named != heads:
             problems.append(f"junction {last} names {sorted(named)}, its children are {sorted(heads)}")
-        owner = junction.get(b"o", b"").decode()
+        owner = _name(junction.get(b"o", b""))
         if last != "root" and owner != owners.get(last):
             problems.append(f"junction {last} is owned by {owner or 'nobody'}, not by {owners.get(last)}")
         for head in heads:
             parent = owners.get(last)
-            above = int(nodes[parent][b"d"]) + len(nodes[parent][b"r"]) // 16 if parent else 0
-            if int(nodes[head].get(b"d", b"-1")) != above and (parent or last == "root"):
+            above = whole(nodes[parent].get(b"d")) + len(nodes[parent][b"r"]) // 16 if parent else 0
+            if nodes[head].get(b"d") != b"%d" % above and (parent or last == "root"):
                 problems.append(f"node {head} lies at depth {nodes[head].get(b'd')!r}, not {above}")
     problems += [f"junction {last} has no children" for last in junctions if last not in children]
 
 
 def _scan(client: redis.Redis, base: str) -> list[str]:
     pattern = base.replace("[", "\\[").replace("]", "\\]") + "*"
-    return sorted({name.decode() for name in client.scan_iter(match=pattern, count=1000)})
+    return sorted({_name(name) for name in client.scan_iter(match=pattern, count=1000)})
 
 
 def _read(client: redis.Redis, name: str) -> dict[bytes, bytes] | None:
     try:
-        reply: Any = client.execute_command("HGETALL", name)
+        reply: Any = client.execute_command("HGETALL", _key(name))
     except redis.ResponseError:
         return None
     return pairs(reply)
+
+
+def _ask(client: redis.Redis, problems: list[str], command: str, name: str, *args: int) -> Any:
+    """The items of a key; none, and a problem, where the key has another type."""
+    try:
+        return client.execute_command(command, name, *args)
+    except redis.ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        problems.append(f"{name} has another type")
+        return []
+
+
+def _name(data: bytes) -> str:
+    """A name, whatever bytes it has."""
+    return data.decode(errors="surrogateescape")
+
+
+def _key(name: str) -> bytes:
+    """What `_name` read."""
+    return name.encode(errors="surrogateescape")
+
+
+def _numbers(column: bytes) -> array[int]:
+    """A column of a node; what is no whole number at its end is left out."""
+    return array("I", column[: len(column) // 4 * 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
@@ -15,10 +16,14 @@ from distprefix.operations import ITEMS_A_CALL, SCHEMA, WORK_A_CALL, Call
 from distprefix.redis.client import Client, run
 from distprefix.redis.holders import read_holders
 from distprefix.redis.keys import Keys
+from distprefix.redis.replies import text, whole
 from distprefix.redis.roster import WorkerInfo, heartbeat, register
 
 __all__ = ["RedisJournal", "census"]
 
+_MAX_RUN = 256
+"""Chunks of a node."""
+_PARENT = re.compile(rb"([0-9a-f]{32})?")
 _READ_TIMEOUT_S = 60.0
 _AT_ONCE_S = 0.001
 _RIGHT_S = 10.0
@@ -165,16 +170,23 @@ def census(holders: Sequence[str] = ()) -> Generator[Call, Any, list[Node]]:
     """Every node, or those that any of some holders covers. One call for some 100 nodes.
 
     Without holders, chunks and keys are not read; then there are as many zero bytes as chunks covered would take.
-    Parents come before their children: what is split meanwhile is not missed.
+    Parents come before their children: what is split meanwhile is not missed. A node or holder whose fields make no
+    sense is left out; `check_integrity` names it.
     """
     found: dict[bytes, Node] = {}
     stack: list[bytes] = [b"root"]
+    done: set[bytes] = set()
     while stack:
+        if stack[-1] in done:  # damaged nodes lead back to it
+            stack.pop()
+            continue
+        done.add(stack[-1])
         items = b" ".join(stack[-ITEMS_A_CALL:])
         left, *nodes = yield Call("census", (SCHEMA, WORK_A_CALL, items, *holders))
-        stack[-ITEMS_A_CALL:] = left
+        stack[-ITEMS_A_CALL:] = [item for item in left if item not in found]
         for head, parent, depth, *rest in nodes:
-            found.setdefault(head, _node_of(parent, depth, rest, with_chunks=bool(holders)))
+            if _PARENT.fullmatch(parent) and depth.isdigit():
+                found.setdefault(head, _node_of(parent, depth, rest, with_chunks=bool(holders)))
     return list(found.values())
 
 
@@ -182,7 +194,7 @@ def _node_of(parent: bytes, depth: bytes, rest: list[Any], *, with_chunks: bool)
     holders: dict[str, tuple[int, bytes, bytes]] = {}
     for holder, held, chunks, keys in zip(*(rest[i::4] for i in range(4)), strict=True):
         epoch, _, covered = held.partition(b":")
-        if epoch.isdigit() and covered.isdigit():
-            told = chunks if with_chunks else bytes(int(covered) * HASH_BYTES)
-            holders[holder.decode(errors="replace")] = (int(epoch), told, keys)
-    return Node(bytes.fromhex(parent.decode()), int(depth), holders)
+        if epoch.isdigit() and 0 < whole(covered) <= _MAX_RUN:
+            told = chunks if with_chunks else bytes(whole(covered) * HASH_BYTES)
+            holders[text(holder)] = (whole(epoch), told, keys)
+    return Node(bytes.fromhex(parent.decode()), whole(depth), holders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from distprefix.operations import SCHEMA, drop
@@ -12,6 +13,7 @@ from distprefix.redis.keys import Keys
 __all__ = ["repair"]
 
 _ATTEMPTS = 5
+_HEAD = re.compile(r"[0-9a-f]{32}")
 _COUNTS_A_CALL = 300
 
 
@@ -37,9 +39,7 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
             ]
             for i in range(0, len(report.miscounted) or 1, _COUNTS_A_CALL):
                 some = report.miscounted[i : i + _COUNTS_A_CALL]
-                wrong = [
-                    part for last, name, true in some for part in (last, name.encode(errors="surrogateescape"), true)
-                ]
+                wrong = [part for last, name, true in some for part in (_key(last), _key(name), true)]
                 client.call("repair", keys.meta, (SCHEMA, *seen, *counted, *wrong), deadline)
                 seen = [*counted, seen[-1]]
     return first or Report(), False
@@ -47,20 +47,26 @@ def repair(client: Client, keys: Keys, max_run: int, deadline: float) -> tuple[R
 
 def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
     for head in report.orphans:
-        run(drop(head), client, keys.meta, deadline)
+        if _HEAD.fullmatch(head):
+            run(drop(head), client, keys.meta, deadline)
     for last, gone in report.childless.items():
-        junction = keys.junction("" if last == "root" else last)
+        junction = _key(keys.junction("" if last == "root" else last))
         for head in gone:
-            client.command("HDEL", junction, head, deadline=deadline)
+            client.command("HDEL", junction, _key(head), deadline=deadline)
         names = cast("list[bytes]", client.command("HKEYS", junction, deadline=deadline))
         if all(name == b"o" or b"@" in name for name in names):  # what is left counts children that are not there
             client.command("DEL", junction, deadline=deadline)
     for head in report.strays:
-        client.command("ZREM", keys.leaves, head, deadline=deadline)
-        client.command("ZREM", keys.hot, head, deadline=deadline)
+        client.command("ZREM", keys.leaves, _key(head), deadline=deadline)
+        client.command("ZREM", keys.hot, _key(head), deadline=deadline)
     for head, accessed in report.missing.items():
         if head not in report.orphans:
-            client.command("ZADD", keys.leaves, "NX", accessed, head, deadline=deadline)
+            client.command("ZADD", keys.leaves, "NX", accessed, _key(head), deadline=deadline)
+
+
+def _key(name: str) -> bytes:
+    """A name as a report has it, as it is in Redis."""
+    return name.encode(errors="surrogateescape")
 
 
 def _counts(client: Client, keys: Keys, deadline: float) -> list[bytes]:

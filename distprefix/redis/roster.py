@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import msgpack
 
-from distprefix.errors import InvalidInputError
+from distprefix.errors import InvalidInputError, ScriptError
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import is_wrong_type, pairs, text, whole
 from distprefix.roster import Reading
 
 __all__ = ["GRACE_S", "Member", "WorkerInfo", "heartbeat", "read_members", "read_roster", "register", "retire"]
@@ -140,7 +140,7 @@ class _Pages:
             self._is_whole = True
             self._epochs.clear()
         self._is_changed = True
-        self._version = go_on.decode()
+        self._version = text(go_on)
         self._take_changes(changed)
         for name, end in _numbers(leases).items():
             self._ends[name] = end
@@ -148,8 +148,8 @@ class _Pages:
         if full:  # from the last end on: others may end at that very time
             last = leases[-1]
             same = sum(end == last for end in leases[1::2])
-            self._skipped = self._skipped + same if last.decode() == self._from else same
-            self._from = last.decode()
+            self._skipped = self._skipped + same if text(last) == self._from else same
+            self._from = text(last)
         else:
             self._from, self._skipped = "", 0
         self.is_complete = not full and go_on == version
@@ -169,7 +169,7 @@ class _Pages:
 
     def _take_changes(self, changed: Sequence[bytes]) -> None:
         for name, epoch, end in zip(changed[::3], changed[1::3], changed[2::3], strict=True):
-            member, number = name.decode(errors="replace"), _whole_number(epoch)
+            member, number = text(name), _whole_number(epoch)
             self._ends.pop(member, None)
             if number:
                 self._epochs[member] = number
@@ -190,40 +190,49 @@ def read_members(client: Client, keys: Keys, deadline: float) -> list[Member]:
         left, said = None, dict[bytes, bytes]()
         if end is not None:
             left = (end - reading.server_ms) / 1000
-            said = pairs(client.command("HGETALL", keys.member(name), deadline=deadline))
+            said = _read_member(client, keys, name, deadline)
         started = _float(said.get(b"started", b""))
-        members.append(Member(worker, int(rank) if rank.isdigit() else 0, epoch, left, _info(said), started))
+        members.append(Member(worker, whole(rank.encode(errors="replace")), epoch, left, _info(said), started))
     return members
 
 
-def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
-    def text(name: bytes) -> str:
-        return said.get(name, b"").decode(errors="replace")
+def _read_member(client: Client, keys: Keys, name: str, deadline: float) -> dict[bytes, bytes]:
+    """What a member says of itself; nothing where its key has another type."""
+    try:
+        return pairs(client.command("HGETALL", keys.member(name), deadline=deadline))
+    except ScriptError as error:
+        if not is_wrong_type(error):
+            raise
+        return {}
 
+
+def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
+    media = filter(None, text(said.get(b"media")).split(","))
     try:
         load = msgpack.unpackb(said.get(b"load", b"\x80"))
-        load = {str(name): float(value) for name, value in load.items()}
-    except (ValueError, TypeError, AttributeError):  # another hand wrote it
-        load = {}
-    return WorkerInfo(text(b"address"), text(b"model"), tuple(filter(None, text(b"media").split(","))), load)
+        numbers = {str(name): float(value) for name, value in load.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # no worker of ours wrote it
+        numbers = {}
+    load = {name: value for name, value in numbers.items() if isfinite(value)}
+    return WorkerInfo(text(said.get(b"address")), text(said.get(b"model")), tuple(media), load)
 
 
 def _whole_number(value: bytes) -> int:
-    number = _float(value)
-    return int(number) if isfinite(number) else 0
+    return int(_float(value))
 
 
 def _numbers(flat: Any) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, value in pairs(flat).items():
         number = _float(value)
-        if number and isfinite(number):
-            found[name.decode(errors="replace")] = int(number)
+        if number:
+            found[text(name)] = int(number)
     return found
 
 
 def _float(value: bytes) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return 0.0
+    return number if isfinite(number) else 0.0

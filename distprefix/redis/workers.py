@@ -10,8 +10,8 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.redis.client import Client, run
 from distprefix.redis.journal import census
 from distprefix.redis.keys import Keys
-from distprefix.redis.metrics import read_metrics
-from distprefix.redis.replies import clock_ms, pairs
+from distprefix.redis.metrics import figure, read_metrics
+from distprefix.redis.replies import clock_ms, pairs, text, whole
 from distprefix.redis.roster import Member, read_members, read_roster, retire
 from distprefix.roster import member_of, members_of
 
@@ -48,13 +48,13 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
                 chunks.setdefault(name, Counter())[medium] += len(held) // HASH_BYTES
     described: list[dict[str, Any]] = []
     figures_of: dict[str, list[dict[str, Any]]] = {}
-    for holder, figure in reports.items():
-        figures_of.setdefault(member_of(holder), []).append(figure)
+    for holder, report in reports.items():
+        figures_of.setdefault(member_of(holder), []).append(report)
     for member, stream in zip(members, _streams(client, keys, members), strict=True):
         figures = figures_of.get(member.name, [])
         if member.lease_left_s is not None or member.name in chunks or stream or figures:
             one = _describe(member, dict(chunks.get(member.name, {})), stream, server_s)
-            one["figures"] = {name: sum(figure.get(name, 0) for figure in figures) for name in FIGURES}
+            one["figures"] = {name: sum(figure(each, name) for each in figures) for name in FIGURES}
             described.append(one)
     return described
 
@@ -77,7 +77,7 @@ def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> i
 
 def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes], server_s: float) -> dict[str, Any]:
     info = member.info
-    ends = int(stream[b"u"]) / 1000 if stream.get(b"u", b"").isdigit() else 0.0
+    ends = whole(stream.get(b"u")) / 1000
     return {
         "worker": member.worker,
         "rank": member.rank,
@@ -91,8 +91,8 @@ def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes]
         "load": dict(info.load),
         "started": member.started or None,
         "events": {
-            "source": stream.get(b"w", b"").decode(errors="replace"),
-            "sequence": int(stream[b"q"]) if stream.get(b"q", b"").isdigit() else None,
+            "source": text(stream.get(b"w")),
+            "sequence": whole(stream[b"q"]) if stream.get(b"q", b"").isdigit() else None,
             "lag_s": info.load.get("lag_s"),
             "followed": ends > server_s,
         }
