@@ -295,10 +295,8 @@ def _parse(name: str, text: str) -> Any:
         return int(text) if int in allowed else float(text) if float in allowed else text
     except ValueError:
         values = tuple(kind for kind in allowed if kind is not type(None))
-        hint = "; for None, leave it out" if len(values) < len(allowed) else ""
-        raise ConfigError(
-            f"{_ENV_PREFIX}{name.upper()} is {_shown(name, text)}: it must be {_describe(values)}{hint}"
-        ) from None
+    hint = "; for None, leave it out" if len(values) < len(allowed) else ""  # raised here without what quotes the text
+    raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {_shown(name, text)}: it must be {_describe(values)}{hint}")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -11,7 +11,7 @@ from distprefix.errors import NamespaceError, ScriptError
 from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import pairs
+from distprefix.redis.replies import pairs, text
 
 __all__ = ["Attached", "attach", "salt_check"]
 
@@ -100,4 +100,4 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
 
 
 def _texts(reply: Any) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in pairs(reply).items()}
+    return {text(name): text(value) for name, value in pairs(reply).items()}
