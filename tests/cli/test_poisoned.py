@@ -27,15 +27,21 @@ from tests.servers import Server, find_server
 
 NAMES = b"\x1b]0;owned\x07\x9b2J[/red]\xe2\x80\xae[link=http://x]\xff"
 """Escape sequences of 7 and of 8 bits, markup, a mark of direction, a byte that is no UTF-8."""
+
+
+def _packed(value: Any) -> bytes:
+    return cast("bytes", msgpack.packb(value))
+
+
 NOW = b"%d:" % (1000 * time.time() + 20_000)
 """What a worker's report begins with: it stays fresh for the length of the tests."""
 PACKED = (
     *(b"\x91" * 20_000 + b"\xc0", b"\x81" * 50, b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff", b"\xc1"),
-    *(b"\xc7\x05\x01hello", b"\xd4\xff\x00", msgpack.packb(msgpack.Timestamp(2**33)), msgpack.packb([1, [2]])),
-    *(msgpack.packb(value) for value in ({1: 2}, {b"\xff": NAMES}, {NAMES.decode("latin-1"): 1}, {"model": NAMES})),
-    msgpack.packb({"lookups": float("nan"), "hits": float("inf"), "l1_bytes": [], "breakers": 7, "hit_rate": "x"}),
-    msgpack.packb({"breakers": {"[/x]": "\x1b[31m", "y": []}, "lookups": "[/x]", "lag_s": -(2**63)}),
-    msgpack.packb({"lag_s": float("nan"), "running": 2**64 - 1}),
+    *(b"\xc7\x05\x01hello", b"\xd4\xff\x00", _packed(msgpack.Timestamp(2**33)), _packed([1, [2]])),
+    *(_packed(value) for value in ({1: 2}, {b"\xff": NAMES}, {NAMES.decode("latin-1"): 1}, {"model": NAMES})),
+    _packed({"lookups": float("nan"), "hits": float("inf"), "l1_bytes": [], "breakers": 7, "hit_rate": "x"}),
+    _packed({"breakers": {"[/x]": "\x1b[31m", "y": []}, "lookups": "[/x]", "lag_s": -(2**63)}),
+    _packed({"lag_s": float("nan"), "running": 2**64 - 1}),
 )
 VALUES = (
     *(b"", b"\0", b"-1", b"0", b"1", b"1e309", b"nan", b"-inf", b"1.5", b" 7", b"9" * 25, b"9" * 5000, b"x", b"\xff"),
@@ -118,7 +124,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     with server.client() as admin:
         _populate(server, admin, folder)
         commands = _commands(server.url, admin, folder)
-        dump: Any = {key: (admin.dump(key), max(0, cast("int", admin.pttl(key)))) for key in admin.keys("*")}
+        dump: Any = {key: (admin.dump(key), max(0, admin.pttl(key))) for key in admin.keys("*")}
         yield Scene(server, admin, commands, dump)
     server.stop()
 
@@ -128,7 +134,7 @@ def _populate(server: Server, admin: redis.Redis, folder: Path) -> None:
     settings |= {"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "prewarm_threshold": 1}
     events = [time.time(), [["BlockStored", [11, 12], None, list(range(900, 908)), 4, None, "GPU"]], 0]
     stream = folder / "events.jsonl"
-    stream.write_text(json.dumps({"seq": 0, "payload_hex": msgpack.packb(events).hex()}) + "\n")
+    stream.write_text(json.dumps({"seq": 0, "payload_hex": _packed(events).hex()}) + "\n")
     config = PrefixCacheConfig(url=server.url, worker_id="w", **settings)
     with (
         PrefixCacheOptimizer(config) as worker,
@@ -147,7 +153,7 @@ def _populate(server: Server, admin: redis.Redis, folder: Path) -> None:
             write_metrics(calls, Keys("default"), name, worker.get_metrics(), time.monotonic() + 5)
         run = CliRunner().invoke(app, ["ingest", "--url", server.url, "--file", str(stream), "--worker", "eng"])
         assert run.exit_code == 0, run.output
-        kept: Any = {key: (admin.dump(key), max(0, cast("int", admin.pttl(key)))) for key in admin.keys("*")}
+        kept: Any = {key: (admin.dump(key), max(0, admin.pttl(key))) for key in admin.keys("*")}
     admin.flushall()  # a worker that closes takes back its lease and its report
     for key, (value, ttl_ms) in kept.items():
         admin.restore(key, ttl_ms, value)
@@ -295,7 +301,7 @@ def test_commands_that_write(scene: Scene, tmp_path: Path) -> None:
     trace.write_text(json.dumps({"timestamp": 0, "input_length": 4, "output_length": 1, "hash_ids": [0]}) + "\n")
     events = [time.time(), [["BlockStored", [13], 12, list(range(908, 912)), 4, None, "GPU"]], 0]
     stream = tmp_path / "events.jsonl"
-    stream.write_text(json.dumps({"seq": 1, "payload_hex": msgpack.packb(events).hex()}) + "\n")
+    stream.write_text(json.dumps({"seq": 1, "payload_hex": _packed(events).hex()}) + "\n")
     where = scene.commands["stats"][0]
     _check(["ingest", *where, "--file", str(stream), "--worker", "eng"], codes=(0, 1, 2))
     _check(["replay", *where, str(trace), "--nodes", "1"])
