@@ -14,7 +14,7 @@ import redis
 from typer.testing import CliRunner
 
 from distprefix.cli.app import app
-from distprefix.errors import UnavailableError
+from distprefix.errors import DistPrefixError, UnavailableError
 from distprefix.redis.client import Client
 from distprefix.redis.connections import connect
 from distprefix.redis.data import DataPool
@@ -136,6 +136,24 @@ def test_a_server_that_repeats_the_password(echo: str, protocol: str, endpoint: 
         assert "not shown" in said
         assert HIDDEN not in said
         assert "\x1b" not in said
+    client.close()
+    pool.close()
+
+
+def test_what_a_server_answers_is_escaped(echo: str) -> None:
+    """An error that a server answers with is one printable line, on both paths and in all that it is raised from."""
+    url = echo.replace(f"user:{HIDDEN}@", "") + "?protocol=2"
+    client = connect(url, 5.0)
+    pool = DataPool(url, timeout_s=5.0)
+    for call in (
+        client.ping,
+        lambda: Client(client).command("PING", deadline=time.monotonic() + 5),
+        lambda: pool.delete(["x"], time.monotonic() + 5),
+    ):
+        with pytest.raises((redis.RedisError, DistPrefixError)) as caught:
+            call()
+        assert r"\x1b[2J" in str(caught.value)
+        assert "\x1b" not in "".join(traceback.format_exception(caught.value))
     client.close()
     pool.close()
 
