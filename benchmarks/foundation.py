@@ -17,7 +17,8 @@ import redis
 from measure import Case, Figure, interleave, run_parts
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
-from distprefix.chunking import HASH_BYTES, Chain, chain_hashes, chain_root, read_prompt
+from distprefix.chunking import HASH_BYTES, Chain, read_prompt
+from distprefix.hashing import ChunkHasher
 from distprefix.redis.embedded import EmbeddedServer
 
 _CHUNK = 16
@@ -36,13 +37,14 @@ def l1(url: str, scale: float) -> list[Figure]:
         for kind, prompt in _prompts(131_072):
             cache.cache_prefix(prompt)
             view = read_prompt(prompt, _CHUNK, 1 << 30).view
-            tree, root = cache._state.l1.tree(read_prompt(prompt, _CHUNK, 1 << 30)), chain_root("xxh3_128", b"")
+            tree = cache._state.l1.tree(read_prompt(prompt, _CHUNK, 1 << 30))
+            hasher = ChunkHasher("xxh3_128", bytes(32))
             assert cache.find_longest_cache_hit(prompt).matched_tokens == len(prompt)
             times = interleave(
                 {
                     "ours": Case(lambda p=prompt: cache.find_longest_cache_hit(p), number=20),
                     "walk": Case(lambda v=view, t=tree: t.find_longest_prefix(v), number=20),
-                    "hash": Case(lambda v=view, r=root: chain_hashes("xxh3_128", r, v, 4 * _CHUNK)),
+                    "hash": Case(lambda v=view, h=hasher: h.chain(h.root, v, 4 * _CHUNK)),
                 },
                 int(100 * scale),
             )

@@ -342,9 +342,9 @@ def _following(url: str, namespace: str, worker: str) -> Generator[tuple[Followe
     """A follower that has begun, of an engine that says nothing by itself."""
     config = PrefixCacheConfig(url=url, namespace=namespace, worker_id=worker, chunk_size=_BLOCK)
     client = Client(connect(url, 30))
-    attach(client, Keys(namespace), config, time.monotonic() + 30)
+    hasher = attach(client, Keys(namespace), config, time.monotonic() + 30).hasher
     engine = Engine(worker=worker, endpoint="tcp://nowhere:1")
-    follower, journal = follower_of(engine, config, client, _Silent(), lease_s=3600, engine_chains=False)
+    follower, journal = follower_of(engine, config, hasher, client, _Silent(), lease_s=3600, engine_chains=False)
     try:
         assert follower.begin()
         yield follower, journal

@@ -1,31 +1,23 @@
-"""Tokens to chunks to chained hashes. Pure: no Redis, no clock.
-
-A chunk hash is H(parent hash, the chunk's tokens as little-endian uint32), cut to 16 bytes. The parent of the first
-chunk is a root that covers the namespace's salt. Equal hashes therefore mean equal tokens from position 0 on.
-"""
+"""Prompts in every form that callers have them in, and what belongs to their chunks. Pure: no Redis, no clock."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from array import array
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from operator import index
 from typing import Any, NamedTuple, cast
 
 import msgpack
-import xxhash
 
 from distprefix.errors import DistPrefixError, InvalidInputError
+from distprefix.hashing import HASH_BYTES
 
 __all__ = [
     "HASH_BYTES",
     "Chain",
     "Prompt",
-    "chain_hashes",
-    "chain_root",
-    "hash_function",
     "pack_block_ids",
     "pack_extra",
     "prompt_extras",
@@ -34,7 +26,6 @@ __all__ = [
     "read_prompt",
 ]
 
-HASH_BYTES = 16
 _TOKEN_BYTES = 4
 _TOKEN_LIMIT = 1 << 32
 _UINT32 = "I" if sys.byteorder == "little" and array("I").itemsize == _TOKEN_BYTES else None
@@ -320,18 +311,6 @@ def pack_extra(kind: str, *values: str | int | bytes) -> bytes:
     return cast("bytes", msgpack.packb([kind, *values], unicode_errors="surrogateescape"))
 
 
-def chain_root(algorithm: str, salt: bytes) -> bytes:
-    """The parent of first chunks: what keeps namespaces with different salts or algorithms apart."""
-    return hashlib.sha256(b"distprefix 1 %s %d " % (algorithm.encode(), len(salt)) + salt).digest()[:HASH_BYTES]
-
-
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()[:HASH_BYTES]
-
-
-_ALGORITHMS: dict[str, Callable[[bytes], bytes]] = {"xxh3_128": xxhash.xxh3_128_digest, "sha256": _sha256}
-
-
 def prompt_extras(
     lora_name: str | None, cache_salt: str | None, others: Mapping[int, bytes] | None = None
 ) -> dict[int, bytes]:
@@ -342,28 +321,3 @@ def prompt_extras(
     if first:
         extras[0] = first + extras.get(0, b"")
     return extras
-
-
-def hash_function(algorithm: str) -> Callable[[bytes], bytes]:
-    """What makes a chunk hash of its parent's hash, its tokens, and what else its content depends on, in a row."""
-    return _ALGORITHMS[algorithm]
-
-
-def chain_hashes(
-    algorithm: str, parent: bytes, tokens: memoryview, stride: int, extras: Mapping[int, bytes] | None = None
-) -> bytes:
-    """Hash full chunks in order, each on top of the one before; 16 bytes a chunk, `parent` is before the first.
-
-    `extras`: what chunks depend on besides, by their place (`pack_extra`).
-    """
-    digest = _ALGORITHMS[algorithm]
-    hashes: list[bytes] = []
-    if extras:
-        for i, start in enumerate(range(0, len(tokens), stride)):
-            parent = digest(parent + tokens[start : start + stride] + extras.get(i, b""))
-            hashes.append(parent)
-        return b"".join(hashes)
-    for start in range(0, len(tokens), stride):
-        parent = digest(parent + tokens[start : start + stride])
-        hashes.append(parent)
-    return b"".join(hashes)

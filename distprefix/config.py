@@ -11,17 +11,25 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from distprefix.chunking import chain_root
-from distprefix.errors import ConfigError
+from distprefix.errors import ConfigError, NamespaceError
+from distprefix.hashing import HASH_ALGORITHMS
+from distprefix.identity import Identity, parts_of_text
 from distprefix.redis.address import embedded_name, parse_address, without_password
 from distprefix.redis.scripts import policy_names
 from distprefix.secret_files import check_private, read_private, read_secret
 from distprefix.tiers.codecs import CODECS
 
-__all__ = ["SHORTEST_LEASE_S", "PrefixCacheConfig", "check_name"]
+__all__ = [
+    "SHORTEST_LEASE_S",
+    "PrefixCacheConfig",
+    "check_name",
+    "settings_of_environment",
+    "settings_of_toml",
+]
 
 SHORTEST_LEASE_S = 3.0
 """Readers look at the ends of leases every second, and a lease is renewed three times before it ends."""
+_SHORTEST_SECRET = 16
 _ENV_PREFIX = "DISTPREFIX_"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -73,14 +81,37 @@ class PrefixCacheConfig:
     worker_lease_s: float = 0.0
     """How long others count on what this process published after it was last heard of, at least 3 seconds; 0: until a
     newer process has its worker_id. `register_worker` gives a lease later."""
+    model: str = ""
+    """Which model, and the next settings the rest of what its KV depends on: attaching to a namespace of anything else
+    is refused, and chunk hashes differ. Engine plug-ins fill in what their engine tells."""
+    weights: str = ""
+    """A revision, or a digest of the files."""
+    tokenizer: str = ""
+    lora: str = ""
+    dtype: str = ""
+    layout: str = ""
+    """Layers, heads, order of the dimensions."""
+    engine: str = ""
+    """With its version as far as the layout depends on it."""
+    ranks: str = ""
+    """Parallel coordinates of this rank, as ``tp 0/2``."""
+    hashing: str = ""
+    """Algorithm and seed of the engine's own block hashes, where these name chunks."""
     fingerprint: str = ""
-    """Model, dtype, layout, ...: attaching to a namespace with another one is refused."""
+    """Whatever else the KV depends on."""
     chunk_size: int = 16
     """Tokens in a chunk (vLLM: block)."""
-    hash_algorithm: str = "xxh3_128"
-    """xxh3_128 (fast) or sha256 (safe against prompts made to collide)."""
+    hash_algorithm: str = "blake2b"
+    """How chunks are named, always under a key: blake2b; sha256, a tenth slower; or xxh3_128, three times faster, under
+    which prompts can be forged, for namespaces all of whose tenants are trusted."""
+    secret: str = field(default="", repr=False)
+    """What the keys of chunk hashes are derived from, the same wherever the namespace is used: 16 characters or more.
+    Empty: the namespace makes a random one, which those who may use it read from Redis."""
     salt: str = field(default="", repr=False)
-    """A secret that the hashes depend on; processes with another salt share nothing."""
+    """A tenant's secret, which the keys of chunk hashes are derived from as well: processes with another salt share
+    nothing. Engine plug-ins give each salt a namespace."""
+    request_salt: str = field(default="", repr=False)
+    """A further salt that tenants choose themselves, as LMCache's cache salt."""
     max_run: int = 256
     shards: int = 1
     lookup_timeout_s: float = 0.05
@@ -118,6 +149,9 @@ class PrefixCacheConfig:
     """The longest that storing or loading the payloads of one call may take."""
     encryption_keys: str = field(default="", repr=False)
     """Payloads are encrypted with the first of these, and opened with any: ``id:hex,id:hex``. Empty: not encrypted."""
+    max_payload_bytes: int = 512 * 1024 * 1024
+    """The longest payload of a chunk in this namespace: what claims to be longer is damaged, and no memory is given to
+    it. What a chunk of the model takes is a good value."""
     l1_payload_bytes: int = 0
     """Payloads that this process keeps in memory. 0: none."""
     touch_interval_s: float = 1.0
@@ -137,8 +171,14 @@ class PrefixCacheConfig:
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name} is {value!r}: it must lie between {low:.15g} and {high:.15g}")
         self._check_order()
-        if self.hash_algorithm not in ("xxh3_128", "sha256"):
-            raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be 'xxh3_128' or 'sha256'")
+        if self.hash_algorithm not in HASH_ALGORITHMS:
+            allowed = " or ".join(map(repr, HASH_ALGORITHMS))
+            raise ConfigError(f"hash_algorithm is {self.hash_algorithm!r}: it must be {allowed}")
+        if 0 < len(self.secret) < _SHORTEST_SECRET:
+            raise ConfigError(
+                f"secret has {len(self.secret)} characters: it must have {_SHORTEST_SECRET} at least; "
+                "python3 -c 'import secrets; print(secrets.token_hex(32))' prints a good one"
+            )
         if self.policy not in policy_names():
             raise ConfigError(f"policy is {self.policy!r}: it must be {' or '.join(map(repr, policy_names()))}")
         self._check_words()
@@ -164,9 +204,23 @@ class PrefixCacheConfig:
         return replace(self, worker_id=f"{host}-{os.getpid()}")
 
     @property
-    def root(self) -> bytes:
-        """The parent of first chunks, which covers the salt."""
-        return chain_root(self.hash_algorithm, self.salt.encode())
+    def identity(self) -> Identity:
+        """What the KV of this cache depends on, besides tokens."""
+        return Identity(
+            engine=self.engine,
+            model=self.model,
+            weights=self.weights,
+            dtype=self.dtype,
+            layout=self.layout,
+            chunk_size=self.chunk_size,
+            ranks=self.ranks,
+            hashing=self.hashing,
+            salt=self.salt,
+            request_salt=self.request_salt,
+            tokenizer=self.tokenizer,
+            lora=self.lora,
+            other=self.fingerprint,
+        )
 
     @property
     def member(self) -> str:
@@ -177,6 +231,19 @@ class PrefixCacheConfig:
     def holder(self) -> str:
         """The name that coverage of this process is kept under."""
         return f"{self.member}@{self.medium}"
+
+    @classmethod
+    def from_descriptor(cls, namespace: str, found: Mapping[str, str], **overrides: Any) -> PrefixCacheConfig:
+        """The settings that a namespace was made with, by its descriptor, over those of the environment."""
+        settings: dict[str, Any] = {"namespace": namespace}
+        for name, value in parts_of_text(found.get("identity", "")).items():
+            if name in _IDENTITY:  # anybody may have written the descriptor: no url, no key is taken from it
+                settings["fingerprint" if name == "other" else name] = value
+        settings |= {name: found[name] for name in ("hash_algorithm", "policy") if name in found}
+        for name in ("chunk_size", "max_run", "shards"):
+            if name in found:
+                settings[name] = _count_in(namespace, name, found[name])
+        return cls.from_env(**{**settings, **overrides})
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> PrefixCacheConfig:
@@ -192,16 +259,7 @@ class PrefixCacheConfig:
 
         A secret may be in a file that DISTPREFIX_URL_FILE, DISTPREFIX_SALT_FILE, ... names. Raises ConfigError.
         """
-        values: dict[str, Any] = {}
-        for key, text in (os.environ if env is None else env).items():
-            if key.startswith(_ENV_PREFIX):
-                name = key.removeprefix(_ENV_PREFIX).lower()
-                secret = name.removesuffix("_file")
-                if name != secret and secret in _SECRETS:
-                    values.setdefault(secret, read_secret(text, key))
-                else:
-                    values[name] = _parse(name, text) if name in _TYPES else text
-        return cls.from_mapping({**values, **overrides})
+        return cls.from_mapping({**settings_of_environment(env), **overrides})
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> PrefixCacheConfig:
@@ -209,15 +267,7 @@ class PrefixCacheConfig:
 
         Raises ConfigError, also for a file with secrets that others may write; one that they may read is a warning.
         """
-        data, status = read_private(path)
-        table = _parse_toml(data, path)
-        chosen: Any = table.get("distprefix", table)
-        if not isinstance(chosen, dict):
-            raise ConfigError(f"distprefix in {path} is no table: write [distprefix] above the settings")
-        values = cast("dict[str, Any]", chosen)
-        if any(_is_secret(name, value) for name, value in values.items()):
-            check_private(path, status)
-        return cls.from_mapping({**values, **overrides})
+        return cls.from_mapping({**settings_of_toml(path), **overrides})
 
     def _check_order(self) -> None:
         if self.max_prefix_length is not None and self.min_prefix_length > self.max_prefix_length:
@@ -244,6 +294,33 @@ class PrefixCacheConfig:
             raise ConfigError(f"{name} is {_shown(name, value)}: it must be {_describe(allowed)}")
 
 
+def settings_of_environment(env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The settings that DISTPREFIX_* give, and no others. Raises ConfigError for a value of another kind."""
+    values: dict[str, Any] = {}
+    for key, text in (os.environ if env is None else env).items():
+        if key.startswith(_ENV_PREFIX):
+            name = key.removeprefix(_ENV_PREFIX).lower()
+            secret = name.removesuffix("_file")
+            if name != secret and secret in _SECRETS:
+                values.setdefault(secret, read_secret(text, key))
+            else:
+                values[name] = _parse(name, text) if name in _TYPES else text
+    return values
+
+
+def settings_of_toml(path: str | Path) -> dict[str, Any]:
+    """The settings that a TOML file gives, and no others. Raises ConfigError for a file that cannot be read."""
+    data, status = read_private(path)
+    table = _parse_toml(data, path)
+    chosen: Any = table.get("distprefix", table)
+    if not isinstance(chosen, dict):
+        raise ConfigError(f"distprefix in {path} is no table: write [distprefix] above the settings")
+    values = cast("dict[str, Any]", chosen)
+    if any(_is_secret(name, value) for name, value in values.items()):
+        check_private(path, status)
+    return values
+
+
 def check_name(name: str, value: str) -> None:
     """Raise ConfigError when `value` cannot be part of a key."""
     if not _NAME.fullmatch(value):
@@ -255,6 +332,13 @@ def check_name(name: str, value: str) -> None:
 def _describe(allowed: tuple[type, ...]) -> str:
     words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
     return " or ".join(words[kind] for kind in allowed)
+
+
+def _count_in(namespace: str, name: str, text: str) -> int:
+    """A number of a descriptor, which anybody may have written."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise NamespaceError(f"namespace {namespace!r} is damaged: its {name} is {text[:100]!r}, not a number")
+    return int(text)
 
 
 def _shown(name: str, value: object) -> str:
@@ -302,6 +386,8 @@ def _parse(name: str, text: str) -> Any:
 _TYPES: dict[str, tuple[type, ...]] = {
     name: getattr(hint, "__args__", None) or (hint,) for name, hint in get_type_hints(PrefixCacheConfig).items()
 }
+_IDENTITY = frozenset(spec.name for spec in fields(Identity) if spec.repr and spec.name != "chunk_size")
+"""Parts of an identity that a descriptor may give."""
 _SECRETS = frozenset(spec.name for spec in fields(PrefixCacheConfig) if not spec.repr)
 """What no message and no text of the settings may show."""
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -334,6 +420,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("touch_interval_s", 0, 3600),
     ("payload_timeout_s", 0.001, 3600),
     ("cold_max_bytes", 1, 2**53),
+    ("max_payload_bytes", 1, 2**29),
     ("demote_interval_s", 0, 3600),
     ("l1_payload_bytes", 0, 2**50),
     ("breaker_failures", 1, 10_000),

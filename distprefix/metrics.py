@@ -16,7 +16,8 @@ _PAYLOADS = (
     *("loads", "payloads_stored", "payload_bytes_stored", "payload_store_us", "payloads_loaded"),
     *("payload_bytes_loaded", "payloads_trimmed", "evidence_refuted", "trims_failed"),
     *("payload_bytes_loaded_cold", "payload_load_us", "payload_load_cold_us", "payloads_missing"),
-    *("payloads_damaged", "payloads_unreadable", "payloads_unavailable", "stores_failed", "loads_failed"),
+    *("payloads_damaged", "payloads_unreadable", "payloads_unfit", "payloads_unavailable"),
+    *("stores_failed", "loads_failed"),
     *("demoted_chunks", "demoted_bytes", "demoted_bytes_packed", "demote_us", "demotions_failed"),
     *("promoted_chunks", "promoted_bytes", "promote_us", "promotions_failed"),
 )
@@ -92,6 +93,7 @@ def metrics_of(state: State, tiers: Tiers) -> dict[str, Any]:
         "staleness_under": counts["staleness_under"],
         "background_errors": counts["background_errors"],
         "history_lost": dict(link.losses),
+        "rekeyed": link.rekeyed,
         "republished": counts["republished"],
         "republish_waiting": counts["republish_waiting"],
         "republish_failed": counts["republish_failed"],

@@ -43,7 +43,7 @@ __all__ = [
     "walk",
 ]
 
-SCHEMA = b"4"
+SCHEMA = b"5"
 """Version of the data model. Another one is refused at attach and by every script."""
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""

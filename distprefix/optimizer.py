@@ -19,7 +19,7 @@ import redis
 from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
-from distprefix.chunking import Chain, chain_hashes, pack_block_ids, prompt_extras, read_items, read_pairs
+from distprefix.chunking import Chain, pack_block_ids, prompt_extras, read_items, read_pairs
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
 from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
 from distprefix.health import Health, health_of
@@ -150,8 +150,17 @@ class PrefixCacheOptimizer:
         if prompt.is_chain:
             raise InvalidInputError("a chain has its LoRA and salt in it already: pass tokens")
         every = prompt_extras(lora_name, cache_salt, extras)
-        hashes = chain_hashes(self.config.hash_algorithm, self.config.root, prompt.view, prompt.stride, every)
-        return Chain.packed(hashes)
+        hasher = self._state.link.hasher
+        return Chain.packed(hasher.chain(hasher.root, prompt.view, prompt.stride, every))
+
+    def chain_of_hashes(self, hashes: bytes, role: bytes = b"") -> Chain:
+        """The chain that stands for an engine's own block hashes, 16 bytes each, in a row. No Redis call.
+
+        Chunks so named can be guessed by nobody who has not the namespace's key; unlike the engine's hashes, which a
+        `Chain` of them would show in Redis. `role`: the same hashes stand for other chunks in another role.
+        """
+        hasher = self._state.link.hasher
+        return Chain.packed(hasher.name(hashes, role) if role else hasher.names(hashes))
 
     # Publish
 

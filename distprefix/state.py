@@ -12,7 +12,7 @@ from typing import Any
 
 import redis
 
-from distprefix.chunking import HASH_BYTES, Prompt, chain_hashes, read_prompt
+from distprefix.chunking import HASH_BYTES, Prompt, read_prompt
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, ForkedProcessError, InvalidInputError
 from distprefix.feed import Feed
@@ -52,6 +52,7 @@ class State:
         self.outbox = Outbox(self.link, config)
         self.feed = Feed(self.link, self.l1, self.lock, config.feed_interval_s)
         self.link.on_loss = _weakly(self._distrust_all)  # or an unfinished cache would keep its connections
+        self.link.on_rekey = _weakly(self._forget_names)
         if config.feed_interval_s:
             self.feed.poll()  # to begin before L1 learns anything
         self.samples: deque[tuple[bytes, dict[str, int]]] = deque(maxlen=32)
@@ -61,12 +62,18 @@ class State:
         self.unnamed = UnnamedChains()
         self.reservations = Reservations(self)
         self._warned_of_cut = False
-        self._root = config.root
 
     def _distrust_all(self) -> None:
         """The server has lost history: L1 asks again, and the background takes a new epoch now."""
         self.feed.distrust_all()
         self.wake()
+
+    def _forget_names(self) -> None:
+        """Chunks have other names from now on: whatever is remembered by name names nothing any more."""
+        with self.lock:
+            self.l1.clear()
+            self.own.is_torn = True  # forgotten before the next publish, and before it is asked
+            self.unnamed.clear()
 
     def find(self, prompt: Prompt, now: float) -> Found:
         """What L1 knows of a prompt, and how much of it may be trusted. Under the lock.
@@ -132,12 +139,14 @@ class State:
             known = self.l1.hashes(found.path, 0, found.chunks)
         if len(known) < found.chunks * HASH_BYTES:  # forgotten meanwhile
             known = b""
-        parts, parent = [known], known[-HASH_BYTES:] or self._root
+        hasher = self.link.hasher
+        parts = [known]
+        parent = known[-HASH_BYTES:] or hasher.root
         window = WINDOW * prompt.stride
         for at in range(len(known) // HASH_BYTES * prompt.stride, len(prompt.view), window):
             if time.monotonic() > until and at >= (found.chunks + least) * prompt.stride:
                 break
-            parts.append(chain_hashes(self.config.hash_algorithm, parent, prompt.view[at : at + window], prompt.stride))
+            parts.append(hasher.chain(parent, prompt.view[at : at + window], prompt.stride))
             parent = parts[-1][-HASH_BYTES:]
         return b"".join(parts)
 

@@ -12,6 +12,7 @@ import fakeredis
 import pytest
 from hypothesis import HealthCheck, settings
 
+from distprefix import Chain, PrefixCacheOptimizer
 from tests.servers import DEPLOY, Backend, Server, absent, find_server
 
 settings.register_profile(
@@ -113,3 +114,14 @@ def second() -> Iterator[Server]:
     server = Server(find_server("valkey-9.1")).start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def plain_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes of engines name chunks as they are, so that a test reaches the same chunks by tokens."""
+    named = PrefixCacheOptimizer.chain_of_hashes
+
+    def chain_of_hashes(cache: PrefixCacheOptimizer, hashes: bytes, role: bytes = b"") -> Chain:
+        return named(cache, hashes, role) if role else Chain.packed(hashes)
+
+    monkeypatch.setattr(PrefixCacheOptimizer, "chain_of_hashes", chain_of_hashes)

@@ -38,7 +38,9 @@ def follow(
     reader = backend.open("attaches", **settings)  # makes the namespace
     engine = Engine(worker=worker, endpoint="tcp://nowhere:1", kind=kind, rank=rank)
     client = reader._state.link.admin
-    return follower_of(engine, reader.config, client, kept, lease_s=lease_s, engine_chains=chains)
+    return follower_of(
+        engine, reader.config, reader._state.link.hasher, client, kept, lease_s=lease_s, engine_chains=chains
+    )
 
 
 def holders(reader: PrefixCacheOptimizer, tokens: Any, **extras: Any) -> dict[str, int]:

@@ -9,8 +9,9 @@ from typing import Any
 import redis
 
 from distprefix import PrefixCacheOptimizer
+from distprefix.chunking import read_prompt
+from distprefix.hashing import ChunkHasher
 from distprefix.redis.integrity import check_payloads
-from tests.contract.test_tree import heads
 from tests.servers import Backend, Server
 
 __all__ = [
@@ -47,7 +48,15 @@ KEYS = "1:" + "11" * 32
 
 def data(tokens: Sequence[int], size: int = 1000) -> list[bytes]:
     """A payload for each chunk, other for other chunks, that a codec can make a little smaller."""
-    return [Random(head).randbytes(size // 2) + bytes(size - size // 2) for head in heads(list(tokens))]
+    return [Random(head).randbytes(size // 2) + bytes(size - size // 2) for head in _names(tokens)]
+
+
+def _names(tokens: Sequence[int]) -> list[bytes]:
+    """Something of each chunk of a prompt that depends on all before it, the same in every namespace."""
+    hasher = ChunkHasher("blake2b", bytes(32))
+    prompt = read_prompt(list(tokens), 4)
+    hashes = hasher.chain(hasher.root, prompt.view, prompt.stride)
+    return [hashes[at : at + 16] for at in range(0, len(hashes), 16)]
 
 
 def loaded(cache: PrefixCacheOptimizer, tokens: Sequence[int]) -> list[bytes]:

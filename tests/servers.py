@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
@@ -24,7 +24,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
+from distprefix.chunking import read_prompt
+from distprefix.hashing import ChunkHasher
 from distprefix.redis.keys import Keys
+from distprefix.redis.namespace import hasher_of
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 _START_S = 20.0
@@ -180,6 +183,21 @@ def free_port() -> int:
             return port
 
 
+_hashers = [ChunkHasher("blake2b", bytes(32))]
+
+
+def remember_hasher(cache: PrefixCacheOptimizer) -> None:
+    """What `hashes_of` names chunks by from now on: each namespace has a random key."""
+    _hashers[:] = [cache._state.link.hasher]
+
+
+def hashes_of(tokens: Sequence[int], chunk_size: int = 4) -> bytes:
+    """The chunk hashes of a prompt in the namespace of this test, which a cache was opened for before."""
+    hasher = _hashers[0]
+    prompt = read_prompt(list(tokens), chunk_size)
+    return hasher.chain(hasher.root, prompt.view, prompt.stride)
+
+
 @dataclass
 class Backend:
     """Something that caches can run on, with a namespace for one test."""
@@ -221,7 +239,14 @@ class Backend:
         """A worker's cache; closed at the end of the test."""
         cache = PrefixCacheOptimizer(self.config(worker_id, **settings), client=self.client)
         self.opened.append(cache)
+        if cache.config.namespace == self.namespace:
+            remember_hasher(cache)
         return cache
+
+    def hasher(self, **settings: Any) -> ChunkHasher:
+        """What names chunks in the namespace, which exists."""
+        secret: Any = self.admin.hget(self.keys.secret, "secret")
+        return hasher_of(self.config(**settings), secret)
 
     def close(self) -> None:
         """Close what was opened."""

@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any, Self
 
 from distprefix import PrefixCacheConfig
-from distprefix.chunking import HASH_BYTES
 from distprefix.engines.store import EngineStore
+from distprefix.hashing import HASH_BYTES, ChunkHasher
 
 __all__ = ["CHUNK_TOKENS", "SimulatedEngine"]
 
@@ -33,9 +33,9 @@ class SimulatedEngine:
         self.close()
 
     @classmethod
-    def head_of(cls, number: int) -> str:
-        """The first chunk of a prompt, in hex."""
-        return cls._chain(number, 1).hex()
+    def head_of(cls, hasher: ChunkHasher, number: int) -> str:
+        """The name of a prompt's first chunk, in hex."""
+        return hasher.names(cls._chain(number, 1)).hex()
 
     def look_up(self, number: int, chunks: int) -> None:
         """How much of a prompt there is."""

@@ -163,7 +163,7 @@ def describe(client: redis.Redis, namespace: str, *, private: bool) -> dict[str,
     found = read_descriptor(client, keys)
     if not found:
         absent(client, namespace, private=private)
-    is_whole = all(found.get(name) for name in ("schema", "hash_algorithm", "salt_check"))
+    is_whole = all(found.get(name) for name in ("schema", "hash_algorithm", "key_check"))
     if not is_whole or not all(_is_within(found.get(name, ""), most) for name, most in _BOUNDS):
         fail(f"{keys.descriptor} describes no namespace; there are: {names_text(client)}", EXIT_MISS)
     return found

@@ -82,9 +82,11 @@ def follow_file(
     """
     frames = list(_messages(path))
     calls = Client(client)
-    attach(calls, Keys(config.namespace), config, time.monotonic() + 5)
+    hasher = attach(calls, Keys(config.namespace), config, time.monotonic() + 5).hasher
     engine = Engine(worker=worker, endpoint=str(path), kind=kind)
-    follower, journal = follower_of(engine, config, calls, _NothingToReplay(), lease_s=0.0, engine_chains=engine_chains)
+    follower, journal = follower_of(
+        engine, config, hasher, calls, _NothingToReplay(), lease_s=0.0, engine_chains=engine_chains
+    )
     if not follower.begin():
         raise ConfigError(f"another ingester writes the events of {worker}")
     try:

@@ -84,15 +84,12 @@ def ingest(
 def _settings(client: redis.Redis, url: str, namespace: str, chunk_size: int | None) -> PrefixCacheConfig:
     """Those that the namespace was made with, else those of the environment."""
     found = read_descriptor(client, Keys(namespace))
-    settings: dict[str, Any] = {"url": url, "namespace": namespace}
-    if found:
-        settings |= {name: found[name] for name in ("hash_algorithm", "policy", "fingerprint") if name in found}
-        settings |= {name: int(found[name]) for name in ("chunk_size", "max_run", "shards") if name in found}
+    settings: dict[str, Any] = {"url": url}
     if chunk_size is not None:
-        if found and settings["chunk_size"] != chunk_size:
-            raise ConfigError(f"chunk_size is {chunk_size}: the namespace {namespace!r} has {found['chunk_size']}")
+        if found and found.get("chunk_size") != str(chunk_size):
+            raise ConfigError(f"chunk_size is {chunk_size}: the namespace {namespace!r} has {found.get('chunk_size')}")
         settings["chunk_size"] = chunk_size
-    return PrefixCacheConfig.from_env(**settings)
+    return PrefixCacheConfig.from_descriptor(namespace, found, **settings)
 
 
 def _report(running: Any, stop: threading.Event, every: float, *, as_json: bool) -> None:

@@ -12,15 +12,16 @@ import redis
 import typer
 from rich.table import Table
 
-from distprefix.chunking import chain_hashes, chain_root, prompt_extras, read_prompt
+from distprefix.chunking import prompt_extras, read_prompt
 from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, describe, errors, note_empty, opened
 from distprefix.cli.output import show
-from distprefix.errors import InvalidInputError, NamespaceError
+from distprefix.config import PrefixCacheConfig
+from distprefix.errors import InvalidInputError
 from distprefix.l1 import L1
 from distprefix.operations import walk
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
-from distprefix.redis.namespace import salt_check
+from distprefix.redis.namespace import read_hasher
 from distprefix.redis.roster import read_roster
 from distprefix.roster import Roster
 from distprefix.secret_files import read_secret
@@ -49,7 +50,8 @@ def lookup(
         with opened(url) as (client, _):
             keys = Keys(namespace)
             settings = describe(client, namespace, private=url is None)
-            value = _look_up(client, keys, settings, tokens, salt.encode(), prompt_extras(lora_name, cache_salt))
+            config = PrefixCacheConfig.from_descriptor(namespace, settings, **({"salt": salt} if salt else {}))
+            value = _look_up(client, keys, settings, tokens, config, prompt_extras(lora_name, cache_salt))
             if not value["hit"]:
                 note_empty(client, namespace, "nothing of this prompt")
         show(value, as_json=as_json, render=_table)
@@ -81,21 +83,19 @@ def _look_up(
     keys: Keys,
     settings: dict[str, str],
     tokens: list[int],
-    salt: bytes,
+    config: PrefixCacheConfig,
     extras: dict[int, bytes],
 ) -> dict[str, Any]:
-    chunk_size, algorithm = int(settings["chunk_size"]), settings["hash_algorithm"]
-    root = chain_root(algorithm, salt)
-    if settings.get("salt_check") != salt_check(root):
-        raise NamespaceError("the namespace has another salt: pass it with --salt or DISTPREFIX_SALT")
-    prompt = read_prompt(tokens, chunk_size)
-    chain = chain_hashes(algorithm, root, prompt.view, prompt.stride, extras)
+    chunk_size = config.chunk_size
     calls = Client(client)
     deadline = time.monotonic() + 5
+    hasher = read_hasher(calls, keys, config, settings, deadline)
+    prompt = read_prompt(tokens, chunk_size)
+    chain = hasher.chain(hasher.root, prompt.view, prompt.stride, extras)
     views = run(walk(chain, 0), calls, keys.meta, deadline) if chain else []
     roster = Roster()
     roster.update(read_roster(calls, keys, "", deadline), time.monotonic())
-    local = L1(chunk_size, int(settings["max_run"]), 1 << 40, 60.0, 1)
+    local = L1(chunk_size, config.max_run, 1 << 40, 60.0, 1)
     local.learn(prompt, chain, 0, views, 0.0)
     found = local.find(prompt, 0.0)
     coverage = local.coverage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ from distprefix.cli.common import (
     size,
 )
 from distprefix.cli.output import fail, show
-from distprefix.engines.identity import read_fingerprint
+from distprefix.identity import parts_of_text
 from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
 
 __all__ = ["namespaces"]
@@ -39,13 +40,13 @@ def namespaces(url: Url = None, as_json: Json = False) -> None:
 
 
 def _as_dict(summary: NamespaceSummary) -> dict[str, Any]:
-    parts = read_fingerprint(summary.fingerprint)
-    return {**asdict(summary), "model": _model(summary.fingerprint), "dtype": parts.get("dtype")}
+    parts = parts_of_text(summary.identity)
+    return {**asdict(summary), "identity": dict(parts), "model": _model(parts), "dtype": parts.get("dtype")}
 
 
-def _model(fingerprint: str) -> str:
-    """What an engine's fingerprint says; else the fingerprint as its writer chose it."""
-    return read_fingerprint(fingerprint).get("model", fingerprint)
+def _model(parts: Mapping[str, str]) -> str:
+    """The model; where it is not said, what was said instead."""
+    return parts.get("model") or parts.get("other", "")
 
 
 def _table(found: list[dict[str, Any]], now_ms: int) -> Table:

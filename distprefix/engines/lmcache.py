@@ -20,7 +20,7 @@ from lmcache.v1.platform.event_notifier import create_event_notifier
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.engines.chains_of_keys import ChainsOfKeys, packed
-from distprefix.engines.identity import Identity, weights_of
+from distprefix.engines.identity import Identity, weights_soon
 from distprefix.engines.lmcache_tasks import Holds, LeasingStore, Stores, Tasks, when_all
 from distprefix.engines.store import config_for
 from distprefix.errors import ConfigError
@@ -58,7 +58,6 @@ class DistPrefixL2Adapter(L2AdapterInterface):
         super().__init__()
         settings = dict(params or {})
         self._lease_s = float(settings.pop("lease_s", _LEASE_S))
-        self._salt, self._weights = str(settings.pop("salt", "")), str(settings.pop("weights", ""))
         self._chunk = int(settings.pop("chunk_size", _CHUNK))
         self._settings = settings
         if config_for(self._identity(_Space("", 0, 0, "", "")), settings).url is None:
@@ -253,13 +252,13 @@ class DistPrefixL2Adapter(L2AdapterInterface):
         return Identity(
             engine=f"lmcache {metadata.version('lmcache')}",
             model=space.model,
-            weights=self._weights or weights_of(space.model),
+            weights=weights_soon(space.model),
             dtype="",
             layout=space.layout,
             chunk_size=self._chunk,
             ranks=f"rank {space.rank:08x} group {space.group:x}",
             hashing="lmcache",
-            salt="\0".join(filter(None, (self._salt, space.salt))),
+            request_salt=space.salt,
         )
 
     def _count(self, name: str, count: int) -> None:

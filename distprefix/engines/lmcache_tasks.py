@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-from distprefix.chunking import HASH_BYTES, Chain
 from distprefix.engines.store import EngineStore
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.reservations import Lease
@@ -32,10 +31,11 @@ class LeasingStore(EngineStore):
         """
 
         def work(cache: PrefixCacheOptimizer) -> tuple[int, Lease | None]:
-            found = cache.find_stored(Chain.packed(chain))
+            named = cache.chain_of_hashes(chain)
+            found = cache.find_stored(named)
             if not found:
                 return 0, None
-            lease = cache.lease(Chain.packed(chain[: found * HASH_BYTES]), ttl_s)
+            lease = cache.lease(named[:found], ttl_s)
             return found, lease if lease.chunks else None
 
         return self._submit(self._lookups, work, (0, None))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from distprefix.chunking import HASH_BYTES, Chain
+from distprefix.chunking import HASH_BYTES
 from distprefix.config import PrefixCacheConfig
 from distprefix.engines.store import EngineStore, each_chunk, load_alone, size_of, store_alone
 from distprefix.optimizer import PrefixCacheOptimizer
@@ -29,7 +29,7 @@ class PartStore(EngineStore):
 
         def work(cache: PrefixCacheOptimizer) -> set[int]:
             asked = b"".join(_hashes(chain, chunk, chunk + 1) for chunk in chunks)
-            prompts = [Chain.packed(chain), *(each_chunk(asked) if self._alone else ())]
+            prompts = [cache.chain_of_hashes(chain), *(each_chunk(cache, asked) if self._alone else ())]
             stored, *alone = cache.find_stored_batch(prompts, as_one=True)
             found = {chunk for chunk, there in zip(chunks, alone, strict=False) if there}
             return found | {chunk for chunk in chunks if chunk < stored}
@@ -40,7 +40,7 @@ class PartStore(EngineStore):
         """Load chunks from `first` on into buffers. Which of them are good."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            loaded = cache.load(Chain.packed(chain), into, first=first, was_looked_up=True).chunks
+            loaded = cache.load(cache.chain_of_hashes(chain), into, first=first, was_looked_up=True).chunks
             good = [True] * loaded + [False] * (len(into) - loaded)
             if self._alone and loaded < len(into):
                 rest = _hashes(chain, first + loaded, first + len(into))
@@ -54,7 +54,7 @@ class PartStore(EngineStore):
         """Store chunks from `first` on. Which of them are there then; none while too many bytes wait already."""
 
         def work(cache: PrefixCacheOptimizer) -> list[bool]:
-            stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads]) - first
+            stored = cache.store(cache.chain_of_hashes(chain), [*([None] * first), *payloads]) - first
             good = [at < stored for at in range(len(payloads))]
             if stored < 0:
                 self._count("holes", 1)

@@ -42,13 +42,12 @@ class DistPrefixStorage(HiCacheStorage):
     def __init__(self, storage_config: Any, kwargs: dict[str, Any] | None = None) -> None:  # noqa: ARG002 - SGLang's
         extra = dict(storage_config.extra_config or {})
         settings = {key: value for key, value in extra.items() if key not in _SGLANG}
-        salt, weights = str(settings.pop("salt", "")), str(settings.pop("weights", ""))
-        checked = config_for(Identity("sglang", "", "", "", "", 1, "", ""), settings)
+        checked = config_for(Identity(chunk_size=0), settings)
         if checked.url is None:
             raise ConfigError("url is missing: name the Redis that the servers share in the extra config")
         if checked.payload_timeout_s == PrefixCacheConfig().payload_timeout_s:
             settings.setdefault("payload_timeout_s", _PAYLOAD_TIMEOUT_S)
-        self._host = HostPools(storage_config, settings, weights=weights, salt=salt)
+        self._host = HostPools(storage_config, settings)
         self._check_launch(extra)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from distprefix.engines.identity import Identity, weights_of
+from distprefix.engines.identity import Identity, weights_soon
 from distprefix.redis.transfers import Buffer
 
 __all__ = ["Page", "bytes_of", "identity_of", "is_replicated", "launched_with", "pages_of"]
@@ -103,8 +103,8 @@ def is_replicated(config: Any, name: str, pool: Any) -> bool:
     return bool(config.is_mla_model) and name != "mamba" and not type(pool).__name__.startswith("MHA")
 
 
-def identity_of(config: Any, pool: Any, name: str, *, weights: str, salt: str) -> Identity:
-    """What a pool's pages depend on; `weights` a revision, or empty to look at the model's files."""
+def identity_of(config: Any, pool: Any, name: str) -> Identity:
+    """What a pool's pages depend on."""
     model = str(config.model_name or "")
     parts = [f"tp {config.tp_rank}/{config.tp_size}", f"pp {config.pp_rank}/{config.pp_size}"]
     if is_replicated(config, name, pool):
@@ -114,13 +114,12 @@ def identity_of(config: Any, pool: Any, name: str, *, weights: str, salt: str) -
     return Identity(
         engine=f"sglang {_version()}",
         model=model,
-        weights=weights or weights_of(model),
+        weights=weights_soon(model),
         dtype=f"{str(getattr(pool, 'dtype', '')).removeprefix('torch.')}/{launched_with('model', 'kv_cache_dtype')}",
         layout=f"{name} {type(pool).__name__} {' '.join(geometry)}",
         chunk_size=int(getattr(config, "logical_page_size", None) or pool.page_size),
         ranks=" ".join(parts),
         hashing="sglang sha256 pages",
-        salt=salt,
     )
 
 

@@ -40,10 +40,9 @@ class Stats:
 class HostPools:
     """What SGLang registered, and where its pages go. Thread-safe."""
 
-    def __init__(self, config: Any, settings: Mapping[str, Any], *, weights: str, salt: str) -> None:
+    def __init__(self, config: Any, settings: Mapping[str, Any]) -> None:
         self._config = config
         self._settings = dict(settings)
-        self._weights, self._salt = weights, salt
         self._chains = ChainsOfKeys()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -200,7 +199,7 @@ class HostPools:
         with self._lock:
             store = self._stores.get(name)
             if store is None:
-                identity = identity_of(self._config, self._pools[name], name, weights=self._weights, salt=self._salt)
+                identity = identity_of(self._config, self._pools[name], name)
                 settings = dict(self._settings)
                 if settings.get("exact_namespace") and name != KV:
                     settings["namespace"] = f"{settings.get('namespace', 'kv')}-{name}"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from distprefix.chunking import HASH_BYTES, Chain
-from distprefix.config import PrefixCacheConfig
-from distprefix.engines.identity import Identity
+from distprefix.config import PrefixCacheConfig, settings_of_environment, settings_of_toml
+from distprefix.engines.identity import Identity, await_weights, is_pending
 from distprefix.errors import ConfigError, DistPrefixError, NamespaceError, UnavailableError
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.transfers import Buffer
@@ -46,17 +45,47 @@ def config_for(identity: Identity, settings: Mapping[str, Any]) -> PrefixCacheCo
         raise ConfigError(
             f"unknown setting {unknown[0]!r}: there are config, exact_namespace, {', '.join(sorted(known))}"
         )
-    base = PrefixCacheConfig.from_toml(path) if path else PrefixCacheConfig.from_env()
-    own = {spec.name: getattr(base, spec.name) for spec in fields(base)}
-    default = PrefixCacheConfig()
-    for name, value in _DEFAULTS.items():
-        if own[name] == getattr(default, name):
-            own[name] = value
-    own |= given
-    prefix = "kv" if own["namespace"] == default.namespace else own["namespace"]
-    own["namespace"] = prefix if is_exact else identity.namespace(prefix)
-    own |= {"fingerprint": identity.fingerprint, "chunk_size": identity.chunk_size, "salt": ""}
-    return PrefixCacheConfig.from_mapping(own)
+    said = (settings_of_toml(path) if path else settings_of_environment()) | given
+    config = PrefixCacheConfig.from_mapping({**_DEFAULTS, **said, **_merged(identity, said)})
+    prefix = config.namespace if "namespace" in said else "kv"
+    return config if is_exact else replace(config, namespace=config.identity.namespace(prefix))
+
+
+def _merged(identity: Identity, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity's parts as settings: what the engine tells, and what it leaves open as the user says it.
+
+    Of weights the user's word counts. Raises ConfigError where the two differ in anything else.
+    """
+    merged: dict[str, Any] = {}
+    for spec in fields(Identity):
+        name = "fingerprint" if spec.name == "other" else spec.name
+        told = getattr(identity, spec.name)
+        value = said.get(name)
+        is_open = not told or name == "weights"
+        if value and not is_open and value != told:
+            shown = "" if "salt" in name else f": {value!r} and {told!r}"
+            raise ConfigError(
+                f"{name} differs between the settings and the engine{shown}; leave it out of the settings"
+            )
+        if name != "chunk_size" or told:
+            merged[name] = value if value and is_open else told
+    return merged
+
+
+def completed(config: PrefixCacheConfig, is_cancelled: Callable[[], bool]) -> PrefixCacheConfig | None:
+    """The settings with the digest of weights that were left for later, and the namespace's name that follows from it.
+
+    Reads the files. None when cancelled.
+    """
+    weights = await_weights(config.weights, is_cancelled)
+    if not weights:
+        return None
+    identity = replace(config.identity, weights=weights)
+    named = "-" + config.identity.namespace("")
+    namespace = config.namespace
+    if namespace.endswith(named):  # else the user gave the exact name
+        namespace = identity.namespace(namespace.removesuffix(named))
+    return replace(config, weights=weights, namespace=namespace)
 
 
 _warned: set[str | None] = set()
@@ -67,7 +96,9 @@ class EngineStore:
     """Looks up, loads and stores chains of an engine's block hashes on threads of its own. Thread-safe.
 
     Redis that cannot be reached is tried again every few seconds, on these threads; until then everything is a miss.
-    There is one warning for it, and `counts` has what was not done: ``unavailable``, ``stores_dropped``.
+    There is one warning for it, and `counts` has what was not done: ``unavailable``, ``stores_dropped``. The same holds
+    while weights are being digested.
+    Chunks are named by keyed hashes of the engine's own, so that who reads Redis confirms no guess at a prompt.
     """
 
     def __init__(self, config: PrefixCacheConfig, *, threads: int = 2, max_waiting_bytes: int = 1 << 30) -> None:
@@ -82,6 +113,10 @@ class EngineStore:
         self._opened: PrefixCacheOptimizer | None = None
         self._next_try = 0.0
         self._closed = False
+        self._preparing: threading.Thread | None = None
+        if is_pending(config.weights):
+            self._preparing = threading.Thread(target=self._prepare, name="distprefix-weights", daemon=True)
+            self._preparing.start()
         self._lookups = ThreadPoolExecutor(1, "distprefix-lookup")
         self._loads = ThreadPoolExecutor(threads, "distprefix-load")
         self._stores = ThreadPoolExecutor(1, "distprefix-store")
@@ -95,7 +130,7 @@ class EngineStore:
         Not `is_counted`: the engine says with `count_lookup` what it makes of the answer.
         """
         return self._submit(
-            self._lookups, lambda cache: cache.find_stored(Chain.packed(chain), is_counted=is_counted), 0
+            self._lookups, lambda cache: cache.find_stored(cache.chain_of_hashes(chain), is_counted=is_counted), 0
         )
 
     def count_lookup(self, chunks: int, chunks_hit: int) -> None:
@@ -111,7 +146,7 @@ class EngineStore:
         """
 
         def work(cache: PrefixCacheOptimizer) -> int:
-            loaded = cache.load(Chain.packed(chain), into, first=first, was_looked_up=True).chunks
+            loaded = cache.load(cache.chain_of_hashes(chain), into, first=first, was_looked_up=True).chunks
             self._count("chunks_loaded", loaded)
             return loaded
 
@@ -132,7 +167,7 @@ class EngineStore:
         def work(cache: PrefixCacheOptimizer) -> int:
             stored = 0
             try:
-                stored = cache.store(Chain.packed(chain), [*([None] * first), *payloads()])
+                stored = cache.store(cache.chain_of_hashes(chain), [*([None] * first), *payloads()])
             finally:
                 self._count("stores_dropped", min(count, max(0, first + count - stored)))
             return stored
@@ -146,7 +181,7 @@ class EngineStore:
         none = [False] * (len(hashes) // HASH_BYTES)
         return self._submit(
             self._lookups,
-            lambda cache: [*map(bool, cache.find_stored_batch(each_chunk(hashes), as_one=True))],
+            lambda cache: [*map(bool, cache.find_stored_batch(each_chunk(cache, hashes), as_one=True))],
             none,
         )
 
@@ -180,6 +215,8 @@ class EngineStore:
         self._closed = True
         for pool in (self._lookups, self._loads, self._stores):
             pool.shutdown(wait=True, cancel_futures=True)
+        if self._preparing is not None:
+            self._preparing.join()
         with self._opening:
             if self._opened is not None:
                 self._opened.close()
@@ -229,6 +266,8 @@ class EngineStore:
 
     def _cache(self) -> PrefixCacheOptimizer | None:
         """The cache, opened with the first use; None while Redis cannot be reached, or refuses."""
+        if is_pending(self.config.weights):
+            return None
         with self._opening:
             if self._opened is None and not self._closed and time.monotonic() >= self._next_try:
                 try:
@@ -238,6 +277,16 @@ class EngineStore:
                     self._next_try = time.monotonic() + _REOPEN_S
                     self._warn(error)
             return self._opened
+
+    def _prepare(self) -> None:
+        """Digest the weights; until then the engine goes on without a cache."""
+        try:
+            config = completed(self.config, lambda: self._closed)
+        except OSError as error:
+            self._warn(ConfigError(f"the model's weights cannot be read: {error}"))
+            return
+        if config is not None:
+            self.config = config
 
     def _warn(self, error: Exception) -> None:
         """Once a process and server: an engine that goes on without a cache needs no second line."""
@@ -254,27 +303,27 @@ class EngineStore:
             self._waiting_bytes += size
 
 
-def each_chunk(hashes: bytes) -> list[Chain]:
+def each_chunk(cache: PrefixCacheOptimizer, hashes: bytes) -> list[Chain]:
     """Every chunk as a chain of its own, under a name of its own: a chunk that is also in a longer one is there twice.
 
     A node, a junction and a payload are named by a chunk, so two chains cannot both have it at different depths.
     """
     chunks = (hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES))
-    return [Chain.packed(hashlib.sha256(chunk + _ALONE).digest()[:HASH_BYTES]) for chunk in chunks]
+    return [cache.chain_of_hashes(chunk, _ALONE) for chunk in chunks]
 
 
 def load_alone(
     cache: PrefixCacheOptimizer, hashes: bytes, into: Sequence[Buffer], *, continues: bool = False
 ) -> list[bool]:
     """Load chunks that are each a chain of its own. Which of them are good. `continues`: as of `load_batch`."""
-    wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(hashes), into, strict=True)]
+    wanted = [(chunk, [target]) for chunk, target in zip(each_chunk(cache, hashes), into, strict=True)]
     found = cache.load_batch(wanted, as_one=True, continues=continues, was_looked_up=True)
     return [bool(loaded.chunks) for loaded in found]
 
 
 def store_alone(cache: PrefixCacheOptimizer, hashes: bytes, payloads: Sequence[Buffer]) -> list[bool]:
     """Store chunks, each as a chain of its own. Which of them are there then."""
-    wanted = [(chunk, [payload]) for chunk, payload in zip(each_chunk(hashes), payloads, strict=True)]
+    wanted = [(chunk, [payload]) for chunk, payload in zip(each_chunk(cache, hashes), payloads, strict=True)]
     return [bool(stored) for stored in cache.store_batch(wanted)]
 
 

@@ -9,7 +9,7 @@ import re
 import socket
 from typing import Any
 
-from distprefix.engines.identity import Identity, weights_of
+from distprefix.engines.identity import Identity, weights_soon
 from distprefix.errors import ConfigError
 
 __all__ = ["identities_of", "identity_of", "platform", "process_id_of", "worker_id_of"]
@@ -35,7 +35,7 @@ def identity_of(vllm_config: Any, kv_cache_config: Any, chunk_size: int, tp: int
     return Identity(
         engine=f"vllm {version} on {platform()}",
         model=str(model.model),
-        weights=weights_of(str(model.model), model.revision),
+        weights=weights_soon(str(model.model), model.revision),
         dtype=f"{str(model.dtype).removeprefix('torch.')}/{vllm_config.cache_config.cache_dtype}",
         layout=_layout_of(kv_cache_config),
         chunk_size=chunk_size,

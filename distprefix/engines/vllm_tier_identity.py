@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distprefix.engines.identity import Identity, weights_of
+from distprefix.engines.identity import Identity, weights_soon
 from distprefix.engines.vllm_identity import platform
 from distprefix.errors import ConfigError
 
@@ -56,7 +56,7 @@ def _layout_of(config: Any, group: int) -> str:
 
 def _weights_of(model: str, revision: str | None) -> str:
     if revision is not None or Path(model).is_dir():
-        return weights_of(model, revision)
+        return weights_soon(model, revision)
     commits = _commits_of(model)
     if len(commits) == 1:
         return commits[0]

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import msgpack
 
-from distprefix.chunking import HASH_BYTES, hash_function
+from distprefix.chunking import HASH_BYTES
 from distprefix.events.blocks import EVERY_MEDIUM, Block
 from distprefix.events.frames import Removed, Stored
 from distprefix.events.parking import Parking
+from distprefix.hashing import ChunkHasher
 
 __all__ = ["Holdings"]
 
@@ -27,14 +28,13 @@ _GROUPS = 8
 class Holdings:
     """The blocks of one engine; beyond `max_blocks` the prompt that grew longest ago is forgotten from its end.
 
-    `origin` is the chain's root (`chain_root`). With `engine_chains` the engine's own hashes are the chunk hashes.
+    `hasher` names their chunks. With `engine_chains` the engine's own hashes are the chunk hashes.
     """
 
     def __init__(
         self,
         chunk_size: int,
-        algorithm: str,
-        origin: bytes,
+        hasher: ChunkHasher,
         *,
         engine_chains: bool = False,
         max_blocks: int = 1_000_000,
@@ -48,8 +48,8 @@ class Holdings:
         """By medium: chunks that count."""
         self._chunk_size = chunk_size
         self._stride = 4 * chunk_size
-        self._digest = hash_function(algorithm)
-        self._origin = origin
+        self._digest = hasher.one
+        self._origin = hasher.root
         self._engine_chains = engine_chains
         self._max_blocks = max_blocks
         self._parking = Parking(max_parked, self.counts)

@@ -19,6 +19,7 @@ from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.holdings import Holdings
+from distprefix.hashing import ChunkHasher
 from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client
 from distprefix.redis.connections import connect
@@ -71,14 +72,20 @@ class Engine:
 
 
 def follower_of(
-    engine: Engine, config: PrefixCacheConfig, client: Client, replays: Any, *, lease_s: float, engine_chains: bool
+    engine: Engine,
+    config: PrefixCacheConfig,
+    hasher: ChunkHasher,
+    client: Client,
+    replays: Any,
+    *,
+    lease_s: float,
+    engine_chains: bool,
 ) -> tuple[Follower, RedisJournal]:
     """What follows this engine into the namespace that the settings name."""
     keys = Keys(config.namespace)
     holdings = Holdings(
         config.chunk_size,
-        config.hash_algorithm,
-        config.root,
+        hasher,
         engine_chains=engine_chains,
         max_blocks=config.max_own_chunks,
     )
@@ -137,6 +144,7 @@ class Ingester:
         self.client = Client(client or connect(config.url or "", _TIMEOUT_S, endpoint), endpoint=endpoint)
         """The way to Redis that the streams share."""
         self._keys = Keys(config.namespace)
+        self._secret = b""
         self._sweeps = Schedule()
         self._sweeping = threading.Lock()
         self.attach()
@@ -168,7 +176,11 @@ class Ingester:
 
     def attach(self) -> None:
         """Make the namespace, or compare with it; anew after a flush. Raises what `attach` raises."""
-        attach(self.client, self._keys, self.config, time.monotonic() + _TIMEOUT_S)
+        deadline = time.monotonic() + _TIMEOUT_S
+        attached = attach(self.client, self._keys, self.config, deadline, self._secret)
+        self._secret = attached.secret
+        self.hasher = attached.hasher
+        """What names the namespace's chunks."""
 
     def sweep(self) -> None:
         """Take away what no longer counts, of anybody, now and then: one of the streams does it for all."""
@@ -187,9 +199,9 @@ class Stream:
         """starting, waiting for the engine, following, standby, or what went wrong."""
         self._ingester = ingester
         self._socket = EngineSocket(engine.endpoint, engine.replay, topic=engine.topic)
-        self.follower, self._journal = follower_of(
-            engine, ingester.config, ingester.client, self._socket, lease_s=lease_s, engine_chains=engine_chains
-        )
+        self._lease_s = lease_s
+        self._engine_chains = engine_chains
+        self._begin_anew()
         self._beat_s = lease_s / 3
         self._leads = False
         self._schedule = Schedule()
@@ -221,6 +233,8 @@ class Stream:
         except NotAttachedError:
             self._leads = False
             self._quietly(self._ingester.attach)
+            if self._hasher.check != self._ingester.hasher.check:
+                self._begin_anew()  # another process has made the namespace, with another secret
         except DistPrefixError as error:
             self._trouble(str(error))
             stop.wait(1.0)
@@ -228,6 +242,20 @@ class Stream:
             _log.exception("following %s failed", self.engine.member)
             self._trouble(f"failed: {error}")
             stop.wait(1.0)
+
+    def _begin_anew(self) -> None:
+        """Know nothing of the engine, and name its chunks as the namespace does now."""
+        ingester = self._ingester
+        self._hasher = ingester.hasher
+        self.follower, self._journal = follower_of(
+            self.engine,
+            ingester.config,
+            self._hasher,
+            ingester.client,
+            self._socket,
+            lease_s=self._lease_s,
+            engine_chains=self._engine_chains,
+        )
 
     def _trouble(self, state: str) -> None:
         """What is in memory may differ from what was written: go on from there."""

@@ -12,8 +12,7 @@ import redis
 from distprefix.printable import printable
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import is_wrong_type, pairs, whole
-from distprefix.tiers.envelope import HEADER_BYTES, MAX_PAYLOAD
-from distprefix.tiers.store import PART_BYTES
+from distprefix.tiers.envelope import HEADER_BYTES, PART_BYTES, upload_of
 
 __all__ = ["Report", "check_integrity", "check_payloads"]
 
@@ -96,9 +95,8 @@ class _Values:
         """The first value, and the parts of the upload that it names."""
         named = {""}
         if self.lengths.get("", 0) >= PART_BYTES and len(self.header) == HEADER_BYTES:
-            stored = int.from_bytes(self.header[16:20], "little")
-            parts = -(-(HEADER_BYTES + min(stored, MAX_PAYLOAD)) // PART_BYTES)
-            named |= {f":{self.header[20:28].hex()}:{number}" for number in range(1, parts)}
+            upload, values = upload_of(self.header)
+            named |= {f":{upload.hex()}:{number}" for number in range(1, values)}
         return named
 
     @property

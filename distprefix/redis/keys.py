@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["NAMESPACES", "Keys"]
+__all__ = ["NAMESPACES", "REGISTRY", "RELIEVING", "Keys"]
 
 NAMESPACES = "dp:ns:*"
+REGISTRY = "dp:namespaces"
+"""All namespaces of the server, by when each was used last, ms by the server's clock."""
+RELIEVING = "dp:relieving"
+"""A process is making room on the whole server now."""
 
 
 class Keys:
@@ -12,6 +16,9 @@ class Keys:
 
     def __init__(self, namespace: str, shard: int = 0) -> None:
         self.descriptor = f"dp:ns:{namespace}"
+        self.secret = f"dp-secret:{namespace}"
+        """What the keys of chunk hashes are derived from, unless it is configured. Its prefix is its own, so that a
+        user of the server who may read `dp:*` does not read it."""
         self.epochs = f"dp:{{{namespace}}}:epochs"
         """Members, ``worker/rank``, to epochs. The scripts that look after the workers declare it."""
         self.workers = f"dp:{{{namespace}}}:workers"
@@ -30,8 +37,8 @@ class Keys:
         self.voided = f"dp:{{{namespace}}}:voided"
         """Members that were made void and that nobody has registered since, to the epoch that nobody has."""
         self.own = (
-            *(self.descriptor, self.epochs, self.workers, self.version, self.voided, self.swept, self.sweeping),
-            *(self.metrics, self.changes, self.forgetting),
+            *(self.descriptor, self.secret, self.epochs, self.workers, self.version, self.voided, self.swept),
+            *(self.sweeping, self.metrics, self.changes, self.forgetting),
         )
         """The namespace's keys that lie in no shard, but for those of the members."""
         self.base = f"dp:{{{namespace}:{shard}}}:"

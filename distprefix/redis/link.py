@@ -12,6 +12,7 @@ import redis
 
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import DistPrefixError, NotAttachedError, ScriptError, StaleEpochError, UnavailableError
+from distprefix.hashing import ChunkHasher
 from distprefix.history import History, Loss
 from distprefix.operations import SCHEMA, Call
 from distprefix.redis.address import embedded_name
@@ -53,6 +54,13 @@ class Link:
         """How often the server had lost some of that, by how it showed."""
         self.on_loss: Callable[[], object] = lambda: None
         """Called once for each loss."""
+        self.hasher: ChunkHasher
+        """What names this namespace's chunks."""
+        self._secret = b""
+        self.rekeyed = 0
+        """How often the namespace was made anew with another secret: its chunks have other names since."""
+        self.on_rekey: Callable[[], object] = lambda: None
+        """Called each time, when `hasher` is the new one."""
         self.renewed = 0
         """How often a new epoch was taken under which what this worker holds has to be published again."""
         self._warned_of_stale_epoch = False
@@ -86,15 +94,41 @@ class Link:
             self.close()
             raise
 
+    def _warn_of_hash(self) -> None:
+        if self._config.hash_algorithm == "xxh3_128":
+            _log.warning(
+                "hash_algorithm xxh3_128 is no cryptographic hash: who chooses prompts can forge chunks of others in "
+                "minutes. Keep it for namespaces all of whose tenants are trusted; blake2b is the default"
+            )
+
     def _attach(self, client: Client, deadline: float) -> None:
-        attached = attach(client, self.keys, self._config, deadline)
+        attached = attach(client, self.keys, self._config, deadline, self._secret)
         self.cold_is_elsewhere = attached.cold_is_elsewhere
+        self._name_by(attached.hasher, attached.secret)
         member, asked = self._config.member, time.monotonic()
         self.attached = False  # interrupted from here on, this process may not know the epoch that Redis gave it
         epoch = register(client, self.keys, member, self.epoch, self.lease_s, self.info, deadline)
         self.history = History(attached.generation, epoch, b"%s %d %s" % (SCHEMA, epoch, member.encode()))
         self.roster.update(read_roster(client, self.keys, "", deadline), asked)
         self.attached = True
+
+    def _name_by(self, hasher: ChunkHasher, secret: bytes) -> None:
+        """Take over what names chunks."""
+        before = getattr(self, "hasher", None)
+        self._secret = secret
+        if before is not None and before.check == hasher.check:
+            return
+        self.hasher = hasher
+        if before is None:
+            self._warn_of_hash()
+            return
+        self.rekeyed += 1
+        _log.warning(
+            "namespace %s was made anew by another process, with another secret: what this one knows under the old "
+            "names is forgotten",
+            self._config.namespace,
+        )
+        self.on_rekey()
 
     @property
     def epoch(self) -> int:
@@ -104,7 +138,7 @@ class Link:
     def attach_again(self, seen_epoch: int, deadline: float, *, begins_anew: bool = False) -> None:
         """Make or check the namespace and take a new epoch, as after a flush; once for all who saw `seen_epoch`.
 
-        What this worker holds is published again, unless it `begins_anew`. Four calls. Raises NamespaceError or
+        What this worker holds is published again, unless it `begins_anew`. Five calls. Raises NamespaceError or
         UnavailableError.
         """
         me = object()

@@ -14,7 +14,7 @@ from distprefix.redis.replies import clock_ms, text, whole
 __all__ = ["NamespaceSummary", "summarize_namespaces"]
 
 _MAX_NODES = 64
-_DESCRIPTOR = ("schema", "chunk_size", "fingerprint", "created")
+_DESCRIPTOR = ("schema", "chunk_size", "identity", "created")
 _META = ("nodes", "chunks", "bytes", "warm", "cold")
 
 
@@ -23,7 +23,8 @@ class NamespaceSummary:
     """One namespace at a glance."""
 
     name: str
-    fingerprint: str
+    identity: str
+    """What its KV depends on, as `Identity.text` has it."""
     chunk_size: int
     """Tokens."""
     nodes: int
@@ -67,7 +68,7 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
         batch.zrange(keys.leaves, 0, _MAX_NODES - 1, desc=True)
         batch.zrange(keys.hot, 0, _MAX_NODES - 1, desc=True)
         descriptor, meta, known, live, leaves, hot = batch.execute(raise_on_error=False)
-    schema, chunk_size, fingerprint, created = (text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
+    schema, chunk_size, identity, created = (text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
     tokens = whole(chunk_size.encode())
     if not schema or not tokens:
         return None
@@ -75,7 +76,7 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
     heads = {text(head) for head in (*_items(leaves), *_items(hot))}
     return NamespaceSummary(
         name,
-        fingerprint,
+        identity,
         tokens,
         nodes,
         chunks,

@@ -29,6 +29,8 @@ _BLOCK = 128
 """Values that share one scale: the size of a head in most models."""
 _PIECE = 1024 * _BLOCK
 _E4M3_MAX = 448
+_MAX_EXPANSION = 256
+"""So many times its stored size a payload unpacks to at most: what claims more is a bomb. KV caches shrink by half."""
 
 
 class Codec(NamedTuple):
@@ -87,7 +89,7 @@ def _same(raw: int, stored: int) -> bool:
 
 
 def _smaller(raw: int, stored: int) -> bool:
-    return _CHUNK.size <= stored < raw
+    return _CHUNK.size <= stored < raw <= _MAX_EXPANSION * stored
 
 
 def _blosc(name: str, number: int, compressor: str, level: int, chosen: str, form: int) -> Codec:

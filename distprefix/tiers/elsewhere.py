@@ -13,13 +13,12 @@ from typing import Any, cast
 import redis
 
 from distprefix.chunking import HASH_BYTES
-from distprefix.errors import DamagedPayloadError, ScriptError, UnavailableError
+from distprefix.errors import ScriptError, UnavailableError
 from distprefix.redis.client import Client, run
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import pairs
 from distprefix.tiers import operations
-from distprefix.tiers.envelope import HEADER_BYTES, read_header
-from distprefix.tiers.store import PART_BYTES
+from distprefix.tiers.envelope import HEADER_BYTES, upload_of
 
 __all__ = ["Elsewhere"]
 
@@ -98,12 +97,8 @@ class Elsewhere:
         """Keys of a chunk's payload, as the header in the first value names them."""
         first = self._keys.payload(chunk.hex(), cold=True)
         header: Any = self._ask(deadline, "GETRANGE", first, 0, HEADER_BYTES - 1)
-        try:
-            found = read_header(chunk, header or b"")
-        except DamagedPayloadError:
-            return [first]
-        parts = -(-(HEADER_BYTES + found.stored) // PART_BYTES)
-        return [first, *(self._keys.part(chunk.hex(), found.upload.hex(), n, cold=True) for n in range(1, parts))]
+        upload, values = upload_of(header or b"")
+        return [first, *(self._keys.part(chunk.hex(), upload.hex(), n, cold=True) for n in range(1, values))]
 
     def _ask(self, deadline: float, *command: Any) -> Any:
         try:

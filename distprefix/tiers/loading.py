@@ -20,7 +20,7 @@ from distprefix.tiers import operations
 from distprefix.tiers.cache import Reading
 from distprefix.tiers.operations import Evidence, Places
 from distprefix.tiers.payloads import ATTEMPTS, COLD, WARM, Payloads
-from distprefix.tiers.store import Flaw, PayloadStore, Want, check_fits, groups
+from distprefix.tiers.store import UNFIT, Flaw, PayloadStore, Want, groups
 
 __all__ = ["Asked", "Loaded", "asked_of", "load"]
 
@@ -193,6 +193,8 @@ def _finish(payloads: Payloads, load: _Load, deadline: float) -> Loaded:
     """Trim what is proved to be gone, have promoted what is cold, and count."""
     if load.ended is not None:
         payloads.count(f"payloads_{load.ended.reason}", 1)
+        if load.ended is UNFIT:
+            payloads.warn_of_unfit(*_lengths(load))
         if load.ended.reason in _SUSPECT:
             _disprove(payloads, load, load.ended, deadline)
     if any(load.places.cold[load.first : load.stop]):
@@ -201,6 +203,12 @@ def _finish(payloads: Payloads, load: _Load, deadline: float) -> Loaded:
     payloads.count("payloads_loaded", len(load.good))
     payloads.count("payload_bytes_loaded", sum(map(len, load.good)))
     return Loaded(len(load.good), tuple(load.good))
+
+
+def _lengths(load: _Load) -> tuple[int, int]:
+    """Of the payload that ended a load, as stored, and of the buffer for it."""
+    place = load.place or (0, 0)
+    return max(place), len(load.into[load.stop - load.first]) if load.into is not None else 0
 
 
 def _disprove(payloads: Payloads, load: _Load, flaw: Flaw, deadline: float) -> None:
@@ -310,9 +318,10 @@ def _read_through(
     return [found[i] for i in range(len(wants))]
 
 
-def _copy(payload: bytes, target: memoryview | None) -> memoryview:
+def _copy(payload: bytes, target: memoryview | None) -> memoryview | Flaw:
     if target is None:
         return memoryview(payload)
-    check_fits(len(payload), target)
+    if len(payload) != len(target):
+        return UNFIT
     target[:] = payload
     return target

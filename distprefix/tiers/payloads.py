@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections import deque
@@ -17,6 +18,7 @@ from distprefix.tiers.store import PayloadStore
 
 __all__ = ["ATTEMPTS", "COLD", "WARM", "Payloads"]
 
+_log = logging.getLogger("distprefix")
 WARM = "@warm"
 COLD = "@cold"
 ATTEMPTS = 3
@@ -33,6 +35,7 @@ class Payloads:
         self.to_promote: deque[bytes] = deque(maxlen=256)
         """Chains that were found cold."""
         self.state = state
+        self._warned_of_unfit = False
 
     def close(self) -> None:
         """Close the connections."""
@@ -104,6 +107,17 @@ class Payloads:
             counts["hits_stored"] += hits
             counts["chunks"] += chunks
             counts["chunks_hit"] += chunks_hit
+
+    def warn_of_unfit(self, stored: int, wanted: int) -> None:
+        """Say once that a buffer to load into has another length than its payload."""
+        if not self._warned_of_unfit:
+            self._warned_of_unfit = True
+            _log.warning(
+                "a payload of another length than the %d bytes of its buffer ended a load (it takes %d in Redis): give "
+                "buffers as long as what was stored. Warned of once; payloads_unfit counts them all",
+                wanted,
+                stored,
+            )
 
     def count(self, name: str, count: int) -> None:
         """Count what happened."""

@@ -29,13 +29,20 @@ from distprefix.redis.keys import Keys
 from distprefix.redis.transfers import REFUSED, Buffer
 from distprefix.tiers.codecs import RAW, Codec, codec_named
 from distprefix.tiers.encryption import KeyRing
-from distprefix.tiers.envelope import HEADER_BYTES, UPLOAD_BYTES, Header, open_into, read_header, seal
+from distprefix.tiers.envelope import (
+    HEADER_BYTES,
+    PART_BYTES,
+    UPLOAD_BYTES,
+    Header,
+    longest_stored,
+    open_into,
+    read_header,
+    seal,
+)
 
-__all__ = ["PART_BYTES", "Flaw", "PayloadStore", "Want", "check_fits", "groups"]
+__all__ = ["UNFIT", "Flaw", "PayloadStore", "Want", "groups"]
 
 T = TypeVar("T")
-PART_BYTES = 8 * 1024 * 1024
-"""Longer payloads are several values: a server that copies one of 512 MiB answers no other call meanwhile."""
 _FIRST_TTL_MS = 600_000
 """What the tree does not come to name expires after so long: no process has to search for it."""
 _PART_TTL_MS = _FIRST_TTL_MS + 60_000
@@ -60,14 +67,19 @@ class Flaw:
     """Why a payload cannot be used, and what was seen of it."""
 
     reason: str
-    """missing, damaged, unreadable or unavailable."""
+    """missing, damaged, unreadable, unfit or unavailable."""
     header: bytes = b""
     """Of a value that came whole and failed its check."""
     digest: str = ""
     """SHA-1 of that value; empty where it is long."""
 
 
-_MISSING, _UNREADABLE, _UNAVAILABLE = Flaw("missing"), Flaw("unreadable"), Flaw("unavailable")
+_MISSING = Flaw("missing")
+_DAMAGED = Flaw("damaged")
+_UNREADABLE = Flaw("unreadable")
+_UNAVAILABLE = Flaw("unavailable")
+UNFIT = Flaw("unfit")
+"""The payload has another length than the caller's buffer."""
 
 
 @dataclass(slots=True)
@@ -104,8 +116,21 @@ class _Reading:
 class PayloadStore:
     """The payloads of one tier. Opens connections with the first of them. Thread-safe."""
 
-    def __init__(self, keys: Keys, codec: str, ring: KeyRing | None, pool: DataPool, *, cold: bool) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        codec: str,
+        ring: KeyRing | None,
+        pool: DataPool,
+        *,
+        cold: bool,
+        context: Callable[[], bytes],
+        max_payload_bytes: int,
+    ) -> None:
+        """`context`: what payloads are bound to now. Longer ones than `max_payload_bytes` are not read."""
         self.cold = cold
+        self._context = context
+        self._max_payload_bytes = max_payload_bytes
         self.pool = pool
         """The connections."""
         self._keys = keys
@@ -142,13 +167,28 @@ class PayloadStore:
 
         A payload that is stored as it is is received where it is wanted.
         """
-        readings = [_Reading(want, memoryview(bytearray(HEADER_BYTES)), _body_of(want)) for want in wants]
-        firsts = [(reading, self._keys.payload(reading.want.chunk.hex(), cold=self.cold), 0) for reading in readings]
+        readings = [self._reading(want) for want in wants]
+        firsts = [
+            (reading, self._keys.payload(reading.want.chunk.hex(), cold=self.cold), 0)
+            for reading in readings
+            if reading.flaw is None
+        ]
         self._receive(firsts, deadline)
         long = [reading for reading in readings if reading.want.size > PART_BYTES and reading.flaw is None]
         if long:
             self._receive([place for reading in long for place in self._other_parts(reading)], deadline)
         return [reading.flaw or self._open(reading) for reading in readings]
+
+    def _reading(self, want: Want) -> _Reading:
+        """A payload to be read. One that the tree says to be longer than it can be gets no memory."""
+        most = self._max_payload_bytes if want.target is None else len(want.target)
+        reading = _Reading(want, memoryview(bytearray(HEADER_BYTES)), memoryview(b""))
+        if HEADER_BYTES < want.size <= longest_stored(most):
+            reading.body = _body_of(want)
+        else:
+            is_other = want.target is not None and want.size <= longest_stored(self._max_payload_bytes)
+            reading.flaw = UNFIT if is_other else _DAMAGED
+        return reading
 
     def confirms(self, want: Want, flaw: Flaw, deadline: float) -> bool:
         """Whether the server says of its own, as a primary of some standing, that a payload still is as it was seen.
@@ -181,7 +221,7 @@ class PayloadStore:
         """The parts that follow the first, as its header names them."""
         chunk = reading.want.chunk
         try:
-            upload = read_header(chunk, reading.header).upload.hex()
+            upload = read_header(chunk, reading.header, context=self._context()).upload.hex()
         except DamagedPayloadError:
             reading.flaw = Flaw("damaged", bytes(reading.header))
             return []
@@ -218,7 +258,13 @@ class PayloadStore:
         uploads = os.urandom(UPLOAD_BYTES * len(payloads))
         for i, (chunk, payload) in enumerate(payloads):
             upload = uploads[i * UPLOAD_BYTES : (i + 1) * UPLOAD_BYTES]
-            header, body = seal(chunk, payload, self._packer, self._ring, upload)
+            size = memoryview(payload).nbytes
+            if size > self._max_payload_bytes:
+                raise InvalidInputError(
+                    f"a payload has {size} bytes, and max_payload_bytes is {self._max_payload_bytes}: no reader would "
+                    "take it; raise max_payload_bytes wherever the namespace is used"
+                )
+            header, body = seal(chunk, payload, self._packer, self._ring, upload, context=self._context())
             yield _Sealed(chunk, upload, header, memoryview(body).cast("B"))
 
     def _write_group(self, group: Sequence[_Sealed], deadline: float) -> list[bool]:
@@ -254,13 +300,16 @@ class PayloadStore:
     def _open(self, reading: _Reading) -> memoryview | Flaw:
         want = reading.want
         try:
-            header = read_header(want.chunk, reading.header)
-            if want.target is not None:
-                check_fits(header.length, want.target)
+            context = self._context()
+            header = read_header(want.chunk, reading.header, context=context)
+            if HEADER_BYTES + header.stored != want.size or header.length > self._max_payload_bytes:
+                return reading.seen()
+            if want.target is not None and header.length != len(want.target):
+                return UNFIT
             if header.key_id not in (self._ring.ids if self._ring else (0,)):
                 return _UNREADABLE  # sealed with a key that others have: not damaged
             target = want.target if want.target is not None else self._memory_for(header, reading.body)
-            open_into(want.chunk, reading.header, reading.body, target, self._ring, header)
+            open_into(want.chunk, reading.header, reading.body, target, self._ring, header, context=context)
         except DamagedPayloadError:
             return reading.seen()
         except (ConfigError, UnreadablePayloadError):
@@ -289,12 +338,6 @@ class _Sealed(NamedTuple):
     def first(self) -> Sequence[Buffer]:
         """The bytes of the first value."""
         return (self.header, self.body[: PART_BYTES - len(self.header)])
-
-
-def check_fits(length: int, target: memoryview) -> None:
-    """Raise InvalidInputError unless a payload of this length just fills the buffer."""
-    if len(target) != length:
-        raise InvalidInputError(f"a payload has {length} bytes, the buffer for it {len(target)}: give one that fits")
 
 
 def groups(items: Iterable[T], size_of: Callable[[T], int], least: int) -> Iterator[list[T]]:

@@ -39,19 +39,19 @@ class Tiers:
         ring = KeyRing.from_text(config.encryption_keys) if config.encryption_keys else None
         self._state = state
         warm_pool = self._new_pool(link.url, link.endpoint)
-        warm = PayloadStore(link.keys, config.payload_codec, ring, warm_pool, cold=False)
+        warm = self._new_store(config.payload_codec, ring, warm_pool, cold=False)
         cold = None
         self._elsewhere: Elsewhere | None = None
         if config.cold_url:
             endpoint = Endpoint("cold_url")
             pool = self._new_pool(config.cold_url, endpoint)
-            cold = PayloadStore(link.keys, config.cold_codec, ring, pool, cold=True)
+            cold = self._new_store(config.cold_codec, ring, pool, cold=True)
             server = connect(config.cold_url, config.payload_timeout_s, endpoint)
             client = Client(server, pool.breakers, pool.failures, endpoint)
             self._elsewhere = Elsewhere(link.admin, link.keys, client, config.payload_timeout_s)
         elif not link.cold_is_elsewhere:
             pool = self._new_pool(link.url, link.endpoint)
-            cold = PayloadStore(link.keys, config.cold_codec, ring, pool, cold=True)
+            cold = self._new_store(config.cold_codec, ring, pool, cold=True)
         self.payloads = Payloads(state, warm, cold)
 
     @property
@@ -101,6 +101,20 @@ class Tiers:
         self.payloads.close()
         if self._elsewhere is not None:
             self._elsewhere.close()
+
+    def _context(self) -> bytes:
+        return self._state.link.hasher.payload_context
+
+    def _new_store(self, codec: str, ring: KeyRing | None, pool: DataPool, *, cold: bool) -> PayloadStore:
+        return PayloadStore(
+            self._state.link.keys,
+            codec,
+            ring,
+            pool,
+            cold=cold,
+            context=self._context,
+            max_payload_bytes=self._state.config.max_payload_bytes,
+        )
 
     def _new_pool(self, url: str, endpoint: Endpoint) -> DataPool:
         config = self._state.config

@@ -131,9 +131,14 @@ def serve(backend: Backend, engines: dict[str, list[Any]]) -> None:
         worker.load(3, 5)
 
 
+def head_of(backend: Backend, number: int) -> str:
+    """A prompt's first node."""
+    return SimulatedEngine.head_of(backend.hasher(chunk_size=CHUNK_TOKENS), number)
+
+
 def hits_of(backend: Backend, number: int) -> int:
     """Of a prompt's first node."""
-    found: Any = backend.admin.hget(backend.keys.node(SimulatedEngine.head_of(number)), "n")
+    found: Any = backend.admin.hget(backend.keys.node(head_of(backend, number)), "n")
     return int(found or 0)
 
 
@@ -170,7 +175,7 @@ def test_figures_are_those_that_engines_counted(
         nodes = {
             child["head"]: child["hits"] for child in json.loads(shown_by(real_server, "tree", "--json"))["children"]
         }
-        assert nodes == {SimulatedEngine.head_of(number): used[str(number)] for number in (1, 2, 3)}
+        assert nodes == {head_of(real_server, number): used[str(number)] for number in (1, 2, 3)}
         text = shown_by(real_server, "stats")
         total = Counter(wanted["e1"]) + Counter(wanted["e2"])
         for name in FIGURES:

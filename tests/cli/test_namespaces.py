@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
-from distprefix.engines.identity import Identity, read_fingerprint
+from distprefix.identity import Identity, parts_of_text
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
@@ -20,6 +20,13 @@ from tests.cli.test_cli import run_cli
 from tests.servers import DEPLOY, Backend, Server, deployed, find_server
 
 _IDENTITY = Identity("vllm 0.32", "org/Llama-8B", "main", "bfloat16", "32 layers; 8 heads", 4, "tp 0/1", "sha256")
+_SETTINGS: dict[str, Any] = {
+    "engine": _IDENTITY.engine,
+    "model": _IDENTITY.model,
+    "weights": _IDENTITY.weights,
+    "dtype": _IDENTITY.dtype,
+    "layout": _IDENTITY.layout,
+}
 
 
 @pytest.fixture
@@ -68,10 +75,8 @@ def _by_name(admin: redis.Redis) -> dict[str, NamespaceSummary]:
 def test_namespaces_are_listed(server: Server, admin: redis.Redis) -> None:
     """Name, model, dtype, block size, chunks, bytes by tier, live and known workers, last use; as a table and JSON."""
     prompt = list(range(32))
-    with _open(server.url, "kv-llama", fingerprint=_IDENTITY.fingerprint, worker_lease_s=600) as leased:
-        with _open(
-            server.url, "kv-llama", fingerprint=_IDENTITY.fingerprint, worker_id="w2", cold_codec="raw"
-        ) as cache:
+    with _open(server.url, "kv-llama", **_SETTINGS, worker_lease_s=600) as leased:
+        with _open(server.url, "kv-llama", **_SETTINGS, worker_id="w2", cold_codec="raw") as cache:
             cache.cache_prefix(prompt)
             cache.store(prompt[:16], [bytes(1000)] * 4)
             assert cache.demote(0.0) == 4
@@ -126,7 +131,7 @@ def test_keys_of_others_are_passed_over(server: Server, admin: redis.Redis) -> N
     admin.hset("dp:ns:size", mapping={"schema": "1", "chunk_size": "four"})
     admin.hset("dp:ns:no name\x1b[2J", mapping={"schema": "1", "chunk_size": "4"})
     admin.hset(b"dp:ns:\xff", mapping={"schema": "1", "chunk_size": "4"})
-    admin.hset("dp:ns:bytes", mapping={"schema": b"\xff", "chunk_size": "4", "fingerprint": b"\xff"})
+    admin.hset("dp:ns:bytes", mapping={"schema": b"\xff", "chunk_size": "4", "identity": b"\xff"})
     for key in (Keys("bytes").meta, Keys("bytes").epochs, Keys("bytes").workers, Keys("bytes").leaves):
         admin.rpush(key, "x")
     assert [each["name"] for each in _listed(server.url)] == ["bytes", "good"]
@@ -237,10 +242,11 @@ def test_many_namespaces_are_not_all_named(server: Server, admin: redis.Redis) -
     assert "n8" not in many
 
 
-def test_fingerprints_are_read_as_they_are_written() -> None:
-    """Every part of an engine's identity comes back, with separators in it too; other text has no parts."""
-    parts = read_fingerprint(_IDENTITY.fingerprint)
+def test_identities_are_read_as_they_are_written() -> None:
+    """Every part of an identity that is known comes back, with separators in it too; other text has no parts."""
+    parts = parts_of_text(_IDENTITY.text)
     assert (parts["engine"], parts["model"], parts["dtype"]) == ("vllm 0.32", "org/Llama-8B", "bfloat16")
-    assert (parts["layout"], parts["chunk_size"], parts["salt"]) == ("32 layers; 8 heads", "4", "")
-    for text in ("", "my model", "model=a; dtype=b"):
-        assert read_fingerprint(text) == {}
+    assert (parts["layout"], parts["chunk_size"]) == ("32 layers; 8 heads", "4")
+    assert not set(parts) & {"salt", "request_salt", "lora"}
+    for text in ("", "my model", "model=a; dtype=b", "[]", '{"model": 5}', "\xff"):
+        assert parts_of_text(text) == {}

@@ -33,8 +33,8 @@ def _packed(value: Any) -> bytes:
     return cast("bytes", msgpack.packb(value))
 
 
-NOW = b"%d:" % (1000 * time.time() + 20_000)
-"""What a worker's report begins with: it stays fresh for the length of the tests."""
+NOW = b"<now>"
+"""What a worker's report begins with is put here: then it is fresh."""
 PACKED = (
     *(b"\x91" * 20_000 + b"\xc0", b"\x81" * 50, b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff", b"\xc1"),
     *(b"\xc7\x05\x01hello", b"\xd4\xff\x00", _packed(msgpack.Timestamp(2**33)), _packed([1, [2]])),
@@ -84,6 +84,7 @@ class Scene:
         """Write a value where no worker would; a key keeps its type."""
         admin: Any = self.admin
         kind = admin.type(key)
+        value = value.replace(NOW, b"%d:" % (1000 * time.time()))
         if kind == b"hash":
             admin.hset(key, field, value)
         elif kind == b"string":
@@ -203,7 +204,7 @@ def _check_all(scene: Scene) -> None:
     """Run every command, in one of its forms in turn."""
     for name, calls in scene.commands.items():
         for call in calls:
-            _check([name, *call, *next(_forms)])
+            _check([name, *call, *next(_forms)], codes=(0, 1, 2) if name == "lookup" else (0, 1))
 
 
 def test_every_command_is_here(scene: Scene) -> None:

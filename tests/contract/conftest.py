@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 
 from distprefix.redis import client, integrity, scripts
-from distprefix.tiers import elsewhere, store
+from distprefix.tiers import envelope, store
 from tests.servers import Backend, Server, find_server
 
 
@@ -46,7 +46,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
         return script._replace(body=body, sha=sha)
 
     monkeypatch.setattr(client, "load_script", load)
-    for module in (store, elsewhere, integrity):
+    for module in (store, envelope, integrity):
         monkeypatch.setattr(module, "PART_BYTES", PART_BYTES)
     monkeypatch.setattr(store, "_MAX_DIGEST_BYTES", PART_BYTES)
     return PART_BYTES

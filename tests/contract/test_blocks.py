@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from distprefix import Chain, Holder, PrefixCacheOptimizer, lookup, outbox
-from distprefix.chunking import chain_hashes, chain_root, read_prompt
+from distprefix import Holder, PrefixCacheOptimizer, lookup, outbox
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import sound
 from tests.servers import Backend, Server
@@ -77,8 +76,7 @@ def test_blocks_of_a_prefix_can_move(any_server: Backend) -> None:
 def test_tokens_and_their_chain_name_the_same_blocks(any_server: Backend) -> None:
     """Blocks published with tokens are found, moved and removed by the chain of the same chunks, and the other way."""
     cache = any_server.open("w1")
-    view = read_prompt(prompt(4), 4, 100).view
-    chain = Chain.packed(chain_hashes("xxh3_128", chain_root("xxh3_128", b""), view, 16))
+    chain = cache.chain_of(prompt(4))
     cache.cache_prefix(prompt(4), [1, 2, 3, 4])
     assert cache.get_computed_blocks(chain) == [1, 2, 3, 4]
     cache.cache_prefix(chain, [1, 2, 7, 8])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,20 +140,19 @@ def test_another_identity_in_the_same_namespace_is_refused_in_words(
     other = EngineStore(config_for(half, {**settings, "exact_namespace": True}))
     assert one.store(CHAIN, BODIES, 0).result() == 6
     assert other.look_up(CHAIN).result() == 0
-    assert "dtype=bfloat16/auto" in caplog.text
-    assert "dtype=float16/auto" in caplog.text
+    assert "dtype is 'bfloat16/auto' there and 'float16/auto' here" in caplog.text
     one.close()
     other.close()
 
 
 def test_every_part_of_an_identity_counts() -> None:
-    """Two that differ in anything have other namespaces; salts and long layouts are told as digests."""
-    others = [replace(IDENTITY, **{name: "x"}) for name in ("engine", "model", "weights", "dtype", "layout", "ranks")]
-    others += [replace(IDENTITY, hashing="x"), replace(IDENTITY, salt="x"), replace(IDENTITY, chunk_size=16), IDENTITY]
+    """Two that differ in anything have other namespaces; long parts are told as digests."""
+    names = [spec.name for spec in fields(Identity) if spec.name != "chunk_size"]
+    others = [replace(IDENTITY, **{name: "x"}) for name in names]
+    others += [replace(IDENTITY, chunk_size=16), IDENTITY]
     assert len({each.namespace("kv") for each in others}) == len(others)
     assert IDENTITY.namespace("kv").startswith("kv-Llama-3-")
-    assert "secret" not in replace(IDENTITY, salt="secret").fingerprint
-    assert len(replace(IDENTITY, layout="layer " * 500).fingerprint) < 400
+    assert len(replace(IDENTITY, layout="layer " * 500).text) < 400
 
 
 def test_weights_of_a_folder(tmp_path: Path) -> None:
@@ -171,13 +170,17 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings come from the engine's configuration, a TOML file and the environment; unknown ones are refused."""
     monkeypatch.setenv("DISTPREFIX_URL", "redis://env:1")
     config = config_for(IDENTITY, {})
-    assert (config.url, config.chunk_size, config.fingerprint) == ("redis://env:1", 32, IDENTITY.fingerprint)
+    assert (config.url, config.identity) == ("redis://env:1", IDENTITY)
     assert config.max_prefix_length is None
     (tmp_path / "d.toml").write_text('[distprefix]\nurl = "redis://file:1"\nlookup_timeout_s = 0.5\n')
     config = config_for(IDENTITY, {"config": str(tmp_path / "d.toml"), "namespace": "team"})
     assert (config.url, config.lookup_timeout_s, config.namespace[:5]) == ("redis://file:1", 0.5, "team-")
     with pytest.raises(ConfigError, match="unknown setting 'rul'"):
         config_for(IDENTITY, {"rul": "redis://x"})
+    with pytest.raises(ConfigError, match=r"dtype differs between .*: 'fp8' and 'bfloat16/auto'"):
+        config_for(IDENTITY, {"dtype": "fp8"})
+    with pytest.raises(ConfigError, match="chunk_size differs"):
+        config_for(IDENTITY, {"chunk_size": 64})
     with pytest.raises(ConfigError, match="engines share a Redis"):
         EngineStore(PrefixCacheConfig())
 

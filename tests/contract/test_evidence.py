@@ -466,7 +466,8 @@ def test_a_forged_payload_is_trimmed_once_the_key_is_proved(
     """A payload changed with its checksum is damaged for a key that has opened another one, else unreadable."""
     scene = Scene(real_server, tier, second, encryption_keys=KEYS)
     chunk = heads(TOKENS)[at]
-    _forge(scene.server, real_server.keys.payload(chunk, cold=tier != "warm"), bytes.fromhex(chunk))
+    bound = scene.reader._state.link.hasher.payload_context + bytes.fromhex(chunk)
+    _forge(scene.server, real_server.keys.payload(chunk, cold=tier != "warm"), bound)
     assert loaded(scene.reader, TOKENS) == scene.right[:at]
     stored = real_server.open("other", **scene.options).find_stored(TOKENS)
     assert stored == (at or len(scene.right))
@@ -474,9 +475,9 @@ def test_a_forged_payload_is_trimmed_once_the_key_is_proved(
     scene.close()
 
 
-def _forge(server: redis.Redis, key: str, chunk: bytes) -> None:
+def _forge(server: redis.Redis, key: str, bound: bytes) -> None:
     value: Any = server.get(key)
     body = memoryview(value[HEADER_BYTES:-1] + bytes([value[-1] ^ 1]))
     proven = value[: HEADER_BYTES - 8]
-    checksum = envelope._checksum(chunk, proven, body).to_bytes(8, "little")
+    checksum = envelope._checksum(bound, proven, body).to_bytes(8, "little")
     server.set(key, proven + checksum + bytes(body))

@@ -266,7 +266,15 @@ class Histories(RuleBasedStateMachine):
         assert self.reader is not None
         line = self.lines[side.member] = Telephone(self.reader._state.link.admin)
         engine = Engine(worker=side.worker, rank=side.rank, endpoint="tcp://nowhere:1", kind="vllm")
-        made = follower_of(engine, self.reader.config, line, side.kept, lease_s=600.0, engine_chains=False)  # pyright: ignore[reportArgumentType]
+        made = follower_of(
+            engine,
+            self.reader.config,
+            self.reader._state.link.hasher,
+            line,  # pyright: ignore[reportArgumentType]
+            side.kept,
+            lease_s=600.0,
+            engine_chains=False,
+        )
         self.followers[side.member] = made
         return made
 

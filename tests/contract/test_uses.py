@@ -19,15 +19,19 @@ from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
 from tests.fake_engine import until
 from tests.payloads import data, metric
-from tests.servers import Backend, Server
+from tests.servers import Backend, Server, hashes_of
 from tests.uses import age, commands, node_heads, server_ms, uses
 
 ONE, OTHER = prompt(6), prompt(6, tail=3)
 """Two prompts that share 3 of 6 chunks: a node above, and one for each below."""
-CHAIN = bytes.fromhex("".join(heads(ONE)))
 HOUR_S = 3600.0
 
 Step = Callable[[PrefixCacheOptimizer], Any]
+
+
+def chain() -> bytes:
+    """The chunk hashes of the first prompt."""
+    return hashes_of(ONE)
 
 
 def room(count: int = 6) -> list[bytearray]:
@@ -197,16 +201,17 @@ def engine_store(backend: Backend) -> Every:
 
 
 ENGINES: dict[str, tuple[EngineStep, tuple[int, int]]] = {
-    "look_up": (lambda store: store.look_up(CHAIN), (1, 1)),
-    "load": (lambda store: store.load(CHAIN, room(), 0), (-1, -1)),
-    "load from a chunk on": (lambda store: store.load(CHAIN, room(2), 4), (-1, -1)),
-    "store": (lambda store: store.store(CHAIN, data(ONE), 0), (-1, -1)),
-    "look_up_parts": (lambda store: store.look_up_parts(CHAIN, [3, 4, 5]), (1, 1)),
-    "load_parts": (lambda store: store.load_parts(CHAIN, room(3), 3), (-1, -1)),
-    "store_parts": (lambda store: store.store_parts(CHAIN, data(ONE)[3:], 3), (-1, -1)),
+    "look_up": (lambda store: store.look_up(chain()), (1, 1)),
+    "load": (lambda store: store.load(chain(), room(), 0), (-1, -1)),
+    "load from a chunk on": (lambda store: store.load(chain(), room(2), 4), (-1, -1)),
+    "store": (lambda store: store.store(chain(), data(ONE), 0), (-1, -1)),
+    "look_up_parts": (lambda store: store.look_up_parts(chain(), [3, 4, 5]), (1, 1)),
+    "load_parts": (lambda store: store.load_parts(chain(), room(3), 3), (-1, -1)),
+    "store_parts": (lambda store: store.store_parts(chain(), data(ONE)[3:], 3), (-1, -1)),
 }
 
 
+@pytest.mark.usefixtures("plain_names")
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_use_every_node(real_server: Backend, name: str) -> None:
     """What engines look up counts as what a program does; what they then load is a use, and no second hit."""
@@ -215,19 +220,20 @@ def test_engines_use_every_node(real_server: Backend, name: str) -> None:
     for tokens in (ONE, OTHER):
         assert writer.store(tokens, data(tokens)) == 6
     with contextlib.closing(engine_store(real_server)) as store:
-        assert store.look_up(CHAIN).result() == 6
+        assert store.look_up(chain()).result() == 6
         cache: Any = store._opened
         cache.flush()
         check(real_server, lambda: step(store).result(), cache.flush, hits)
 
 
+@pytest.mark.usefixtures("plain_names")
 def test_a_look_up_that_leases_is_one_use(real_server: Backend) -> None:
     """Looking up and leasing at once is a use of every node on the path, not two."""
     writer = real_server.open("w1")
     for tokens in (ONE, OTHER):
         assert writer.store(tokens, data(tokens)) == 6
     with contextlib.closing(engine_store(real_server)) as store:
-        found, lease = store.look_up_and_lease(CHAIN, 30).result()
+        found, lease = store.look_up_and_lease(chain(), 30).result()
         assert (found, lease is not None) == (6, True)
         cache: Any = store._opened
         cache.flush()
@@ -235,13 +241,14 @@ def test_a_look_up_that_leases_is_one_use(real_server: Backend) -> None:
         assert (metric(cache, "lookups"), metric(cache, "hits"), metric(cache, "tokens_hit")) == (1, 1, 24)
 
 
+@pytest.mark.usefixtures("plain_names")
 def test_chunks_that_stand_alone_are_used(real_server: Backend) -> None:
     """Of chunks that are each a chain of its own just those that were found or loaded are used."""
     store = EngineStore(real_server.config("engine"))
     try:
-        assert store.store_each(CHAIN[: 2 * HASH_BYTES], data(ONE)[:2]).result() == [True, True]
+        assert store.store_each(chain()[: 2 * HASH_BYTES], data(ONE)[:2]).result() == [True, True]
         cache: Any = store._opened
-        names = [chunk.data.hex() for chunk in each_chunk(CHAIN[: 2 * HASH_BYTES])]
+        names = [chunk.data.hex() for chunk in each_chunk(cache, chain()[: 2 * HASH_BYTES])]
 
         def hits() -> list[int]:
             cache.flush()
@@ -249,24 +256,25 @@ def test_chunks_that_stand_alone_are_used(real_server: Backend) -> None:
             return [*map(int, found)]
 
         assert hits() == [0, 0]
-        assert store.look_up_each(CHAIN[HASH_BYTES:]).result() == [True, False, False, False, False]
+        assert store.look_up_each(chain()[HASH_BYTES:]).result() == [True, False, False, False, False]
         assert hits() == [0, 1]
-        assert store.load_each(CHAIN[: 2 * HASH_BYTES], room(2)).result() == [True, True]
+        assert store.load_each(chain()[: 2 * HASH_BYTES], room(2)).result() == [True, True]
         assert hits() == [0, 1]
-        assert store.store_each(CHAIN[: 2 * HASH_BYTES], data(ONE)[:2]).result() == [True, True]
+        assert store.store_each(chain()[: 2 * HASH_BYTES], data(ONE)[:2]).result() == [True, True]
         assert hits() == [0, 1]
     finally:
         store.close()
 
 
+@pytest.mark.usefixtures("plain_names")
 def test_a_request_is_one_look_up_and_one_load(real_server: Backend) -> None:
     """Whatever parts it comes in, a request counts once; one for nothing counts for nothing, and is no error."""
     store = engine_store(real_server)
     try:
-        assert store.store_parts(CHAIN[: 3 * HASH_BYTES], data(ONE)[:3], 0).result() == [True] * 3
-        assert store.store_parts(CHAIN, data(ONE)[4:], 4).result() == [True] * 2
-        assert store.look_up_parts(CHAIN, range(6)).result() == {0, 1, 2, 4, 5}
-        assert store.load_parts(CHAIN, room(), 0).result() == [True, True, True, False, True, True]
+        assert store.store_parts(chain()[: 3 * HASH_BYTES], data(ONE)[:3], 0).result() == [True] * 3
+        assert store.store_parts(chain(), data(ONE)[4:], 4).result() == [True] * 2
+        assert store.look_up_parts(chain(), range(6)).result() == {0, 1, 2, 4, 5}
+        assert store.load_parts(chain(), room(), 0).result() == [True, True, True, False, True, True]
         counts = store.metrics()
         assert [counts[name] for name in ("lookups", "hits", "loads")] == [1, 1, 1]
         assert (counts["chunks_hit"], counts["payloads_loaded"], counts["chunks_loaded"]) == (5, 5, 5)

@@ -57,12 +57,12 @@ def test_registering_voids_what_was_published_before(any_server: Backend) -> Non
     assert worker.register_worker(lease_s=LONG_S) > epoch
 
 
-def test_registering_costs_four_calls(any_server: Backend) -> None:
+def test_registering_costs_five_calls(any_server: Backend) -> None:
     """As it says."""
     worker = any_server.open("w1")
     with calls_of(worker) as sent:
         worker.register_worker(lease_s=LONG_S)
-    assert sent == ["attach", "attach", "register", "roster"]
+    assert sent == ["HGET", "attach", "attach", "register", "roster"]
 
 
 @pytest.mark.parametrize("lease_s", [0, 2.9, -1])

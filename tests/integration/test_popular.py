@@ -14,7 +14,7 @@ from distprefix.redis.scripts import policy_names
 from tests.contract.test_find import prompt
 from tests.contract.test_tree import heads
 from tests.payloads import data, sound
-from tests.servers import Backend
+from tests.servers import Backend, hashes_of
 from tests.uses import age, let_pass, uses
 from tests.values import soon
 
@@ -50,6 +50,7 @@ def open_with(backend: Backend, worker: str, **settings: Any) -> PrefixCacheOpti
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("use", USES)
+@pytest.mark.usefixtures("plain_names")
 @pytest.mark.parametrize("policy", policy_names())
 def test_what_is_used_survives(real_server: Backend, policy: str, use: str, budget: str) -> None:
     """A prompt that another node uses, by whatever call, outlives three times the budget in prompts that come and go.
@@ -75,6 +76,7 @@ def test_what_is_used_survives(real_server: Backend, policy: str, use: str, budg
     sound(real_server, writer)
 
 
+@pytest.mark.usefixtures("plain_names")
 @pytest.mark.parametrize("policy", policy_names())
 def test_what_engines_load_survives(real_server: Backend, policy: str) -> None:
     """A system prompt that engines only look up and load stays, when its own continuations come and go as well."""
@@ -82,7 +84,7 @@ def test_what_engines_load_survives(real_server: Backend, policy: str) -> None:
     writer = real_server.open("w1", **settings)
     engine = EngineStore(real_server.config("engine", **settings))
     system = prompt(CHUNKS)
-    chain = bytes.fromhex("".join(heads(system)))
+    chain = hashes_of(system)
     writer.store(system, data(system))
     room = [bytearray(1000) for _ in range(CHUNKS)]
     try:

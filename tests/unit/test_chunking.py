@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distprefix import Chain
-from distprefix.chunking import chain_hashes, chain_root, pack_block_ids, read_prompt
+from distprefix.chunking import pack_block_ids, read_prompt
 from distprefix.errors import InvalidInputError
 
 FORMS: dict[str, Callable[[list[int]], Any]] = {
@@ -145,36 +143,3 @@ def test_block_ids_that_do_not_fit(ids: Any, message: str) -> None:
     """Too few, too many or impossible block ids are refused by count or position."""
     with pytest.raises(InvalidInputError, match=message):
         pack_block_ids(ids, 3)
-
-
-def sha256(data: bytes) -> bytes:
-    """The first 16 bytes of SHA-256."""
-    return hashlib.sha256(data).digest()[:16]
-
-
-@pytest.mark.parametrize(("algorithm", "digest"), [("xxh3_128", xxhash.xxh3_128_digest), ("sha256", sha256)])
-def test_hashes_are_chained(algorithm: str, digest: Callable[[bytes], bytes]) -> None:
-    """Each hash is of its parent's and its chunk's bytes, so that hashing can go on anywhere."""
-    root, data = chain_root(algorithm, b""), bytes(range(48))
-    first = digest(root + data[:16])
-    second = digest(first + data[16:32])
-    third = digest(second + data[32:])
-    assert chain_hashes(algorithm, root, memoryview(data), 16) == first + second + third
-    assert chain_hashes(algorithm, first, memoryview(data)[16:], 16) == second + third
-    assert chain_hashes(algorithm, root, memoryview(data)[16:32], 16) != second
-
-
-def test_roots_depend_on_salt_and_algorithm() -> None:
-    """Other salts and other algorithms have other roots of 16 bytes, and so share no hash."""
-    roots = {chain_root(algorithm, salt) for algorithm in ("xxh3_128", "sha256") for salt in (b"", b"a", b"b")}
-    assert len(roots) == 6
-    assert {len(root) for root in roots} == {16}
-
-
-def test_chunks_that_differ_late_or_above_16_bits_differ() -> None:
-    """Tokens above 65,535 are hashed in full: those equal modulo 65,536 have other hashes."""
-    hashes = {
-        chain_hashes("xxh3_128", bytes(16), read_prompt([1, token], 2, 10).view, 8)
-        for token in (5, 5 + 65_536, 5 + 2**31, 2**32 - 1)
-    }
-    assert len(hashes) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from distprefix import DistPrefixError, PrefixCacheConfig
-from distprefix.errors import ConfigError
+from distprefix.errors import ConfigError, NamespaceError
 
 WRONG: list[tuple[str, Any, str]] = [
     ("max_cached_sequences", 0, "between 1 and"),
@@ -34,8 +35,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("fingerprint", 5, "text"),
     ("chunk_size", 0, "between 1 and 65536"),
     ("chunk_size", "16", "a whole number"),
-    ("hash_algorithm", "md5", "'xxh3_128' or 'sha256'"),
+    ("hash_algorithm", "md5", "'blake2b' or 'sha256' or 'xxh3_128'"),
     ("salt", b"bytes", "text"),
+    ("request_salt", 1, "text"),
+    ("model", 5, "text"),
+    ("weights", 5, "text"),
+    ("tokenizer", 5, "text"),
+    ("lora", None, "text"),
+    ("dtype", 5, "text"),
+    ("layout", 5, "text"),
+    ("engine", 5, "text"),
+    ("ranks", 5, "text"),
+    ("hashing", 5, "text"),
+    ("secret", 5, "text"),
+    ("max_payload_bytes", 0, "between 1 and"),
     ("max_run", 257, "between 1 and 256"),
     ("shards", 2, "between 1 and 1"),
     ("lookup_timeout_s", 0.0, "between 0.001 and 60"),
@@ -110,7 +123,7 @@ def test_defaults_are_the_original_ones() -> None:
     assert (config.max_cached_sequences, config.min_prefix_length, config.max_prefix_length) == (10_000, 1, None)
     assert (config.enable_prewarm, config.prewarm_threshold, config.hot_threshold) == (True, 3, 10)
     assert (config.cold_timeout_s, config.eviction_batch_size) == (300.0, 100)
-    assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "xxh3_128", 256, 1)
+    assert (config.chunk_size, config.hash_algorithm, config.max_run, config.shards) == (16, "blake2b", 256, 1)
     assert (config.lookup_timeout_s, config.publish_timeout_s, config.strict) == (0.05, 0.2, False)
     assert config.worker_id == ""
     assert config.with_worker_id().worker_id.endswith(f"-{os.getpid()}")
@@ -190,3 +203,15 @@ def test_settings_do_not_change() -> None:
     """A configuration is frozen."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PrefixCacheConfig().chunk_size = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_descriptor_gives_no_address_and_no_key() -> None:
+    """What anybody may write into Redis sets parts of an identity, no address and no key."""
+    parts = {"model": "m", "other": "o", "url": "redis://evil", "cold_url": "redis://evil", "salt": "x", "secret": "y"}
+    found = {"identity": json.dumps(parts), "chunk_size": "8"}
+    config = PrefixCacheConfig.from_descriptor("n", found, url="redis://mine")
+    assert (config.model, config.fingerprint, config.chunk_size) == ("m", "o", 8)
+    assert (config.url, config.cold_url, config.salt, config.secret) == ("redis://mine", None, "", "")
+    for text in ("\u00b2", "", "-1", "9" * 5000):
+        with pytest.raises(NamespaceError, match="its chunk_size is"):
+            PrefixCacheConfig.from_descriptor("n", {"chunk_size": text})

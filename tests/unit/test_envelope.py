@@ -46,7 +46,7 @@ def opened(chunk: bytes, header: bytes, body: Any, size: int, keys: KeyRing | No
 
 def forged(header: bytes, body: bytes, **changes: int) -> bytes:
     """The header with other fields, and with both checks as one who knows how would make them."""
-    names = ("magic", "version", "codec", "zero", "key_id", "length", "stored", "upload")
+    names = ("magic", "version", "codec", "values", "key_id", "length", "stored", "upload")
     fields = dict(zip(names, struct.unpack_from("<4sBBHIII8s", header), strict=True)) | {"stored": len(body)} | changes
     start = struct.pack("<4sBBHIII8s", *fields.values())
     start += struct.pack("<I", xxhash.xxh3_64_intdigest(_CHUNK + start) & 0xFFFFFFFF)
@@ -67,7 +67,7 @@ def test_what_goes_in_comes_out(payload: bytes) -> None:
 def test_the_format_stays() -> None:
     """A header of today is byte for byte what other versions of this package read."""
     header, body = seal(_CHUNK, b"payload", RAW)
-    assert header.hex() == "44504b56020000000000000007000000070000000000000000000000389f291b3e95766404fc43ec"
+    assert header.hex() == "44504b560300010000000000070000000700000000000000000000005b8291d283e99a07eb2dcf0f"
     assert (len(header), HEADER_BYTES, body) == (40, 40, b"payload")
 
 
@@ -168,7 +168,8 @@ def test_encryption_covers_the_header(field: str) -> None:
         {"stored": 2**32 - 1},
         {"stored": 0},
         {"key_id": 1},
-        {"zero": 1},
+        {"values": 0},
+        {"values": 2},
         {"version": 1},
         {"codec": 5},
         {"codec": 1, "length": 7},
@@ -197,6 +198,40 @@ def test_a_bomb_does_not_go_off(claimed: int) -> None:
     zeros = sealed(_CHUNK, bytes(1 << 20), _ZSTD)[1]
     with pytest.raises(DamagedPayloadError):
         opened(_CHUNK, forged(header, zeros), zeros, len(_PAYLOAD))
+
+
+def test_a_payload_belongs_to_its_context() -> None:
+    """Brought from another namespace, a payload is damaged there, encrypted or not, though its chunk is the same."""
+    for keys in (None, KeyRing.from_text(f"7:{'5a' * 16}")):
+        header, body = seal(_CHUNK, b"payload", RAW, keys, context=b"a" * 16)
+        target = memoryview(bytearray(7))
+        assert open_into(_CHUNK, header, body, target, keys, context=b"a" * 16) == 7
+        for other in (b"b" * 16, b""):
+            with pytest.raises(DamagedPayloadError, match="another chunk or namespace"):
+                open_into(_CHUNK, header, body, target, keys, context=other)
+
+
+def test_encryption_covers_the_context() -> None:
+    """Whoever can make both checks still cannot bring an encrypted payload to another namespace."""
+    keys = KeyRing.from_text(f"7:{'5a' * 16}")
+    header, body = sealed(_CHUNK, b"payload", RAW, keys)
+    opened(_CHUNK, header, body, 7, keys)
+    stolen, _ = seal(_CHUNK, b"payload", RAW, keys, context=b"a" * 16)
+    bound = b"b" * 16 + _CHUNK
+    start = stolen[:28] + struct.pack("<I", xxhash.xxh3_64_intdigest(bound + stolen[:28]) & 0xFFFFFFFF)
+    whole = start + struct.pack("<Q", xxhash.xxh3_64_intdigest(bound + start + bytes(body)))
+    with pytest.raises(DamagedPayloadError, match="cannot be decrypted"):
+        open_into(_CHUNK, whole, body, memoryview(bytearray(7)), keys, context=b"b" * 16)
+
+
+@pytest.mark.parametrize("codec", [_ZSTD, codec_named("lz4")])
+def test_what_shrinks_like_a_bomb_is_stored_raw(codec: Any) -> None:
+    """No payload is stored in less than a 256th of its length, so that a reader can refuse whatever claims to be."""
+    for size in (100, 8 << 10, 1 << 20):
+        header, body = seal(_CHUNK, bytes(size), codec)
+        told = read_header(_CHUNK, header)
+        assert size <= 256 * told.stored
+        assert opened(_CHUNK, header, bytes(body), size) == bytes(size)
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec is not RAW])

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distprefix.chunking import HASH_BYTES, chain_hashes, chain_root
+from distprefix.chunking import HASH_BYTES
 from distprefix.events.changes import KEY_BYTES, Change, Covered, blocks_of, changes, confirm, reject
 from distprefix.events.frames import Removed, Stored
 from distprefix.events.holdings import Holdings
 from distprefix.events.parking import Parking
+from distprefix.hashing import ChunkHasher
 
-ALGORITHM = "xxh3_128"
-ORIGIN = chain_root(ALGORITHM, b"")
+HASHER = ChunkHasher("blake2b", bytes(32))
 CHUNK = 16
 MEDIA = ("gpu", "cpu")
 Path = tuple[int, ...]
@@ -26,7 +26,7 @@ Path = tuple[int, ...]
 
 def make(*, max_blocks: int = 1_000_000, max_parked: int = 100_000, engine_chains: bool = False) -> Holdings:
     """Of an engine that holds nothing."""
-    return Holdings(CHUNK, ALGORITHM, ORIGIN, engine_chains=engine_chains, max_blocks=max_blocks, max_parked=max_parked)
+    return Holdings(CHUNK, HASHER, engine_chains=engine_chains, max_blocks=max_blocks, max_parked=max_parked)
 
 
 def key(path: Path) -> int:
@@ -61,7 +61,7 @@ def chain(path: Path, size: int = CHUNK) -> list[bytes]:
     """Hashes of the chunks of a prompt."""
     tokens = b"".join(struct.pack("<I", letter) * size for letter in path)
     tokens = tokens[: len(tokens) // (4 * CHUNK) * 4 * CHUNK]
-    hashes = chain_hashes(ALGORITHM, ORIGIN, memoryview(tokens), 4 * CHUNK)
+    hashes = HASHER.chain(HASHER.root, memoryview(tokens), 4 * CHUNK)
     return [hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)]
 
 

@@ -9,7 +9,8 @@ import tracemalloc
 import pytest
 
 from distprefix import Chain
-from distprefix.chunking import Prompt, chain_hashes, read_prompt
+from distprefix.chunking import Prompt, read_prompt
+from distprefix.hashing import ChunkHasher
 from distprefix.l1 import L1, Node
 from distprefix.nodes import NodeView
 
@@ -23,7 +24,7 @@ def prompt_of(*chunks: int) -> Prompt:
 
 def hashes_of(prompt: Prompt) -> bytes:
     """Its chunk hashes."""
-    return chain_hashes("xxh3_128", bytes(16), prompt.view, prompt.stride)
+    return ChunkHasher("xxh3_128", bytes(32)).chain(bytes(16), prompt.view, prompt.stride)
 
 
 def view(start: int, size: int, matched: int, **holders: int) -> NodeView:
