@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from distprefix.errors import ConfigError
+from distprefix.errors import ConfigError, NamespaceError
 from distprefix.hashing import HASH_ALGORITHMS
 from distprefix.identity import Identity, parts_of_text
-from distprefix.redis.address import embedded_name, parse_address
+from distprefix.redis.address import embedded_name, parse_address, without_password
 from distprefix.redis.scripts import policy_names
+from distprefix.secret_files import check_private, read_private, read_secret
 from distprefix.tiers.codecs import CODECS
 
 __all__ = [
@@ -244,9 +245,12 @@ class PrefixCacheConfig:
         """The settings that a namespace was made with, by its descriptor, over those of the environment."""
         settings: dict[str, Any] = {"namespace": namespace}
         for name, value in parts_of_text(found.get("identity", "")).items():
-            settings["fingerprint" if name == "other" else name] = value
+            if name in _IDENTITY:  # anybody may have written the descriptor: no url, no key is taken from it
+                settings["fingerprint" if name == "other" else name] = value
         settings |= {name: found[name] for name in ("hash_algorithm", "policy") if name in found}
-        settings |= {name: int(found[name]) for name in ("chunk_size", "max_run", "shards") if name in found}
+        for name in ("chunk_size", "max_run", "shards"):
+            if name in found:
+                settings[name] = _count_in(namespace, name, found[name])
         return cls.from_env(**{**settings, **overrides})
 
     @classmethod
@@ -259,12 +263,18 @@ class PrefixCacheConfig:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> PrefixCacheConfig:
-        """DISTPREFIX_URL, DISTPREFIX_CHUNK_SIZE, ...; keyword arguments win. What is None by default is left out."""
+        """DISTPREFIX_URL, DISTPREFIX_CHUNK_SIZE, ...; keyword arguments win. What is None by default is left out.
+
+        A secret may be in a file that DISTPREFIX_URL_FILE, DISTPREFIX_SALT_FILE, ... names. Raises ConfigError.
+        """
         return cls.from_mapping({**settings_of_environment(env), **overrides})
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> PrefixCacheConfig:
-        """The table [distprefix] of a TOML file, or its top level when it has no such table."""
+        """The table [distprefix] of a TOML file, or its top level when it has no such table.
+
+        Raises ConfigError, also for a file with secrets that others may write; one that they may read is a warning.
+        """
         return cls.from_mapping({**settings_of_toml(path), **overrides})
 
     def _check_order(self) -> None:
@@ -285,11 +295,11 @@ class PrefixCacheConfig:
     def _check_type(self, name: str, allowed: tuple[type, ...]) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) and bool not in allowed:
-            raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+            raise ConfigError(f"{name} is {_shown(name, value)}: it must be {_describe(allowed)}")
         if float in allowed and isinstance(value, int):
             object.__setattr__(self, name, float(value))
         elif not isinstance(value, allowed):
-            raise ConfigError(f"{name} is {value!r}: it must be {_describe(allowed)}")
+            raise ConfigError(f"{name} is {_shown(name, value)}: it must be {_describe(allowed)}")
 
 
 def settings_of_environment(env: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -298,32 +308,73 @@ def settings_of_environment(env: Mapping[str, str] | None = None) -> dict[str, A
     for key, text in (os.environ if env is None else env).items():
         if key.startswith(_ENV_PREFIX):
             name = key.removeprefix(_ENV_PREFIX).lower()
-            values[name] = _parse(name, text) if name in _TYPES else text
+            secret = name.removesuffix("_file")
+            if name != secret and secret in _SECRETS:
+                values.setdefault(secret, read_secret(text, key))
+            else:
+                values[name] = _parse(name, text) if name in _TYPES else text
     return values
 
 
 def settings_of_toml(path: str | Path) -> dict[str, Any]:
     """The settings that a TOML file gives, and no others. Raises ConfigError for a file that cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            table: dict[str, Any] = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    data, status = read_private(path)
+    table = _parse_toml(data, path)
     chosen: Any = table.get("distprefix", table)
     if not isinstance(chosen, dict):
-        raise ConfigError(f"distprefix in {path} is {chosen!r}: it must be a table, [distprefix]")
-    return cast("dict[str, Any]", chosen)
+        raise ConfigError(f"distprefix in {path} is no table: write [distprefix] above the settings")
+    values = cast("dict[str, Any]", chosen)
+    if any(_is_secret(name, value) for name, value in values.items()):
+        check_private(path, status)
+    return values
 
 
 def check_name(name: str, value: str) -> None:
     """Raise ConfigError when `value` cannot be part of a key."""
     if not _NAME.fullmatch(value):
-        raise ConfigError(f"{name} is {value!r}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed")
+        raise ConfigError(
+            f"{name} is {_shown(name, value)}: 1 to 64 letters, digits, dots, hyphens, underscores are allowed"
+        )
 
 
 def _describe(allowed: tuple[type, ...]) -> str:
     words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
     return " or ".join(words[kind] for kind in allowed)
+
+
+def _count_in(namespace: str, name: str, text: str) -> int:
+    """A number of a descriptor, which anybody may have written."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise NamespaceError(f"namespace {namespace!r} is damaged: its {name} is {text[:100]!r}, not a number")
+    return int(text)
+
+
+def _shown(name: str, value: object) -> str:
+    """A value as a message may have it: only the type of a secret; what looks like a URL, without a password."""
+    if name in _SECRETS:
+        return f"of type {type(value).__name__}"
+    return repr(without_password(value) if isinstance(value, str) and "://" in value else value)
+
+
+def _is_secret(name: str, value: object) -> bool:
+    """Whether a setting is worth hiding; a URL is where it has a password."""
+    is_url = name.endswith("url") and isinstance(value, str)
+    return name in _SECRETS and bool(value) and not (is_url and without_password(str(value)) == str(value).strip())
+
+
+def _parse_toml(data: bytes, path: str | Path) -> dict[str, Any]:
+    """Raises ConfigError that says where the file is wrong. Its text and its causes do not quote the file."""
+    place = ""
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} is no UTF-8"
+    except RecursionError:
+        place = "its values are nested too deeply"
+    except ValueError as error:
+        found = re.search(r"\(at (line \d+, column \d+|end of document)\)", str(error))
+        place = f"look at {found[1]}" if found else "a value makes no sense"
+    raise ConfigError(f"cannot read {path}: it is no TOML, {place}; text stands in quotes")
 
 
 def _parse(name: str, text: str) -> Any:
@@ -336,13 +387,17 @@ def _parse(name: str, text: str) -> Any:
         return int(text) if int in allowed else float(text) if float in allowed else text
     except ValueError:
         values = tuple(kind for kind in allowed if kind is not type(None))
-        hint = "; for None, leave it out" if len(values) < len(allowed) else ""
-        raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {text!r}: it must be {_describe(values)}{hint}") from None
+    hint = "; for None, leave it out" if len(values) < len(allowed) else ""  # raised here without what quotes the text
+    raise ConfigError(f"{_ENV_PREFIX}{name.upper()} is {_shown(name, text)}: it must be {_describe(values)}{hint}")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
     name: getattr(hint, "__args__", None) or (hint,) for name, hint in get_type_hints(PrefixCacheConfig).items()
 }
+_IDENTITY = frozenset(spec.name for spec in fields(Identity) if spec.repr and spec.name != "chunk_size")
+"""Parts of an identity that a descriptor may give."""
+_SECRETS = frozenset(spec.name for spec in fields(PrefixCacheConfig) if not spec.repr)
+"""What no message and no text of the settings may show."""
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_cached_sequences", 1, 2**31),
     ("min_prefix_length", 1, 2**31),

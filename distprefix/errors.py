@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from distprefix.printable import printable
+
 __all__ = [
     "ConfigError",
     "DamagedNodeError",
@@ -28,11 +30,14 @@ __all__ = [
 ]
 
 
+_LONGEST_MESSAGE = 4000
+
+
 class DistPrefixError(Exception):
-    """Base of every exception of this package."""
+    """Base of every exception of this package. What a message quotes of others is escaped: it is one printable line."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or type(self).__doc__)
+        super().__init__(printable(message or type(self).__doc__ or "", _LONGEST_MESSAGE))
 
 
 class ConfigError(DistPrefixError, ValueError):

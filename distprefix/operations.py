@@ -523,6 +523,9 @@ def _parse_hot(reply: Sequence[Any], at: int) -> tuple[list[HotNode], int]:
     nodes: list[HotNode] = []
     damaged = 0
     while at < len(reply):
+        if len(reply) < at + 11:  # what the script could not read it did not tell
+            damaged += 1
+            break
         parent, depth, run = reply[at : at + 3]
         count = 8 + 2 * int(reply[at + 10])
         views, wrong = parse_nodes(reply[at + 3 : at + 3 + count], _count_or_none(depth) or 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from distprefix import __version__
 from distprefix.cli.audit import audit
@@ -22,15 +24,42 @@ from distprefix.cli.stats import stats
 from distprefix.cli.top import top
 from distprefix.cli.tree import tree
 from distprefix.cli.workers import workers
+from distprefix.printable import printable
+from distprefix.redis.address import without_password
 
 __all__ = ["app"]
 
+_UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
+_ADDRESS = re.compile(r"[^\s('\"]*(://|@)")
+
+
+class _Commands(TyperGroup):
+    """The commands. What is said of an argument in the wrong place shows no password that it may have."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            usage = cast("Any", error)
+            usage.message = _without_secrets(usage.message)
+            raise
+
+
+def _without_secrets(message: str) -> str:
+    found = _ADDRESS.search(message)
+    if found is None:
+        return printable(message)
+    return printable(message[: found.start()] + without_password(message[found.start() :]))
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="One prefix tree for a whole LLM inference cluster, kept in Redis. "
-    "Exit codes: 0 done, 1 nothing found, 2 wrong input, 3 Redis does not answer.",
+    "Exit codes: 0 done, 1 nothing found or damaged, 2 wrong input, 3 Redis does not answer.",
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -20,10 +19,9 @@ from distprefix.cli.common import (
     Url,
     describe,
     errors,
-    fail,
     opened,
-    show,
 )
+from distprefix.cli.output import fail, note, show
 from distprefix.config import PrefixCacheConfig
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.audit import Audit, Scope, audit_namespace
@@ -62,9 +60,9 @@ def audit(
             done = _run(cache, client, keys, sample, must_lease=leases)
             cache.drop_worker(config.worker_id)
         value: dict[str, Any] = asdict(done)
-        show(value, as_json=as_json, render=lambda: _lines(done))
+        show(value, as_json=as_json, render=_lines)
         if not done.was_still and not as_json:
-            sys.stderr.write("note: workers kept writing, so the tree's structure was not judged; try again\n")
+            note("workers kept writing, so the tree's structure was not judged; try again")
         if done.findings:
             raise typer.Exit(EXIT_MISS)
 
@@ -99,12 +97,13 @@ def _config(url: str, namespace: str, found: dict[str, str], cold_url: str | Non
     return PrefixCacheConfig.from_descriptor(namespace, found, **settings)
 
 
-def _lines(done: Audit) -> str:
-    lines = [f"{done.nodes:,} nodes, {done.payloads:,} payloads read: {done.verified:,} verified"]
-    if done.unreadable:
-        lines.append(f"{done.unreadable:,} payloads cannot be opened here: pass DISTPREFIX_ENCRYPTION_KEYS")
-    lines += [f"{finding.doubt}: {finding.what}" for finding in done.findings[:_MAX_LINES]]
-    more = len(done.findings) - _MAX_LINES
+def _lines(value: dict[str, Any]) -> str:
+    lines = [f"{value['nodes']:,} nodes, {value['payloads']:,} payloads read: {value['verified']:,} verified"]
+    if value["unreadable"]:
+        lines.append(f"{value['unreadable']:,} payloads cannot be opened here: pass DISTPREFIX_ENCRYPTION_KEYS")
+    findings = value["findings"]
+    lines += [f"{finding['doubt']}: {finding['what']}" for finding in findings[:_MAX_LINES]]
+    more = len(findings) - _MAX_LINES
     if more > 0:
         lines.append(f"and {more:,} more, see --json")
-    return "\n".join(lines if done.findings else [*lines, "nothing is wrong"])
+    return "\n".join(lines if findings else [*lines, "nothing is wrong"])

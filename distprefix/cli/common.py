@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Annotated, Any, NoReturn
 
 import redis
 import typer
 from redis.exceptions import NoPermissionError
-from rich.console import Console
-from rich.text import Text
 
+from distprefix.cli.output import fail, note
 from distprefix.errors import (
     ConfigError,
     DistPrefixError,
     InvalidInputError,
+    NamespaceError,
+    ScriptError,
     ScriptsMissingError,
     TraceError,
     UnavailableError,
@@ -30,7 +29,8 @@ from distprefix.redis.embedded import EmbeddedServer
 from distprefix.redis.inspect import namespaces, read_descriptor
 from distprefix.redis.keys import Keys
 from distprefix.redis.proof import prove
-from distprefix.redis.replies import clock_ms
+from distprefix.redis.replies import clock_ms, count_of
+from distprefix.secret_files import read_secret
 from distprefix.tiers.codecs import codec_named
 
 __all__ = [
@@ -44,57 +44,73 @@ __all__ = [
     "absent",
     "age",
     "cold_tier",
-    "console",
     "describe",
     "errors",
-    "fail",
     "holders_text",
     "names_text",
     "new_server_hint",
     "note_empty",
     "opened",
     "server_ms",
-    "show",
     "size",
 ]
 
 EXIT_MISS, EXIT_USAGE, EXIT_UNAVAILABLE = 1, 2, 3
 _MAX_NAMES = 8
 _TIMEOUT_S = 5.0
+_BOUNDS = (("chunk_size", 65_536), ("max_run", 256))
+"""Numbers that every descriptor has, from 1 to these."""
+
+
+def _read_url(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    """The URL, from the file that @FILE names, or DISTPREFIX_..._FILE in the environment where no value is given."""
+    option = parameter.opts[0]
+    if value is None:
+        path = os.environ.get(f"DISTPREFIX_{option.strip('-').replace('-', '_').upper()}_FILE")
+    else:
+        path = value[1:] if value.startswith("@") else None
+    if path is None:
+        return value
+    with errors():
+        return read_secret(path, option)
+
 
 Url = Annotated[
     str | None,
     typer.Option(
         envvar="DISTPREFIX_URL",
-        help="redis://, rediss://, valkey://, unix://, embedded://NAME; default: a private server.",
+        callback=_read_url,
+        help="redis://, rediss://, valkey://, unix://, embedded://NAME, or @FILE that holds it, as `ps` shows options; "
+        "default: a private server.",
     ),
 ]
 Namespace = Annotated[str, typer.Option(envvar="DISTPREFIX_NAMESPACE", help="The namespace.")]
 ColdUrl = Annotated[
     str | None,
-    typer.Option(envvar="DISTPREFIX_COLD_URL", help="Where cold payloads lie; default: on the same server."),
+    typer.Option(
+        envvar="DISTPREFIX_COLD_URL",
+        callback=_read_url,
+        help="Where cold payloads lie, or @FILE that holds it; default: on the same server.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
-
-console = Console(highlight=False)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong on standard error and end with this exit code."""
-    text = Text.assemble(("error: ", "bold red"), message)
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
-    raise typer.Exit(code)
 
 
 @contextlib.contextmanager
 def errors() -> Generator[None]:
-    """Turn our exceptions into a line and an exit code: 2 for wrong input, 3 for a Redis that does not answer."""
+    """Turn our exceptions into a line and an exit code: 1 where data in Redis cannot be used, 2 for wrong input.
+
+    3 is for a Redis that does not answer, or refuses us.
+    """
     try:
         yield
     except (ConfigError, InvalidInputError, TraceError) as error:
         fail(str(error), EXIT_USAGE)
     except ScriptsMissingError as error:
         fail(str(error), EXIT_UNAVAILABLE)
+    except (NamespaceError, ScriptError, redis.ResponseError) as error:
+        is_refused = isinstance(error, NoPermissionError) or "NOPERM" in str(error)
+        fail(str(error), EXIT_UNAVAILABLE if is_refused else EXIT_MISS)
     except (UnavailableError, redis.ConnectionError, redis.TimeoutError) as error:
         fail(f"Redis does not answer: {error}", EXIT_UNAVAILABLE)
     except (DistPrefixError, redis.RedisError) as error:
@@ -135,14 +151,6 @@ def cold_tier(cold_url: str | None) -> dict[str, Any]:
     return settings
 
 
-def show(value: Any, *, as_json: bool, render: Callable[[], Any]) -> None:
-    """Print `value` as JSON, or what `render` makes of it."""
-    if as_json:
-        sys.stdout.write(json.dumps(value, default=str) + "\n")
-    else:
-        console.print(render())
-
-
 def holders_text(holders: dict[str, tuple[int, int]], size: int, epochs: dict[str, int]) -> str:
     """A node's first three holders by name; those of an older epoch, which no longer count, are marked."""
     parts: list[str] = []
@@ -160,10 +168,14 @@ def describe(client: redis.Redis, namespace: str, *, private: bool) -> dict[str,
     found = read_descriptor(client, keys)
     if not found:
         absent(client, namespace, private=private)
-    whole = all(found.get(name) for name in ("schema", "hash_algorithm", "key_check"))
-    if not whole or not all(re.fullmatch("[0-9]{1,9}", found.get(name, "")) for name in ("chunk_size", "max_run")):
+    is_whole = all(found.get(name) for name in ("schema", "hash_algorithm", "key_check"))
+    if not is_whole or not all(_is_within(found.get(name, ""), most) for name, most in _BOUNDS):
         fail(f"{keys.descriptor} describes no namespace; there are: {names_text(client)}", EXIT_MISS)
     return found
+
+
+def _is_within(number: str, most: int) -> bool:
+    return 0 < count_of(number.encode()) <= most
 
 
 def absent(client: redis.Redis, namespace: str, *, private: bool) -> NoReturn:
@@ -189,8 +201,7 @@ def new_server_hint(*, private: bool) -> str:
 
 def note_empty(client: redis.Redis, namespace: str, what: str) -> None:
     """Say on standard error what the namespace does not have, and which namespaces there are."""
-    text = f"note: namespace {namespace!r} has {what}; namespaces of this server: {names_text(client)}"
-    Console(stderr=True, highlight=False).print(Text(text), soft_wrap=True)
+    note(f"namespace {namespace!r} has {what}; namespaces of this server: {names_text(client)}")
 
 
 def size(count: float) -> str:

@@ -14,7 +14,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from distprefix.cli.common import ColdUrl, Json, Url, cold_tier, console, errors, opened, show
+from distprefix.cli.common import ColdUrl, Json, Url, cold_tier, errors, opened
+from distprefix.cli.output import console, show
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.replay.fleet import Fleet, Outcome
 from distprefix.replay.sessions import Turn, coding_sessions
@@ -118,7 +119,9 @@ def demo(
                 remove_namespaces(client, space, nodes, cold_url)
         tiers = {name: sum(each[name] for each in moved) for name in _TIERS}
         value = {**{title: _as_dict(tally) for title, tally in totals.items()}, "tiers": tiers}
-        show(value, as_json=as_json, render=lambda: Group(_summary(totals, nodes, sessions), _tier_line(tiers, totals)))
+        show(
+            value, as_json=as_json, render=lambda _: Group(_summary(totals, nodes, sessions), _tier_line(tiers, totals))
+        )
 
 
 def _run(fleet: Fleet, work: list[Turn], nodes: int, title: str, *, live: bool) -> Tally:

@@ -14,7 +14,8 @@ import redis
 import typer
 from rich.table import Table
 
-from distprefix.cli.common import EXIT_USAGE, Json, Namespace, Url, errors, fail, opened, show
+from distprefix.cli.common import EXIT_USAGE, Json, Namespace, Url, errors, opened
+from distprefix.cli.output import fail, show
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError
 from distprefix.redis.inspect import read_descriptor
@@ -63,7 +64,7 @@ def ingest(
             if file is not None:
                 name = (worker or ["engine"])[0]
                 value = follow_file(file, name, config, client, kind=kind, engine_chains=engine_chains)
-                show(value, as_json=as_json, render=lambda: _table([value]))
+                show(value, as_json=as_json, render=lambda shown: _table([shown]))
                 return
             engines = engines_of(
                 *(engine or [], replay or [], worker or [], address or []),
@@ -101,7 +102,7 @@ def _report(running: Any, stop: threading.Event, every: float, *, as_json: bool)
         if states != told or now >= due:
             told, due = states, now + every
             status = [stream.status() for stream in running.streams]
-            show(status, as_json=as_json, render=lambda status=status: _table(status))
+            show(status, as_json=as_json, render=_table)
             sys.stdout.flush()
         if stop.wait(0.2):
             return

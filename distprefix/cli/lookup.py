@@ -13,7 +13,8 @@ import typer
 from rich.table import Table
 
 from distprefix.chunking import prompt_extras, read_prompt
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, describe, errors, note_empty, opened, show
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, describe, errors, note_empty, opened
+from distprefix.cli.output import show
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import InvalidInputError
 from distprefix.l1 import L1
@@ -23,6 +24,7 @@ from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import read_hasher
 from distprefix.redis.roster import read_roster
 from distprefix.roster import Roster
+from distprefix.secret_files import read_secret
 
 __all__ = ["lookup"]
 
@@ -32,12 +34,18 @@ def lookup(
     url: Url = None,
     namespace: Namespace = "default",
     salt: Annotated[str, typer.Option(envvar="DISTPREFIX_SALT", help="The namespace's salt, if it has one.")] = "",
+    salt_file: Annotated[
+        Path | None, typer.Option(envvar="DISTPREFIX_SALT_FILE", help="A file that holds it: `ps` shows options.")
+    ] = None,
     lora_name: Annotated[str, typer.Option(help="The LoRA that the prompt is for, as the engine calls it.")] = "",
     cache_salt: Annotated[str, typer.Option(help="The request's cache salt.")] = "",
+    cache_salt_file: Annotated[Path | None, typer.Option(help="A file that holds it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Look a prompt up: matched tokens and who holds them. Exit code 1 when nobody does."""
     with errors():
+        salt = _secret_of(salt, salt_file, "--salt")
+        cache_salt = _secret_of(cache_salt, cache_salt_file, "--cache-salt")
         tokens = _read_tokens(source)
         with opened(url) as (client, _):
             keys = Keys(namespace)
@@ -46,9 +54,14 @@ def lookup(
             value = _look_up(client, keys, settings, tokens, config, prompt_extras(lora_name, cache_salt))
             if not value["hit"]:
                 note_empty(client, namespace, "nothing of this prompt")
-        show(value, as_json=as_json, render=lambda: _table(value))
+        show(value, as_json=as_json, render=_table)
         if not value["hit"]:
             raise typer.Exit(EXIT_MISS)
+
+
+def _secret_of(value: str, path: Path | None, option: str) -> str:
+    """A secret as an option has it, else from its file."""
+    return value if value or path is None else read_secret(path, f"{option}-file")
 
 
 def _read_tokens(source: str) -> list[int]:

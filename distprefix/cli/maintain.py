@@ -18,10 +18,9 @@ from distprefix.cli.common import (
     Url,
     describe,
     errors,
-    fail,
     opened,
-    show,
 )
+from distprefix.cli.output import fail, show
 from distprefix.config import PrefixCacheConfig
 from distprefix.damage import Progress
 from distprefix.operations import Bounds, Evicted, evict
@@ -76,7 +75,7 @@ def maintain(
     with errors(), opened(url) as (client, _):
         while server:
             done = _look_after(Client(client), server_bytes)
-            show(done, as_json=as_json, render=lambda done=done: _lines(done))
+            show(done, as_json=as_json, render=_lines)
             if every is None:
                 return
             sys.stdout.flush()
@@ -91,12 +90,12 @@ def maintain(
             value |= {"right": right, "problems": report.problems[:20] if right else None}
             if cold_url:
                 value["reclaimed_cold_chunks"] = _reclaim(calls, keys, cold_url)
-            show(value, as_json=as_json, render=lambda: _lines(value))
+            show(value, as_json=as_json, render=_lines)
             if not right:
                 fail("others kept writing, or it cannot be mended: try again", EXIT_MISS)
         while bounds != _NONE:
             evicted = _evict(calls, keys, bounds, batch)
-            show(evicted, as_json=as_json, render=lambda done=evicted: _lines(done))
+            show(evicted, as_json=as_json, render=_lines)
             if every is None:
                 break
             sys.stdout.flush()

@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from distprefix.cli.common import (
     EXIT_MISS,
@@ -16,13 +15,12 @@ from distprefix.cli.common import (
     Url,
     age,
     errors,
-    fail,
     new_server_hint,
     opened,
     server_ms,
-    show,
     size,
 )
+from distprefix.cli.output import fail, show
 from distprefix.identity import parts_of_text
 from distprefix.redis.namespaces import NamespaceSummary, summarize_namespaces
 
@@ -36,7 +34,7 @@ def namespaces(url: Url = None, as_json: Json = False) -> None:
         if not found and not as_json:
             fail(f"this server has no namespaces{new_server_hint(private=url is None)}", EXIT_MISS)
         now_ms = server_ms(client)
-        show([_as_dict(each) for each in found], as_json=as_json, render=lambda: _table(found, now_ms))
+        show([_as_dict(each) for each in found], as_json=as_json, render=lambda shown: _table(shown, now_ms))
         if not found:
             raise typer.Exit(EXIT_MISS)
 
@@ -51,7 +49,7 @@ def _model(parts: Mapping[str, str]) -> str:
     return parts.get("model") or parts.get("other", "")
 
 
-def _table(found: list[NamespaceSummary], now_ms: int) -> Table:
+def _table(found: list[dict[str, Any]], now_ms: int) -> Table:
     table = Table(show_header=True)
     table.add_column("namespace", overflow="fold")
     table.add_column("model", overflow="fold")
@@ -60,13 +58,16 @@ def _table(found: list[NamespaceSummary], now_ms: int) -> Table:
         table.add_column(name, justify="right")
     table.add_column("last use")
     for one in found:
-        used = "never" if one.last_used_ms is None else f"{age(one.last_used_ms, now_ms)} ago"
+        used = "never" if one["last_used_ms"] is None else f"{age(one['last_used_ms'], now_ms)} ago"
         table.add_row(
-            Text(one.name),
-            Text(_model(parts_of_text(one.identity))),
-            Text(parts_of_text(one.identity).get("dtype", "")),
-            *(f"{one.chunk_size:,}", f"{one.chunks:,}", size(one.bytes), size(one.cold_bytes)),
-            f"{one.live_workers:,} of {one.known_workers:,}",
+            one["name"],
+            one["model"],
+            one["dtype"] or "",
+            f"{one['chunk_size']:,}",
+            f"{one['chunks']:,}",
+            size(one["bytes"]),
+            size(one["cold_bytes"]),
+            f"{one['live_workers']:,} of {one['known_workers']:,}",
             used,
         )
     return table

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgpack
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from distprefix.cli.common import (
     EXIT_MISS,
@@ -18,17 +18,19 @@ from distprefix.cli.common import (
     age,
     describe,
     errors,
-    fail,
     names_text,
     opened,
     server_ms,
-    show,
 )
-from distprefix.redis.inspect import NodeRecord, children_of, find_node
+from distprefix.cli.output import fail, show
+from distprefix.printable import plain
+from distprefix.redis.inspect import children_of, find_node
 from distprefix.redis.keys import Keys
-from distprefix.results import unpack_metadata
 
 __all__ = ["node"]
+
+_MAX_LEVELS = 32
+"""Of metadata."""
 
 
 def node(
@@ -48,26 +50,44 @@ def node(
             there = f"namespaces of this server: {names_text(client)}"
             fail(f"no node of namespace {namespace!r} has chunk {chunk_hash}; {there}", EXIT_MISS)
         children = children_of(client, keys, record.last)
-        metadata = unpack_metadata(record.metadata)
-        value = {**record.as_dict(), "key": keys.node(record.head), "children": children, "metadata": metadata}
+        value = {
+            **record.as_dict(),
+            "key": keys.node(record.head),
+            "children": children,
+            "metadata": _metadata(record.metadata),
+        }
         now_ms = server_ms(client)
-        show(value, as_json=as_json, render=lambda: _table(record, keys.node(record.head), children, metadata, now_ms))
+        show(value, as_json=as_json, render=lambda shown: _table(shown, now_ms))
 
 
-def _table(record: NodeRecord, key: str, children: list[str], metadata: object, now_ms: int) -> Table:
+def _metadata(packed: bytes) -> Any:
+    """What a publisher told of the node; the bytes as text where they are no msgpack."""
+    if not packed:
+        return None
+    try:
+        return plain(msgpack.unpackb(packed), _MAX_LEVELS)
+    except (ValueError, TypeError, RecursionError):
+        return plain(packed)
+
+
+def _table(value: dict[str, Any], now_ms: int) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("key", key)
-    table.add_row("chunks", f"{record.depth} to {record.depth + record.size - 1} ({record.size})")
-    table.add_row("last chunk", record.last)
-    table.add_row("parent chunk", record.parent or "none: a root")
-    used = f"last {age(record.accessed_ms, now_ms)} ago, made {age(record.created_ms, now_ms)} ago"
-    table.add_row("hits", f"{record.hits:,}, {used}")
-    for name, (epoch, covered) in record.holders.items():
-        table.add_row("holder", f"{name}: first {covered} of {record.size} chunks, epoch {epoch}")
-    if metadata is not None:
-        table.add_row("metadata", Text(str(metadata)))
+    chunks = value["chunks"]
+    table.add_row("key", value["key"])
+    table.add_row("chunks", f"{value['depth']} to {value['depth'] + chunks - 1} ({chunks})")
+    table.add_row("last chunk", value["last"])
+    table.add_row("parent chunk", value["parent"] or "none: a root")
+    used = f"last {age(value['accessed_ms'], now_ms)} ago, made {age(value['created_ms'], now_ms)} ago"
+    table.add_row("hits", f"{value['hits']:,}, {used}")
+    for name, held in value["holders"].items():
+        table.add_row("holder", f"{name}: first {held['chunks']} of {chunks} chunks, epoch {held['epoch']}")
+    if value["unreadable_holders"]:
+        table.add_row("unreadable", f"{value['unreadable_holders']:,} holders: their coverage is no number")
+    if value["metadata"] is not None:
+        table.add_row("metadata", str(value["metadata"]))
+    children = value["children"]
     more = f" … {len(children) - 8:,} more" if len(children) > 8 else ""
     table.add_row("children", (" ".join(children[:8]) + more) or "none: a leaf")
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Annotated
 
 import redis
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from distprefix.cli.common import EXIT_USAGE, Url, errors, fail, opened
+from distprefix.cli.common import EXIT_USAGE, Url, errors, opened
+from distprefix.cli.output import fail, say, write_lines
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError
 from distprefix.redis.provision import (
@@ -92,10 +90,10 @@ def provision(
         _check(url, spaces, wanted, users_only=users_only, scripts_only=scripts_only, apply=apply)
         users, shown = _users(wanted, spaces, passwords_file)
         if users and acl_file is None and not apply:
-            sys.stdout.writelines(f"{line}\n" for line in _acl_file(users))
+            write_lines(_acl_file(users))
         if acl_file is not None:
             write_private(acl_file, _acl_file(users))
-            _say(f"{acl_file}: {len(users)} users; the server reads it at its start, or with ACL LOAD")
+            say(f"{acl_file}: {len(users)} users; the server reads it at its start, or with ACL LOAD")
         if not users_only:
             with opened(url) as (client, where):
                 _prepare(client, where, spaces, config, setting or (), users if apply else ())
@@ -150,7 +148,7 @@ def _users(
         return users, made
     if made:
         write_passwords(passwords_file, made)
-        _say(f"{passwords_file}: {', '.join(made)}")
+        say(f"{passwords_file}: {', '.join(made)}")
     return users, {}
 
 
@@ -168,19 +166,19 @@ def _prepare(
     users: Sequence[User],
 ) -> None:
     loaded = load_scripts(client)
-    _say(f"scripts: {loaded} loaded; load them again after each start of the server (--scripts-only, --every)")
+    say(f"scripts: {loaded} loaded; load them again after each start of the server (--scripts-only, --every)")
     for space in spaces:
         if not space.endswith("*"):
             create_namespace(client, _config(url, space, config, settings))
-            _say(f"namespace {space}: it is there")
+            say(f"namespace {space}: it is there")
     if not users:
         return
     is_saved = apply_users(client, users)
-    _say(f"users: {', '.join(user.name for user in users)} set")
+    say(f"users: {', '.join(user.name for user in users)} set")
     if not is_saved:
-        _say("note: the server has no ACL file, its users end with it: give it an aclfile, or pass --acl-file")
+        say("note: the server has no ACL file, its users end with it: give it an aclfile, or pass --acl-file")
     if is_default_open(client):
-        _say("note: user default may still do everything without a password: make an admin user and switch it off")
+        say("note: user default may still do everything without a password: make an admin user and switch it off")
 
 
 def _config(url: str, namespace: str, path: Path | None, settings: Sequence[str]) -> PrefixCacheConfig:
@@ -207,20 +205,15 @@ def _keep(client: redis.Redis, every: float | None) -> None:
         try:
             loaded = load_scripts(client)
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            _say(f"the server does not answer: {error}")
+            say(f"the server does not answer: {error}")
             continue
         if loaded:
-            _say(f"scripts: {loaded} loaded again")
+            say(f"scripts: {loaded} loaded again")
 
 
 def _show(passwords: dict[str, str]) -> None:
     """Show new passwords, once."""
     if passwords:
-        _say("new passwords, shown only now:")
+        say("new passwords, shown only now:")
     for name, value in passwords.items():
-        _say(f"  {name}={value}")
-
-
-def _say(line: str) -> None:
-    """Standard output is for the ACL file."""
-    Console(stderr=True, highlight=False).print(Text(line), soft_wrap=True)
+        say(f"  {name}={value}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, ColdUrl, Json, Url, errors, fail, opened, show
+from distprefix.cli.common import EXIT_MISS, EXIT_USAGE, ColdUrl, Json, Url, errors, opened
+from distprefix.cli.output import fail, show
 from distprefix.config import check_name
 from distprefix.redis.client import Client
 from distprefix.redis.purge import purge as purge_namespace
@@ -39,10 +40,14 @@ def purge(
         deadline = time.monotonic() + _DEADLINE_S
         with opened(url) as (client, _):
             purged = purge_namespace(Client(client), namespace, deadline)
-        value = {"namespace": namespace, **asdict(purged)}
+        value: dict[str, Any] = {"namespace": namespace, **asdict(purged)}
         if cold_url is not None:
             with opened(cold_url) as (client, _):
                 value["cold_keys"] = purge_cold(Client(client), namespace, deadline)
-        show(value, as_json=as_json, render=lambda: "\n".join(f"{name}: {count}" for name, count in value.items()))
+        show(value, as_json=as_json, render=_lines)
         if not purged.keys and not purged.nodes and not value.get("cold_keys"):
             raise typer.Exit(EXIT_MISS)
+
+
+def _lines(value: dict[str, Any]) -> str:
+    return "\n".join(f"{name.replace('_', ' ')}: {count}" for name, count in value.items())

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distprefix.cli.common import EXIT_USAGE, ColdUrl, Json, Url, cold_tier, errors, fail, opened, show
+from distprefix.cli.common import EXIT_USAGE, ColdUrl, Json, Url, cold_tier, errors, opened
+from distprefix.cli.output import fail, show
 from distprefix.redis.cleanup import remove_namespaces
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.scripts import policy_names
@@ -116,7 +117,7 @@ def replay(
                     remove_namespaces(client, name, nodes, cold_url)
         if most is None:
             figures = replace(figures, evicted_chunks=None)
-        show(figures.as_dict(), as_json=as_json, render=lambda: _table(figures, block_size))
+        show(figures.as_dict(), as_json=as_json, render=lambda _: _table(figures, block_size))
 
 
 def _part_of(text: str, option: str, whole: Callable[[], int]) -> int:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, errors, fail, opened, show
+from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, errors, opened
+from distprefix.cli.output import fail, show
 from distprefix.errors import NotAttachedError, ScriptError
 from distprefix.redis.client import Client
 from distprefix.redis.inspect import namespaces
@@ -39,7 +40,7 @@ def restored(
                     fail(f"there is no namespace {name!r}", EXIT_MISS)
             except ScriptError as error:  # of another version, say: the others are done all the same
                 refused.append(f"{name!r}: {error}")
-        show(done, as_json=as_json, render=lambda: _lines(done))
+        show(done, as_json=as_json, render=_lines)
         if refused:
             fail(f"nothing was said of {'; '.join(refused)}", EXIT_MISS)
 

@@ -7,9 +7,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, describe, errors, note_empty, opened, show, size
+from distprefix.cli.common import Json, Namespace, Url, describe, errors, note_empty, opened, size
+from distprefix.cli.output import show
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
+from distprefix.redis.metrics import breakers_off, figure
+from distprefix.redis.replies import count_of
 
 __all__ = ["stats"]
 
@@ -19,7 +22,7 @@ def stats(url: Url = None, namespace: Namespace = "default", as_json: Json = Fal
     with errors(), opened(url) as (client, _):
         describe(client, namespace, private=url is None)
         found = read_stats(client, Keys(namespace))
-        show(found, as_json=as_json, render=lambda: _table(namespace, found))
+        show(found, as_json=as_json, render=lambda shown: _table(namespace, shown))
         if not found["nodes"]:
             note_empty(client, namespace, "an empty tree")
 
@@ -35,11 +38,13 @@ def _table(namespace: str, found: dict[str, Any]) -> Table:
     table.add_row("payloads", f"{size(found['warm_bytes'])} warm, {size(found['cold_bytes'])} cold")
     table.add_row("log", f"{found['log']:,} entries so far")
     table.add_row("hot", f"{found['hot']:,} candidates for pre-warming")
-    table.add_row("tokens", f"{found['chunks'] * int(settings['chunk_size']):,}")
+    table.add_row("tokens", f"{found['chunks'] * count_of(settings['chunk_size'].encode()):,}")
     workers = [f"{name} (epoch {epoch})" for name, epoch in found["workers"].items()]
     more = f" and {len(workers) - 8:,} more" if len(workers) > 8 else ""
     table.add_row("workers", Text(f"{len(workers):,}: " + ", ".join(workers[:8]) + more))
     table.add_row("settings", Text("\n".join(f"{name} {value}" for name, value in settings.items() if value)))
+    if found["unreadable"]:
+        table.add_row("unreadable", "\n".join(found["unreadable"]) + "\nof another type, counted as empty")
     if found["live"]:
         table.add_row("fleet", Text("\n".join(_fleet(list(found["live"].values())))))
     limit = f" of {found['maxmemory'] / 2**20:,.0f} MiB" if found["maxmemory"] else ""
@@ -58,8 +63,8 @@ _SUMS = (
 
 def _fleet(reports: list[dict[str, Any]]) -> list[str]:
     """What the workers that reported lately have done together."""
-    lines = [f"{name.replace('_', ' ')} {sum(one.get(name, 0) for one in reports):,}" for name in _SUMS]
-    lines.append(f"L1 {sum(one.get('l1_bytes', 0) for one in reports) / 2**20:,.1f} MiB")
-    lines.append(f"budget {100 * max(one.get('l2_budget_use', 0) for one in reports):.1f} % used")
-    off = sorted({name for one in reports for name, state in one.get("breakers", {}).items() if state != "closed"})
+    lines = [f"{name.replace('_', ' ')} {sum(figure(one, name) for one in reports):,}" for name in _SUMS]
+    lines.append(f"L1 {sum(figure(one, 'l1_bytes') for one in reports) / 2**20:,.1f} MiB")
+    lines.append(f"budget {100 * max(figure(one, 'l2_budget_use') for one in reports):.1f} % used")
+    off = sorted({name for one in reports for name in breakers_off(one)})
     return [*lines, f"off {', '.join(off) or 'nothing'}"]

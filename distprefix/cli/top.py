@@ -15,9 +15,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distprefix.cli.common import Json, Namespace, Url, console, describe, errors, note_empty, opened, show, size
+from distprefix.cli.common import Json, Namespace, Url, describe, errors, note_empty, opened, size
+from distprefix.cli.output import Screen, console, show
 from distprefix.redis.inspect import read_stats
 from distprefix.redis.keys import Keys
+from distprefix.redis.metrics import breakers_off, figure
+from distprefix.redis.replies import count_of
 
 __all__ = ["top"]
 
@@ -41,16 +44,11 @@ def top(
         looks = count or (1 << 62 if live else 1)
         try:
             if live:
-                with Live(console=console, auto_refresh=False, screen=count is None) as screen:
-                    _watch(
-                        *(client, keys, looks, interval),
-                        lambda now, before: screen.update(_page(now, before), refresh=True),
-                    )
+                with Live(console=console, auto_refresh=False, screen=count is None) as part:
+                    screen = Screen(part)
+                    _watch(client, keys, looks, interval, screen.update)
             else:
-                _watch(
-                    *(client, keys, looks, interval),
-                    lambda now, before: show(now, as_json=as_json, render=partial(_page, now, before)),
-                )
+                _watch(client, keys, looks, interval, partial(show, as_json=as_json))
         except KeyboardInterrupt:
             return
 
@@ -60,14 +58,14 @@ def _watch(
     keys: Keys,
     looks: int,
     interval: float,
-    draw: Callable[[dict[str, Any], dict[str, Any]], object],
+    draw: Callable[..., object],
 ) -> None:
     before: dict[str, Any] = {}
     for look in range(looks):
         if look:
             time.sleep(interval)
         now = read_stats(client, keys)
-        draw(now, before)
+        draw(now, render=partial(_page, before=before.get("live", {})))
         before = now
 
 
@@ -77,8 +75,8 @@ _COLUMNS = (
 )
 
 
-def _page(now: dict[str, Any], before: dict[str, Any]) -> Group:
-    chunk_size = int(now["descriptor"]["chunk_size"])
+def _page(now: dict[str, Any], before: dict[str, dict[str, Any]]) -> Group:
+    chunk_size = count_of(now["descriptor"].get("chunk_size", "").encode())
     head = Text.assemble(
         (f"{now['chunks']:,} chunks", "bold"),
         f" ({now['chunks'] * chunk_size:,} tokens) in {now['nodes']:,} nodes, {now['leaves']:,} leaves, "
@@ -91,7 +89,7 @@ def _page(now: dict[str, Any], before: dict[str, Any]) -> Group:
         table.add_column(column, justify="right")
     table.add_column("off")
     for holder, report in sorted(now["live"].items()):
-        table.add_row(holder, *_cells(report, before.get("live", {}).get(holder, {})))
+        table.add_row(holder, *_cells(report, before.get(holder, {})))
     if not now["live"]:
         return Group(head, Text("no worker has reported within the last half minute"))
     return Group(head, table)
@@ -99,30 +97,36 @@ def _page(now: dict[str, Any], before: dict[str, Any]) -> Group:
 
 def _cells(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     """A worker's row: rates since the last look, and what it did since it began."""
-    seconds = now["at"] - before["at"] if before else 0.0
+    seconds = figure(now, "at") - figure(before, "at") if before else 0.0
+
+    def count(name: str) -> str:
+        return f"{figure(now, name):,}"
+
+    def in_bytes(name: str) -> str:
+        return size(figure(now, name))
 
     def rate(name: str) -> str:
-        return f"{(now[name] - before[name]) / seconds:,.0f}" if seconds > 0 else "-"
+        return f"{(figure(now, name) - figure(before, name)) / seconds:,.0f}" if seconds > 0 else "-"
 
-    def share(part: str, whole: str) -> str:
-        return f"{100 * now[part] / now[whole]:.1f}" if now[whole] else "-"
+    def share(part: str, of: str) -> str:
+        return f"{100 * figure(now, part) / figure(now, of):.1f}" if figure(now, of) else "-"
 
-    off = [name for name, state in now["breakers"].items() if state != "closed"]
+    off = breakers_off(now)
     return [
-        f"{now['lookups']:,}",
+        count("lookups"),
         rate("lookups"),
         share("chunks_hit", "chunks_looked_up"),
         share("chunks_hit_l1", "chunks_hit"),
-        f"{now['tokens_hit']:,}",
-        f"{now['loads']:,}",
-        size(now["payload_bytes_loaded"]),
-        size(now["payload_bytes_loaded_cold"]),
-        size(now["payload_bytes_stored"]),
+        count("tokens_hit"),
+        count("loads"),
+        in_bytes("payload_bytes_loaded"),
+        in_bytes("payload_bytes_loaded_cold"),
+        in_bytes("payload_bytes_stored"),
         rate("publishes"),
-        f"{now['publishes_dropped']:,}",
-        f"{now['evicted_chunks']:,}",
-        f"{100 * now['l2_budget_use']:.0f}",
+        count("publishes_dropped"),
+        count("evicted_chunks"),
+        f"{100 * figure(now, 'l2_budget_use'):.0f}",
         share("staleness_over", "staleness_checked"),
-        size(now["l1_bytes"]),
+        in_bytes("l1_bytes"),
         f" {', '.join(off) or '-'}",
     ]

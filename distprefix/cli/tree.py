@@ -20,8 +20,8 @@ from distprefix.cli.common import (
     note_empty,
     opened,
     server_ms,
-    show,
 )
+from distprefix.cli.output import show
 from distprefix.redis.inspect import children_of, read_node, read_stats
 from distprefix.redis.keys import Keys
 
@@ -40,21 +40,23 @@ def tree(
         keys = Keys(namespace)
         describe(client, namespace, private=url is None)
         epochs = read_stats(client, keys)["workers"]
-        found = _read(client, keys, "", depth, breadth)
+        found = _read(client, keys, "", depth, breadth, set())
         now_ms = server_ms(client)
-        show(found, as_json=as_json, render=lambda: _draw(Tree(Text(namespace, "bold")), found, epochs, now_ms))
+        show(found, as_json=as_json, render=lambda shown: _draw(Tree(namespace), shown, epochs, now_ms))
         if not found["children"]:
             note_empty(client, namespace, "an empty tree")
 
 
-def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int) -> dict[str, Any]:
-    heads = children_of(client, keys, last)
+def _read(client: redis.Redis, keys: Keys, last: str, depth: int, breadth: int, seen: set[str]) -> dict[str, Any]:
+    """The children of a node. Each node is followed once: damaged ones may name each other."""
+    heads = [head for head in children_of(client, keys, last) if head not in seen]
     if not depth:
         return {"children": [], "not_shown": len(heads)}
     records = [record for record in (read_node(client, keys, head) for head in heads) if record is not None]
     records.sort(key=lambda record: (-record.hits, -record.accessed_ms, record.head))
     shown = records[:breadth]
-    children = [_read(client, keys, record.last, depth - 1, breadth) | record.as_dict() for record in shown]
+    seen.update(record.head for record in shown)
+    children = [_read(client, keys, record.last, depth - 1, breadth, seen) | record.as_dict() for record in shown]
     return {"children": children, "not_shown": len(records) - len(shown)}
 
 

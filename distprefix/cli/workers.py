@@ -15,13 +15,12 @@ from distprefix.cli.common import (
     Url,
     describe,
     errors,
-    fail,
     names_text,
     note_empty,
     opened,
-    show,
     size,
 )
+from distprefix.cli.output import fail, show
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.workers import describe_workers, retire_worker
@@ -29,6 +28,7 @@ from distprefix.redis.workers import describe_workers, retire_worker
 __all__ = ["workers"]
 
 _DEADLINE_S = 60.0
+_LONGEST_LEASE_S = 1e11
 
 
 def workers(
@@ -50,10 +50,11 @@ def workers(
             if not ranks:
                 there = f"namespaces of this server: {names_text(client)}"
                 fail(f"there is no worker {drop!r} in namespace {namespace!r}; {there}", EXIT_MISS)
-            show({"dropped": drop, "ranks": ranks}, as_json=as_json, render=lambda: f"dropped {drop}: {ranks} ranks")
+            done = {"dropped": drop, "ranks": ranks}
+            show(done, as_json=as_json, render=lambda shown: f"dropped {shown['dropped']}: {shown['ranks']} ranks")
             return
         found = describe_workers(calls, keys, deadline)
-        show(found, as_json=as_json, render=lambda: _table(namespace, found))
+        show(found, as_json=as_json, render=lambda shown: _table(namespace, shown))
         if not found:
             note_empty(client, namespace, "no workers")
 
@@ -94,6 +95,8 @@ def _figures(figures: dict[str, int]) -> list[str]:
 def _lease(left_s: float | None) -> str:
     if left_s is None:
         return "none"
+    if abs(left_s) > _LONGEST_LEASE_S:
+        return "not a date"
     return f"{left_s:.0f} s" if left_s > 0 else f"ended {-left_s:.0f} s ago"
 
 

@@ -113,10 +113,12 @@ def parse_address(url: str, setting: str = "url") -> Address:
     Raises ConfigError that names `setting`, the part at fault and the remedy. No message has the password.
     """
     url = url.strip()
+    reason = ""
     try:
         return _parse(url)
     except ValueError as error:
-        raise ConfigError(f"{setting} is {without_password(url)!r}: {error}") from None  # causes quote the URL
+        reason = str(error)
+    raise ConfigError(f"{setting} is {without_password(url)!r}: {reason}")  # here it has no context that quotes the URL
 
 
 def address_of(where: Address | str) -> Address:

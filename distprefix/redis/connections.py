@@ -12,18 +12,30 @@ from redis.backoff import NoBackoff
 from redis.connection import Connection, DefaultParser, UnixDomainSocketConnection
 from redis.retry import Retry
 
+from distprefix.printable import printable
 from distprefix.redis.address import KEEPALIVE, Address, address_of
+from distprefix.redis.causes import without_echo
 from distprefix.redis.endpoint import IDENTITY, Endpoint, read_identity
 from distprefix.redis.tls import Tls
 
 __all__ = ["Parser", "connect", "current"]
+
+_LONGEST_ERROR = 1000
 
 current = threading.local()
 """`deadline`: when the call of this thread has to be done (time.monotonic)."""
 
 
 class Parser(cast("Any", DefaultParser)):  # pyright: ignore[reportUntypedBaseClass]
-    """Reads until the deadline of the thread's call: redis-py's time-outs begin anew with every byte that comes."""
+    """Reads until the deadline of the thread's call: redis-py's time-outs begin anew with every byte that comes.
+
+    What a server says in place of a reply is escaped: it ends in logs and on terminals.
+    """
+
+    @classmethod
+    def parse_error(cls, response: str) -> Any:
+        """The exception for a reply that is an error."""
+        return super().parse_error(printable(response, _LONGEST_ERROR))
 
     def read_from_socket(self, *args: Any, **options: Any) -> Any:
         """Receive, for as long as the thread's call has left; for redis-py's own time-out where none runs."""
@@ -73,7 +85,7 @@ def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = 
         "decode_responses": False,
         "maint_notifications_config": None,
         "driver_info": None,
-        "redis_connect_func": None if endpoint is None else partial(_admit, endpoint),
+        "redis_connect_func": _greet if endpoint is None else partial(_admit, endpoint),
     }
     if address.path:
         options |= {"connection_class": UnixDomainSocketConnection, "path": address.path}
@@ -85,10 +97,24 @@ def connect(where: Address | str, timeout_s: float, endpoint: Endpoint | None = 
     return redis.Redis.from_pool(redis.ConnectionPool(**options))
 
 
+def _greet(connection: Any) -> None:
+    """Log in. An error that repeats the password is raised without it, and without the one that it stands for."""
+    refusal: redis.RedisError | None = None
+    try:
+        connection.on_connect()
+    except redis.RedisError as error:
+        refusal = error
+    if refusal is None:
+        return
+    text = str(refusal)
+    shown = without_echo(text, connection.password or "")
+    raise refusal if shown == text else type(refusal)(shown)
+
+
 def _admit(endpoint: Endpoint, connection: Any) -> None:
     """Greet the server and ask what it is. Two commands, one round trip."""
     try:
-        connection.on_connect()
+        _greet(connection)
         for command in IDENTITY:
             connection.send_command(*command)
         replies: list[Any] = []

@@ -18,7 +18,7 @@ from typing import Any
 from distprefix import errors
 from distprefix.redis.address import Address, address_of
 from distprefix.redis.breaker import Breaker, Breakers, new_breakers
-from distprefix.redis.causes import NOT_SERVING, cause_of_code
+from distprefix.redis.causes import NOT_SERVING, cause_of_code, without_echo
 from distprefix.redis.endpoint import IDENTITY, Endpoint, ReplicaError, read_identity
 from distprefix.redis.keys import PROBE
 from distprefix.redis.resp import RefusedError, Wire, WireError
@@ -258,8 +258,7 @@ class DataPool:
         wire = Wire(self._address, min(deadline, time.monotonic() + self._timeout_s))
         try:
             for command in self._address.greeting():
-                wire.request(*command)
-                wire.line()
+                _say(wire, command, self._address.password)
             if self._admits:
                 self._admit(wire)
         except BaseException:
@@ -332,3 +331,15 @@ class DataPool:
     def _count(self, reason: str) -> None:
         with self._lock:
             self.failures[reason] += 1
+
+
+def _say(wire: Wire, command: tuple[bytes, ...], password: str) -> None:
+    """Send a command of the greeting. Raises RefusedError that does not repeat the password."""
+    wire.request(*command)
+    refusal: RefusedError | None = None
+    try:
+        wire.line()
+    except RefusedError as error:
+        refusal = error
+    if refusal is not None:
+        raise RefusedError(without_echo(str(refusal), password))

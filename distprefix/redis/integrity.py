@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import redis
 
+from distprefix.printable import printable
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import count_of, is_chunk_name
+from distprefix.redis.replies import count_of, is_chunk_name, is_wrong_type
 from distprefix.redis.soundness import (
     Fix,
     as_bytes,
@@ -22,6 +23,8 @@ from distprefix.redis.soundness import (
 from distprefix.tiers.envelope import HEADER_BYTES, PART_BYTES, upload_of
 
 __all__ = ["Report", "check_integrity", "check_payloads"]
+
+_LONGEST_PROBLEM = 500
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Report:
     cold: int = 0
     """Bytes of cold payloads."""
     problems: list[str] = field(default_factory=list[str])
+    """Printable lines. The other fields name what is there exactly."""
     orphans: list[str] = field(default_factory=list[str])
     """Heads of nodes that do not hang from a root: the parent is lost, they lie below themselves, or are none."""
     strays: list[str] = field(default_factory=list[str])
@@ -62,11 +66,11 @@ def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = N
     `cold`: the other server, where the cold ones lie on one. What waits in the trash may still be there, and what waits
     to be settled may still have a TTL.
     """
-    trash: Any = client.execute_command("SMEMBERS", keys.trash)
-    waiting: Any = client.execute_command("HVALS", keys.unsettled)
+    problems: list[str] = []
+    trash = _ask(client, problems, "SMEMBERS", keys.trash)
+    waiting = _ask(client, problems, "HVALS", keys.unsettled)
     allowed = {as_text(chunk) for chunk in trash}
     unsettled = {chunks[at : at + 16].hex() for chunks in waiting for at in range(0, len(chunks), 16)}
-    problems: list[str] = []
     for tier, kind, server in (("@warm", "kv", client), ("@cold", "cold", cold or client)):
         wanted = _wanted(client, keys, f"b:{tier}".encode())
         there = _there(server, keys, kind)
@@ -83,7 +87,7 @@ def check_payloads(client: redis.Redis, keys: Keys, cold: redis.Redis | None = N
             named = values.named if chunk in wanted or chunk in allowed else set[str]()
             lone = values.staying - named
             problems += [f"{kind}:{chunk}{part} stays and belongs to nothing" for part in sorted(lone)]
-    return problems
+    return [printable(problem, _LONGEST_PROBLEM) for problem in problems]
 
 
 @dataclass(slots=True)
@@ -121,6 +125,17 @@ def _wanted(client: redis.Redis, keys: Keys, column: bytes) -> dict[str, int]:
             if size:
                 wanted[run[16 * i : 16 * i + 16].hex()] = size
     return wanted
+
+
+def _ask(client: redis.Redis, problems: list[str], command: str, name: str) -> Any:
+    """The items of a key; none, and a problem, where the key has another type."""
+    try:
+        return client.execute_command(command, name)
+    except redis.ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        problems.append(f"{name} has another type")
+        return []
 
 
 def _there(server: redis.Redis, keys: Keys, kind: str) -> dict[str, _Values]:
@@ -172,6 +187,7 @@ def check_integrity(client: redis.Redis, keys: Keys, max_run: int = 256) -> Repo
     report.problems += problems
     report.fixes += fixes
     _check_meta(read_hash(client, keys.meta) or {}, report)
+    report.problems = [printable(problem, _LONGEST_PROBLEM) for problem in report.problems]
     return report
 
 

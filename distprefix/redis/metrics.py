@@ -15,7 +15,7 @@ from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.replies import clock_ms, count_of, pairs
 
-__all__ = ["read_metrics", "withdraw_metrics", "write_metrics"]
+__all__ = ["breakers_off", "figure", "read_metrics", "withdraw_metrics", "write_metrics"]
 
 _FRESH_MS = 30_000
 _MAX_DEPTH = 2
@@ -54,12 +54,25 @@ def read_metrics(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
     return found
 
 
+def figure(report: dict[str, Any], name: str) -> float:
+    """A number of a report; 0 where it has none of this name."""
+    value = report.get(name, 0)
+    return value if isinstance(value, int | float) else 0
+
+
+def breakers_off(report: dict[str, Any]) -> list[str]:
+    """The breakers of a report that are not closed."""
+    breakers = report.get("breakers")
+    states = cast("dict[str, Any]", breakers) if isinstance(breakers, dict) else {}
+    return [name for name, state in states.items() if state != "closed"]
+
+
 def _unpack(value: bytes) -> dict[str, Any] | None:
     """A report with the time when the server got it, in seconds since 1970; None for what is no report."""
     at_ms, _, packed = value.partition(b":")
     try:
         metrics = msgpack.unpackb(packed)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return None
     at = count_of(at_ms)
     return {**_figures(cast("dict[Any, Any]", metrics)), "at": at / 1000} if isinstance(metrics, dict) and at else None

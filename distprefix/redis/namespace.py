@@ -89,7 +89,7 @@ def _read_secret(client: Client, keys: Keys, config: PrefixCacheConfig, known: b
     """The namespace's random secret; a new namespace gets one. One call when it is there."""
     try:
         found: Any = client.command("HGET", keys.secret, _SECRET, deadline=deadline)
-        if found is None and not known and client.command("HEXISTS", keys.descriptor, "schema", deadline=deadline):
+        if found is None and not known and client.command("HGET", keys.descriptor, "schema", deadline=deadline):
             found = client.command("HGET", keys.secret, _SECRET, deadline=deadline)  # another process made it just now
             if found is None:
                 raise NamespaceError(

@@ -9,7 +9,7 @@ import redis
 
 from distprefix.redis.inspect import namespaces
 from distprefix.redis.keys import Keys
-from distprefix.redis.replies import clock_ms
+from distprefix.redis.replies import clock_ms, count_of, text
 
 __all__ = ["NamespaceSummary", "summarize_namespaces"]
 
@@ -68,22 +68,23 @@ def _summarize(client: redis.Redis, name: str, now_ms: int) -> NamespaceSummary 
         batch.zrange(keys.leaves, 0, _MAX_NODES - 1, desc=True)
         batch.zrange(keys.hot, 0, _MAX_NODES - 1, desc=True)
         descriptor, meta, known, live, leaves, hot = batch.execute(raise_on_error=False)
-    schema, chunk_size, identity, created = (_text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
-    if not schema or not chunk_size.isdigit():
+    schema, chunk_size, identity, created = (text(value) for value in _items(descriptor, len(_DESCRIPTOR)))
+    tokens = count_of(chunk_size.encode())
+    if not schema or not tokens:
         return None
-    nodes, chunks, held, warm, cold, used = (_number(value) for value in _items(meta, len(_META)))
-    heads = {_text(head) for head in (*_items(leaves), *_items(hot))}
+    nodes, chunks, held, warm, cold, used = (count_of(value) for value in _items(meta, len(_META)))
+    heads = {text(head) for head in (*_items(leaves), *_items(hot))}
     return NamespaceSummary(
         name,
         identity,
-        int(chunk_size),
+        tokens,
         nodes,
         chunks,
         held,
         warm,
         cold,
         len(_items(live)),
-        known if isinstance(known, int) else 0,
+        count_of(known),
         max(used, _last_used_ms(client, keys, sorted(heads)) or 0) or None,
         created,
     )
@@ -97,18 +98,9 @@ def _last_used_ms(client: redis.Redis, keys: Keys, heads: list[str]) -> int | No
         for head in heads:
             batch.hget(keys.node(head), "a")
         accessed = batch.execute(raise_on_error=False)
-    return max((_number(value) for value in accessed), default=0) or None
+    return max((count_of(value) for value in accessed), default=0) or None
 
 
 def _items(reply: Any, length: int = 0) -> list[Any]:
     """A reply with several items; as many empty ones when it is an error, as that of a key of another type."""
     return reply if isinstance(reply, list) else [None] * length
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else ""
-
-
-def _number(value: Any) -> int:
-    text = _text(value)
-    return int(text) if text.isascii() and text.isdigit() else 0

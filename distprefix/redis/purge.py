@@ -111,7 +111,7 @@ def _keys_of(client: Client, keys: Keys, deadline: float) -> Iterator[str | byte
 
 def _unlink_all(client: Client, names: Any, deadline: float) -> int:
     """Remove keys, one call for 500."""
-    every = list(names)
+    every = [name.encode(errors="surrogateescape") if isinstance(name, str) else name for name in names]
     removed = 0
     for at in range(0, len(every), 500):
         removed += int(client.command("UNLINK", *every[at : at + 500], deadline=deadline))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-__all__ = ["clock_ms", "count_of", "is_chunk_name", "pairs"]
+__all__ = ["clock_ms", "count_of", "is_chunk_name", "is_wrong_type", "pairs", "text"]
 
 _COUNT = re.compile(rb"[0-9]{1,15}")
+_MAX_COUNT = 10**15
 _CHUNK = re.compile(rb"[0-9a-f]{32}")
 
 
@@ -24,9 +25,21 @@ def clock_ms(reply: Any) -> int:
     return 1000 * int(seconds) + int(micros) // 1000
 
 
-def count_of(value: bytes | None, otherwise: int = 0) -> int:
-    """A stored whole number; `otherwise` for what is none, or more than a server counts up to."""
-    return int(value) if value is not None and _COUNT.fullmatch(value) else otherwise
+def count_of(value: Any, otherwise: int = 0) -> int:
+    """A whole number as a reply or a key has it; `otherwise` for what is none, or more than a server counts up to."""
+    if isinstance(value, bytes):
+        return int(value) if _COUNT.fullmatch(value) else otherwise
+    return value if isinstance(value, int) and 0 <= value < _MAX_COUNT else otherwise
+
+
+def text(value: Any) -> str:
+    """A name as a reply has it, bytes that are no UTF-8 replaced; empty for what is no name."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else ""
+
+
+def is_wrong_type(error: Exception) -> bool:
+    """Whether a server's error, or one of ours that quotes it, says that the key has another type."""
+    return "WRONGTYPE" in str(error)
 
 
 def is_chunk_name(name: bytes) -> bool:

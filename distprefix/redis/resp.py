@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from distprefix.printable import printable
 from distprefix.redis.address import KEEPALIVE, Address
 
 __all__ = ["LONGEST_VALUE", "RefusedError", "Wire", "WireError", "bulk"]
@@ -40,6 +41,7 @@ _LONGEST_WAIT_S = 1e6
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_PROF, signal.ITIMER_VIRTUAL)
 _GRACE_S = 0.05
 """How long after its deadline a call may end by itself."""
+_LONGEST_ERROR = 1000
 _MAX_DEPTH = 4
 """Levels of a small reply, as of ROLE."""
 
@@ -163,7 +165,7 @@ class Wire:
         line = bytes(self._view[self._start : found])
         self._start = found + 2
         if line.startswith(b"-"):
-            raise RefusedError(line[1:].decode(errors="replace"))
+            raise RefusedError(printable(line[1:], _LONGEST_ERROR))
         return line
 
     def reply(self, depth: int = 0) -> Any:

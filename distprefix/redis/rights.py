@@ -33,14 +33,14 @@ class Role(StrEnum):
 
 
 _WORKER = (
-    *("del", "evalsha", "evalsha_ro", "exists", "expire", "get", "getrange", "hdel", "hexists", "hget"),
+    *("del", "evalsha", "evalsha_ro", "exists", "expire", "get", "getrange", "hdel", "hget"),
     *("hgetall", "hincrby", "hkeys", "hlen", "hmget", "hscan", "hset", "hstrlen", "info", "persist", "ping", "pttl"),
     *("role", "sadd", "set", "sismember", "srandmember", "srem", "strlen", "time", "type", "unlink", "xadd", "xlen"),
     *("xrange", "xrevrange", "zadd", "zcard", "zmscore", "zrange", "zrem", "zremrangebyrank", "zrevrange", "zscore"),
 )
 _READER = (
-    *("evalsha_ro", "get", "hget", "hgetall", "hkeys", "hlen", "hmget", "hscan", "ping", "time", "xrange"),
-    *("xrevrange", "zmscore", "zrange", "zrevrange"),
+    *("evalsha_ro", "exists", "get", "hget", "hgetall", "hkeys", "hlen", "hmget", "hscan", "ping", "time"),
+    *("xrange", "xrevrange", "zmscore", "zrange", "zrevrange"),
 )
 _INSPECTOR = (
     *("evalsha_ro", "exists", "get", "hget", "hgetall", "hkeys", "hlen", "hmget", "hscan", "hstrlen", "info"),

@@ -221,7 +221,7 @@ def _info(said: Mapping[bytes, bytes]) -> WorkerInfo:
         load = msgpack.unpackb(said.get(b"load", b"\x80"))
         load = {str(name): float(value) for name, value in load.items()}
         load = {name: value for name, value in load.items() if isfinite(value)}
-    except (ValueError, TypeError, AttributeError, OverflowError):  # another hand wrote it
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # another hand wrote it
         load = {}
     return WorkerInfo(text(b"address"), text(b"model"), tuple(filter(None, text(b"media").split(","))), load)
 

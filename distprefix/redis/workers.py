@@ -10,7 +10,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.redis.client import Client, run
 from distprefix.redis.journal import census
 from distprefix.redis.keys import Keys
-from distprefix.redis.metrics import read_metrics
+from distprefix.redis.metrics import figure, read_metrics
 from distprefix.redis.replies import clock_ms, count_of, pairs
 from distprefix.redis.roster import Member, read_members, read_roster, retire
 from distprefix.roster import member_of, members_of
@@ -48,13 +48,13 @@ def describe_workers(client: Client, keys: Keys, deadline: float) -> list[dict[s
                 chunks.setdefault(name, Counter())[medium] += len(held) // HASH_BYTES
     described: list[dict[str, Any]] = []
     figures_of: dict[str, list[dict[str, Any]]] = {}
-    for holder, figure in reports.items():
-        figures_of.setdefault(member_of(holder), []).append(figure)
+    for holder, report in reports.items():
+        figures_of.setdefault(member_of(holder), []).append(report)
     for member, stream in zip(members, _streams(client, keys, members), strict=True):
         figures = figures_of.get(member.name, [])
         if member.lease_left_s is not None or member.name in chunks or stream or figures:
             one = _describe(member, dict(chunks.get(member.name, {})), stream, server_s)
-            one["figures"] = {name: sum(_number(figure.get(name)) for figure in figures) for name in FIGURES}
+            one["figures"] = {name: sum(figure(each, name) for each in figures) for name in FIGURES}
             described.append(one)
     return described
 
@@ -73,10 +73,6 @@ def retire_worker(client: Client, keys: Keys, worker: str, deadline: float) -> i
     """Nothing that any rank of the worker published counts any more. Two calls. Returns how many ranks it had."""
     epochs = read_roster(client, keys, "", deadline).epochs or {}
     return retire(client, keys, dict.fromkeys(members_of(worker, epochs)), deadline)
-
-
-def _number(figure: Any) -> int:
-    return int(figure) if isinstance(figure, int | float) else 0
 
 
 def _describe(member: Member, chunks: dict[str, int], stream: dict[bytes, bytes], server_s: float) -> dict[str, Any]:

@@ -47,7 +47,7 @@ local function split(node, at, is_leaf, width)
   -- A newer process may have published less than an older one: what the children still say of that one counts for
   -- nothing, but is only found if every node above it names the holder.
   for _, holder in ipairs(shorter) do
-    if redis.call('HEXISTS', junction_key(hex(node.run)), holder) == 1 then
+    if redis.call('HGET', junction_key(hex(node.run)), holder) then
       add(lower, 'h:' .. holder, '0:1')
       add(counts, holder, 1)
       account(0, 0, 1, 0)

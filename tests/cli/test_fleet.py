@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from distprefix.cli.app import app
-from distprefix.cli.common import console
+from distprefix.cli.output import console
 from distprefix.cli.stats import _fleet
 from distprefix.redis.metrics import read_metrics
 from tests.cli.test_workers import where

@@ -95,9 +95,10 @@ def test_namespaces_are_listed(server: Server, admin: redis.Redis) -> None:
     assert llama["warm_bytes"] + llama["cold_bytes"] >= 4000
     assert (llama["live_workers"], llama["known_workers"]) == (1, 2)
     nodes: Any = admin.scan_iter(match=Keys("kv-llama").node("*"))
-    assert llama["last_used_ms"] == max(_accessed_ms(admin, node) for node in nodes)
-    assert (mine["model"], mine["dtype"], mine["chunks"], mine["last_used_ms"]) == ("my model, fp8", None, 0, None)
-    assert all(word in text for word in ("kv-llama", "org/Llama-8B", "bfloat16", "1 of 2", " ago", "never", "my model"))
+    assert llama["last_used_ms"] >= max(_accessed_ms(admin, node) for node in nodes)
+    assert (mine["model"], mine["dtype"], mine["chunks"]) == ("my model, fp8", None, 0)
+    assert mine["last_used_ms"] >= int(admin.hget(Keys("mine").meta, "used") or 0) > 0  # pyright: ignore[reportArgumentType]
+    assert all(word in text for word in ("kv-llama", "org/Llama-8B", "bfloat16", "1 of 2", " ago", "my model"))
     assert "\x1b" not in text
 
 
@@ -178,7 +179,7 @@ def test_commands_that_are_refused_show_as_nothing(tmp_path: Path) -> None:
         with _open(f"unix://all:x@{server.socket}", "n") as cache:
             cache.cache_prefix(list(range(16)))
         (found,) = _listed(f"unix://few:x@{server.socket}")
-        assert (found["chunks"], found["known_workers"], found["last_used_ms"]) == (4, 0, None)
+        assert (found["chunks"], found["known_workers"], found["last_used_ms"] > 0) == (4, 0, True)
     finally:
         server.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from distprefix import DistPrefixError, PrefixCacheConfig
-from distprefix.errors import ConfigError
+from distprefix.errors import ConfigError, NamespaceError
 
 WRONG: list[tuple[str, Any, str]] = [
     ("max_cached_sequences", 0, "between 1 and"),
@@ -87,10 +88,12 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
 def test_a_wrong_value_is_told_with_what_is_allowed(name: str, value: Any, allowed: str) -> None:
-    """A wrong value raises at once and names the field, the value and what is allowed."""
+    """A wrong value raises at once and names the field, the value and what is allowed; of a secret only its type."""
     with pytest.raises(ConfigError) as caught:
         PrefixCacheConfig(**{name: value})
-    assert str(caught.value).startswith(f"{name} is {value!r}: ")
+    is_hidden = not PrefixCacheConfig.__dataclass_fields__[name].repr and not isinstance(value, str)
+    shown = f"of type {type(value).__name__}" if is_hidden else repr(value)
+    assert str(caught.value).startswith(f"{name} is {shown}: ")
     assert allowed in str(caught.value)
     assert isinstance(caught.value, DistPrefixError)
 
@@ -203,3 +206,15 @@ def test_settings_do_not_change() -> None:
     """A configuration is frozen."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PrefixCacheConfig().chunk_size = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_descriptor_gives_no_address_and_no_key() -> None:
+    """What anybody may write into Redis sets parts of an identity, no address and no key."""
+    parts = {"model": "m", "other": "o", "url": "redis://evil", "cold_url": "redis://evil", "salt": "x", "secret": "y"}
+    found = {"identity": json.dumps(parts), "chunk_size": "8"}
+    config = PrefixCacheConfig.from_descriptor("n", found, url="redis://mine")
+    assert (config.model, config.fingerprint, config.chunk_size) == ("m", "o", 8)
+    assert (config.url, config.cold_url, config.salt, config.secret) == ("redis://mine", None, "", "")
+    for text in ("\u00b2", "", "-1", "9" * 5000):
+        with pytest.raises(NamespaceError, match="its chunk_size is"):
+            PrefixCacheConfig.from_descriptor("n", {"chunk_size": text})
