@@ -428,11 +428,11 @@ def test_what_another_hand_wrote_is_passed_over() -> None:
     assert blocks_of([good, *bad]) == {"gpu": [(1, None, b"a" * 16)]}
 
 
-def test_media_beyond_the_masks_are_left_out() -> None:
-    """More media than there is room for are counted as left out, and cost no memory for each."""
+def test_media_beyond_the_limit_are_left_out() -> None:
+    """More media than a rank may have are counted as left out, and cost no memory for each."""
     holdings = make()
     for i in range(200):
         holdings.store(stored(steps((1,)), f"m{i}"))
-    assert sum(holdings.chunks.values()) == 64
-    assert holdings.counts["other_groups"] == 136
-    assert len(holdings.changed) == 64
+    assert sum(holdings.chunks.values()) == 8
+    assert holdings.counts["other_media"] == 192
+    assert len(holdings.changed) == 8
