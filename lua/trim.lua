@@ -12,7 +12,7 @@
 -- returns    {chunks of coverage taken away, nodes removed, chunks removed, "" when done, else what to resume with}
 -- errors     DPGONE, DPSCHEMA, DPSTALE, DPDAMAGED
 -- flags      allow-oom: it only makes room
--- cost       an HMGET a node on the path; an HMGET and its change for each node that loses coverage, and an HEXISTS for
+-- cost       an HMGET a node on the path; an HMGET and its change for each node that loses coverage, and a read for
 --            each of its siblings, where the junction counts any that is covered. The next call resumes
 -- @include guard
 -- @include writes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distprefix import PrefixCacheOptimizer
@@ -35,12 +36,12 @@ def follow(
     """A follower of a worker's rank 0 in the backend's namespace; the rest are settings of the cache or the engine."""
     kind, chains = settings.pop("kind", "auto"), settings.pop("engine_chains", False)
     rank = settings.pop("rank", 0)
+    ticks: Callable[[], float] = settings.pop("ticks", time.monotonic)
     reader = backend.open("attaches", **settings)  # makes the namespace
     engine = Engine(worker=worker, endpoint="tcp://nowhere:1", kind=kind, rank=rank)
     client = reader._state.link.admin
-    return follower_of(
-        engine, reader.config, reader._state.link.hasher, client, kept, lease_s=lease_s, engine_chains=chains
-    )
+    hasher = reader._state.link.hasher
+    return follower_of(engine, reader.config, hasher, client, kept, lease_s=lease_s, engine_chains=chains, ticks=ticks)
 
 
 def holders(reader: PrefixCacheOptimizer, tokens: Any, **extras: Any) -> dict[str, int]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +15,8 @@ from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError, InvalidInputError, ReplayError
 from distprefix.events.frames import Frame
 from distprefix.events.ingester import Engine, follower_of, status_of
+from distprefix.events.limits import EngineLimits
+from distprefix.lines import parse_json, read_lines
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
@@ -25,6 +24,11 @@ from distprefix.redis.namespace import attach
 __all__ = ["engines_of", "follow_file"]
 
 _BATCH = 1000
+_WRITE_S = 10.0
+_PAUSE_S = 0.05
+_MAX_LINE_BYTES = (64 << 20) + 4096
+"""A message of 32 MiB in hex."""
+_END_SEQUENCE = 2**64 - 1
 
 
 def engines_of(
@@ -73,7 +77,14 @@ class _NothingToReplay:
 
 
 def follow_file(
-    path: Path, worker: str, config: PrefixCacheConfig, client: redis.Redis, *, kind: str, engine_chains: bool
+    path: Path,
+    worker: str,
+    config: PrefixCacheConfig,
+    client: redis.Redis,
+    *,
+    kind: str,
+    engine_chains: bool,
+    limits: EngineLimits | None = None,
 ) -> dict[str, Any]:
     """Apply the messages of a file: JSON lines with `seq` and `payload_hex`, gzip or plain. Returns how it went.
 
@@ -85,28 +96,41 @@ def follow_file(
     hasher = attach(calls, Keys(config.namespace), config, time.monotonic() + 5).hasher
     engine = Engine(worker=worker, endpoint=str(path), kind=kind)
     follower, journal = follower_of(
-        engine, config, hasher, calls, _NothingToReplay(), lease_s=0.0, engine_chains=engine_chains
+        engine,
+        config,
+        hasher,
+        calls,
+        _NothingToReplay(),
+        lease_s=0.0,
+        engine_chains=engine_chains,
+        limits=limits,
     )
     if not follower.begin():
         raise ConfigError(f"another ingester writes the events of {worker}")
     try:
         for start in range(0, len(frames), _BATCH):
             follower.take(frames[start : start + _BATCH])
+        until = time.monotonic() + _WRITE_S
+        while not follower.is_written and time.monotonic() < until:  # a file that clears all the time is paced
+            time.sleep(_PAUSE_S)
+            follower.write()
     finally:
         journal.resign()
     return status_of(engine, follower, "done", Counter())
 
 
 def _messages(path: Path) -> Iterator[Frame]:
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for line in read_lines(str(path), _MAX_LINE_BYTES, InvalidInputError):
         try:
-            row = json.loads(line) if line.strip() else {}
+            row: Any = parse_json(line.text)
             if row.get("payload_hex") is not None:
-                yield Frame(int(row["seq"]), bytes.fromhex(row["payload_hex"]))
+                yield Frame(_sequence(row["seq"]), bytes.fromhex(row["payload_hex"]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidInputError(f"{path}, line {number}: no message with seq and payload_hex ({error})") from error
+            raise InvalidInputError(f"{line.where}: no message with seq and payload_hex ({error})") from error
+
+
+def _sequence(value: Any) -> int:
+    """A sequence number as engines have them: eight bytes, of which all ones mean the end."""
+    if type(value) is not int or not 0 <= value < _END_SEQUENCE:
+        raise ValueError(f"seq is {repr(value)[:40]}")
+    return value

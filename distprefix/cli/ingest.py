@@ -13,15 +13,21 @@ from typing import Annotated, Any
 import redis
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from distprefix.cli.common import EXIT_USAGE, Json, Namespace, Url, errors, opened
 from distprefix.cli.output import fail, show
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import ConfigError
+from distprefix.events.pace import Pace
 from distprefix.redis.inspect import read_descriptor
 from distprefix.redis.keys import Keys
 
 __all__ = ["ingest"]
+
+_MIB = 1 << 20
+_STATE_CHANGES = (20, 0.1)
+"""Reports of changed states at once, and per second."""
 
 
 def ingest(
@@ -47,6 +53,9 @@ def ingest(
         bool, typer.Option("--engine-chains", help="The engine's own hashes (16 bytes and more) name the chunks.")
     ] = False,
     file: Annotated[Path | None, typer.Option(help="Messages from a file instead: JSON lines, or - for input.")] = None,
+    message_mib: Annotated[int, typer.Option(min=1, max=64, help="MiB in one message of an engine.")] = 32,
+    queue_mib: Annotated[int, typer.Option(min=1, help="MiB of an engine's messages that may wait.")] = 256,
+    blocks_mib: Annotated[int, typer.Option(min=1, help="MiB of hashes and tokens kept of an engine's blocks.")] = 256,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two lines about how it goes.")] = 10.0,
     as_json: Json = False,
 ) -> None:
@@ -55,15 +64,19 @@ def ingest(
         try:
             from distprefix.cli.following import engines_of, follow_file  # noqa: PLC0415 - optional dependency
             from distprefix.events.ingester import Ingester  # noqa: PLC0415
+            from distprefix.events.limits import EngineLimits  # noqa: PLC0415
         except ModuleNotFoundError as error:
             if error.name != "zmq":
                 raise
             fail("following engines needs pyzmq: pip install 'distprefix[events]'", EXIT_USAGE)
         with opened(url) as (client, where):
             config = _settings(client, where, namespace, chunk_size)
+            limits = EngineLimits(
+                message_bytes=message_mib * _MIB, queue_bytes=queue_mib * _MIB, held_bytes=blocks_mib * _MIB
+            )
             if file is not None:
                 name = (worker or ["engine"])[0]
-                value = follow_file(file, name, config, client, kind=kind, engine_chains=engine_chains)
+                value = follow_file(file, name, config, client, kind=kind, engine_chains=engine_chains, limits=limits)
                 show(value, as_json=as_json, render=lambda shown: _table([shown]))
                 return
             engines = engines_of(
@@ -77,7 +90,8 @@ def ingest(
             stop = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())  # pyright: ignore[reportUnknownLambdaType]
-            with Ingester(config, engines, lease_s=lease, engine_chains=engine_chains, client=client) as running:
+            settings: dict[str, Any] = {"lease_s": lease, "engine_chains": engine_chains, "limits": limits}
+            with Ingester(config, engines, client=client, **settings) as running:
                 _report(running, stop, every, as_json=as_json)
 
 
@@ -93,14 +107,19 @@ def _settings(client: redis.Redis, url: str, namespace: str, chunk_size: int | N
 
 
 def _report(running: Any, stop: threading.Event, every: float, *, as_json: bool) -> None:
-    """Say how it goes: soon after the start, whenever a state changes, and every so often."""
+    """Say how it goes: soon after the start, when a state changes, and every so often.
+
+    An engine that comes and goes all the time is not written about each time.
+    """
     told: list[str] = []
     due = 0.0
+    changes = Pace(*_STATE_CHANGES)
     while True:
         now = time.monotonic()
         states = [stream.state for stream in running.streams]
-        if states != told or now >= due:
-            told, due = states, now + every
+        if now >= due or (states != told and changes.take()):
+            told = states
+            due = now + every
             status = [stream.status() for stream in running.streams]
             show(status, as_json=as_json, render=_table)
             sys.stdout.flush()
@@ -117,5 +136,5 @@ def _table(status: list[dict[str, Any]]) -> Table:
         counts = ", ".join(f"{name} {count:,}" for name, count in one["counts"].items() if count)
         sequence = "none" if one["sequence"] is None else f"{one['sequence']:,}"
         name = f"{one['worker']}/{one['rank']}"
-        table.add_row(name, one["state"], sequence, chunks, f"{one['lag_s']:.1f} s", counts)
+        table.add_row(*map(Text, (name, one["state"], sequence, chunks, f"{one['lag_s']:.1f} s", counts)))
     return table

@@ -25,6 +25,9 @@ from distprefix.replay.trace import ideal_hits, read_trace
 
 __all__ = ["replay"]
 
+_MAX_TOKENS = 1 << 26
+"""In a made-up prompt: 256 MiB."""
+
 
 class Route(StrEnum):
     """Which node gets a request."""
@@ -74,6 +77,8 @@ def replay(
         if policy not in policy_names():
             fail(f"--policy is {policy!r}: it must be one of {', '.join(policy_names())}", EXIT_USAGE)
         requests = read_trace(trace, limit)
+        if as_tokens:
+            _check_tokens(max(request.chunks for request in requests), block_size)
         most = None if capacity is None else _part_of(capacity, "--capacity", lambda: ideal_hits(requests)[1])
         payloads = None
         if payload_bytes:
@@ -130,6 +135,16 @@ def _part_of(text: str, option: str, whole: Callable[[], int]) -> int:
     except ValueError:
         fail(f"{option} is {text!r}: it must be a whole number, or a share such as 1%", EXIT_USAGE)
     return int(value) if number == text.strip() else max(1, int(value * whole() / 100))
+
+
+def _check_tokens(chunks: int, block_size: int) -> None:
+    """End the command where a prompt would take too much memory as tokens."""
+    if chunks * block_size > _MAX_TOKENS:
+        fail(
+            f"--as-tokens: a prompt of {chunks} blocks has {chunks * block_size} tokens, at most {_MAX_TOKENS} are "
+            "made up: leave --as-tokens out, or give a smaller --block-size",
+            EXIT_USAGE,
+        )
 
 
 def _progress() -> Progress:

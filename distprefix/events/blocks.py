@@ -66,6 +66,11 @@ class Block:
         return block.chunks[-16:]
 
     @property
+    def spare_bytes(self) -> int:
+        """Bytes of tokens and extras that wait for the end of their chunk."""
+        return len(self.rest or b"") + len(self.extras)
+
+    @property
     def children(self) -> Iterator[Block]:
         """The blocks right behind this one."""
         if isinstance(self._children, Block):

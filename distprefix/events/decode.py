@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from array import array
@@ -23,6 +22,7 @@ _MASK = (1 << 64) - 1
 _KEY_BYTES, _NAME_BYTES = 8, 16
 _INT, _BYTES = {int}, {bytes}
 _ZERO, _ONE = (number.to_bytes(4, "little") for number in (0, 1))
+_LATEST = 2**40  # seconds since 1970: what is later is no time
 _WORD = 64  # characters in a medium or kind
 _BASE = "block_hashes parent_block_hash token_ids block_size lora_id medium"
 _FIELDS = {
@@ -64,7 +64,7 @@ def decode(payload: bytes, *, engine: str = "auto") -> Batch:
 
 def _time(at: Any) -> float:
     if at is None or type(at) is float or type(at) is int:
-        return float(at) if at is not None and math.isfinite(at) else 0.0
+        return float(at) if at is not None and 0 <= at < _LATEST else 0.0
     raise EventFormatError("the time of a batch is a number")
 
 

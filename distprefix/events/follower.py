@@ -6,7 +6,7 @@ restarted, the worker takes a new epoch, so that nothing older counts, and begin
 
 from __future__ import annotations
 
-import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -14,21 +14,30 @@ from typing import Protocol
 import xxhash
 
 from distprefix.errors import EventFormatError, FencedError, ReplayError, StaleEpochError
-from distprefix.events.changes import blocks_of, changes, confirm, confirm_part, reject
+from distprefix.events.changes import Change, blocks_of, changes, confirm, confirm_part, reject
 from distprefix.events.decode import decode
 from distprefix.events.frames import Cleared, Frame, Removed, Stored
 from distprefix.events.holdings import Holdings
-from distprefix.events.journal import Fate, Journal, Position
+from distprefix.events.journal import Fate, Journal, Outcome, Position
+from distprefix.events.pace import Pace
+from distprefix.events.reports import EngineReports
 
 __all__ = ["Follower", "Replays"]
 
-_log = logging.getLogger("distprefix")
 _WRITTEN = (Fate.DONE, Fate.REFUSED)
 _IN_PART = (Fate.AGAIN, Fate.PART)
 _REMEMBERED = 20_000
 """Messages whose digests are kept: more than an engine replays."""
 _TOGETHER = 16_384
 """Changed blocks that are written together, in several calls: prompts that grow in between are told once."""
+_RENEWALS = (32, 1.0)
+"""New epochs at once, and per second: each makes every router read the roster."""
+_REPLAYS = (100, 10.0)
+"""Replays at once, and per second."""
+_BEATS = (100, 10.0)
+"""Heartbeats at once, and per second, where the stream begins anew and needs no new epoch."""
+_POSITIONS = (100, 10.0)
+"""Writes of nothing but the position at once, and per second."""
 
 
 class Replays(Protocol):
@@ -53,6 +62,7 @@ class Follower:
         rank: int = 0,
         replay_timeout_s: float = 30.0,
         clock: Callable[[], float],
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts: Counter[str] = Counter()
         """What happened: messages, events, and whatever was lost, by reason."""
@@ -62,7 +72,8 @@ class Follower:
         """How long after the engine made it the last message was applied."""
         self.answered = False
         """Whether the engine replayed all that it had when it was asked last."""
-        self._name = name
+        self.reports = EngineReports(name, ticks)
+        """What the engine did wrong, at a limited rate."""
         self._journal = journal
         self._engine = engine
         self._kind = kind
@@ -72,12 +83,23 @@ class Follower:
         self._last: Position | None = None
         """The last message applied."""
         self._written: Position | None = None
+        self._may_be_published = True
+        """Whether anything may count under this epoch: then only a new one voids it."""
+        self._renewals = Pace(*_RENEWALS, ticks)
+        self._replays = Pace(*_REPLAYS, ticks)
+        self._positions = Pace(*_POSITIONS, ticks)
+        self._beats = Pace(*_BEATS, ticks)
         self._digests: OrderedDict[int, str] = OrderedDict()
 
     @property
     def position(self) -> Position | None:
         """How far the stream is written."""
         return self._written
+
+    @property
+    def is_written(self) -> bool:
+        """Whether Redis was told of all that was applied."""
+        return self._last == self._written and not any(self.holdings.changed.values())
 
     def begin(self) -> bool:
         """Take over the stream where it was written to, and apply what the engine sent since. False: another leads.
@@ -91,6 +113,7 @@ class Follower:
         self._digests.clear()
         self._last = self._written = lead.position
         self.epoch = lead.epoch
+        self._may_be_published = True
         if lead.position is None or lead.epoch != lead.current_epoch or not lead.epoch:
             self._start_over("new" if lead.position is None else "voided")
             return True
@@ -110,7 +133,7 @@ class Follower:
             if self._continue():
                 return
         except ReplayError as error:
-            _log.warning("%s: %s", self._name, error)
+            self.reports.warning("replays_failed", "%s", error)
             self.counts["replays_failed"] += 1
         self._start_over("restarted")
 
@@ -124,10 +147,8 @@ class Follower:
 
     def heartbeat(self) -> None:
         """The engine lives. When the worker was given up meanwhile, begin anew."""
-        load = {"chunks": float(sum(self.holdings.chunks.values())), "blocks": float(len(self.holdings))}
-        try:
-            self._journal.heartbeat(self.epoch, load | {"lag_s": self.lag_s})
-        except StaleEpochError:
+        if not self._is_current():
+            self._may_be_published = True  # under the epoch that counts instead
             self._start_over("voided")
 
     def suspend(self) -> None:
@@ -138,29 +159,49 @@ class Follower:
             return  # it does not count anyway
 
     def write(self) -> None:
-        """Tell Redis what changed since it was told last, and with it up to which message that is."""
+        """Tell Redis what changed since it was told last, and with it up to which message that is.
+
+        An engine that clears again and again has to wait here: under a new epoch nothing is published until there may
+        be another new epoch, as the next clear would need. So what was cleared is void at once, always.
+        """
+        if not self._may_be_published and not self._renewals.is_open:
+            return
         again = False
         while True:
             batch, complete = changes(self.holdings)
             if again:  # what is told anew would be taken away with what it replaces
                 batch, complete = [change for change in batch if not change.publish] or batch, False
             position = self._last if complete and self._last != self._written else None
-            if not batch and position is None:
+            if not batch and (position is None or not self._positions.take()):
                 return
+            self._may_be_published = self._may_be_published or bool(batch)
             outcomes = self._journal.commit(self.epoch, batch, position, self.holdings.state)
             again = any(outcome.fate is Fate.AGAIN for outcome in outcomes)
             for change, outcome in zip(batch, outcomes, strict=False):
-                self.counts["changes_refused"] += outcome.fate is Fate.REFUSED
-                if outcome.fate is Fate.MOVED:
-                    reject(self.holdings, change)
-                elif outcome.fate is Fate.PART and not again:
-                    if not confirm_part(self.holdings, change, outcome.chunks, outcome.heads):
-                        self.counts["changes_refused"] += 1
-                elif outcome.fate not in _IN_PART and not (again and change.publish):
-                    confirm(self.holdings, change, outcome.heads)
+                self._note(change, outcome, again=again)
             is_whole = len(outcomes) == len(batch) and all(outcome.fate in _WRITTEN for outcome in outcomes)
             if position is not None and is_whole:
                 self._written = position
+
+    def _is_current(self) -> bool:
+        """Tell that the engine lives; whether the epoch is the one that counts."""
+        load = {"chunks": float(sum(self.holdings.chunks.values())), "blocks": float(len(self.holdings))}
+        try:
+            self._journal.heartbeat(self.epoch, load | {"lag_s": self.lag_s})
+        except StaleEpochError:
+            return False
+        return True
+
+    def _note(self, change: Change, outcome: Outcome, *, again: bool) -> None:
+        """Remember what became of a change; `again`: of any that was written with it, a part is still to be done."""
+        self.counts["changes_refused"] += outcome.fate is Fate.REFUSED
+        if outcome.fate is Fate.MOVED:
+            reject(self.holdings, change)
+        elif outcome.fate is Fate.PART and not again:
+            if not confirm_part(self.holdings, change, outcome.chunks, outcome.heads):
+                self.counts["changes_refused"] += 1
+        elif outcome.fate not in _IN_PART and not (again and change.publish):
+            confirm(self.holdings, change, outcome.heads)
 
     def _take(self, frame: Frame) -> None:
         last, digest = self._last, _digest(frame)
@@ -182,7 +223,7 @@ class Follower:
         try:
             same = self._continue(frame.seq)
         except ReplayError as error:
-            _log.warning("%s: %s", self._name, error)
+            self.reports.warning("replays_failed", "%s", error)
             self.counts["replays_failed"] += 1
             same = False
         if same and self._last is not None and self._last.seq + 1 >= frame.seq:
@@ -191,7 +232,7 @@ class Follower:
             return
         missing = frame.seq - (self._last.seq if self._last else -1) - 1
         self.counts["messages_lost"] += missing
-        _log.warning("%s: %d messages are lost, and the engine cannot replay them", self._name, missing)
+        self.reports.warning("messages_lost", "%d messages are lost, and the engine cannot replay them", missing)
         self._start_over("lost messages", frame)
 
     def _is_same(self) -> bool:
@@ -207,7 +248,7 @@ class Follower:
         if last is None:
             return False
         self.answered = False
-        frames = self._engine.replay(last.seq, self._replay_timeout_s)
+        frames = self._ask(last.seq)
         first = next(frames, None)
         if first is None or first.seq != last.seq or _digest(first) != last.digest:
             return False
@@ -225,8 +266,10 @@ class Follower:
     def _start_over(self, reason: str, frame: Frame | None = None) -> None:
         """Nothing that was published counts any more; begin with what the engine still has, or with this message."""
         if self.counts["messages"] or reason != "new":
-            _log.warning("%s begins anew: %s", self._name, reason)
+            self.reports.warning(f"renewed, {reason}", "the stream begins anew: %s", reason)
         self.counts[f"renewed, {reason}"] += 1
+        if not self._may_be_published and self._beats.take():
+            self._may_be_published = not self._is_current()
         self._void()
         self._last = None
         self._digests.clear()
@@ -242,7 +285,7 @@ class Follower:
         """Apply what the engine still has, if it answers."""
         self.answered = False
         try:
-            for each in self._engine.replay(0, self._replay_timeout_s):
+            for each in self._ask(0):
                 last = self._last
                 if last is not None and each.seq != last.seq + 1:
                     self.counts["messages_lost"] += each.seq - last.seq - 1
@@ -255,7 +298,7 @@ class Follower:
                     self.write()
             self.answered = True
         except ReplayError as error:
-            _log.info("%s: %s", self._name, error)
+            self.reports.info("replay", "%s", error)
             if self._last is not None:  # it ended in the middle: what came is whole as far as it goes
                 self.counts["replays_failed"] += 1
 
@@ -269,12 +312,29 @@ class Follower:
             self._void()
         self._apply(frame, _digest(frame))
 
+    def _ask(self, start: int) -> Iterator[Frame]:
+        """The engine's replay. Raises ReplayError when it was asked too often lately."""
+        if not self._replays.take():
+            raise ReplayError("The engine was asked for replays too often: it is not asked again for a moment")
+        return self._engine.replay(start, self._replay_timeout_s)
+
+    def _clear(self) -> None:
+        """The engine holds nothing, or nobody knows what it holds."""
+        if len(self.holdings) or self.holdings.parked:
+            self._void()
+
     def _void(self) -> None:
+        """Nothing that was told so far counts any more: under a new epoch, unless nothing of it was published."""
+        if not self._may_be_published:
+            self.holdings.clear()
+            return
         if self._journal.lead() is None:  # it was taken over: what counts now is another's
             raise FencedError
         self.holdings.clear()
         self._written = None
         self.epoch = self._journal.renew()
+        self._may_be_published = False
+        self._renewals.spend()
 
     def _apply(self, frame: Frame, digest: str) -> None:
         at = self._last.at if self._last else 0.0
@@ -282,9 +342,8 @@ class Follower:
             batch = decode(frame.payload, engine=self._kind)
         except EventFormatError as error:
             self.counts["messages_unreadable"] += 1
-            _log.warning("%s, message %d: %s", self._name, frame.seq, error)
-            if len(self.holdings):
-                self._void()  # it may have told of blocks that are gone
+            self.reports.warning("messages_unreadable", "message %d: %s", frame.seq, error)
+            self._clear()  # it may have told of blocks that are gone
         else:
             at = batch.at
             self.counts["events"] += len(batch.events)
@@ -295,7 +354,8 @@ class Follower:
             else:
                 self._apply_events(batch.events)
         self.counts["messages"] += 1
-        self.lag_s = max(0.0, self._clock() - at)
+        if at:  # else the engine did not say
+            self.lag_s = max(0.0, self._clock() - at)
         self._last = Position(frame.seq, digest, at)
         self._remember(self._last)
 
@@ -305,8 +365,8 @@ class Follower:
                 self.holdings.store(event)
             elif isinstance(event, Removed):
                 self.holdings.remove(event)
-            elif len(self.holdings) or self.holdings.parked:
-                self._void()
+            else:
+                self._clear()
 
     def _remember(self, position: Position) -> None:
         self._digests[position.seq] = position.digest

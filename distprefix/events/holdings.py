@@ -15,6 +15,7 @@ import msgpack
 from distprefix.chunking import HASH_BYTES
 from distprefix.events.blocks import EVERY_MEDIUM, Block
 from distprefix.events.frames import Removed, Stored
+from distprefix.events.limits import EngineLimits
 from distprefix.events.parking import Parking
 from distprefix.hashing import ChunkHasher
 
@@ -23,10 +24,15 @@ __all__ = ["Holdings"]
 _INDEXED = frozenset({"full_attention", "mla_attention", "sink_full_attention"})
 """Groups all of whose blocks a prefix needs. A sliding window needs, and tells of, its last ones only."""
 _GROUPS = 8
+_MAX_BLOCK_TOKENS = 65_536
+"""Engines have some thousand tokens in a block at most."""
 
 
 class Holdings:
-    """The blocks of one engine; beyond `max_blocks` the prompt that grew longest ago is forgotten from its end.
+    """The blocks of one engine.
+
+    Beyond `max_blocks` blocks or chunks, or `held_bytes` of the limits, the prompt that grew longest ago is forgotten
+    from its end.
 
     `hasher` names their chunks. With `engine_chains` the engine's own hashes are the chunk hashes.
     """
@@ -39,7 +45,9 @@ class Holdings:
         engine_chains: bool = False,
         max_blocks: int = 1_000_000,
         max_parked: int = 100_000,
+        limits: EngineLimits | None = None,
     ) -> None:
+        limits = limits or EngineLimits()
         self.counts: Counter[str] = Counter()
         """Blocks that were left out, by reason."""
         self.changed: dict[str, dict[Block, None]] = {}
@@ -52,7 +60,9 @@ class Holdings:
         self._origin = hasher.root
         self._engine_chains = engine_chains
         self._max_blocks = max_blocks
-        self._parking = Parking(max_parked, self.counts)
+        self._max_bytes = limits.held_bytes
+        self._max_media = limits.media
+        self._parking = Parking(max_parked, self.counts, limits.parked_bytes)
         self._media: dict[str, int] = {}
         self._need: list[int] = []
         """By medium: the groups that have to hold a block."""
@@ -65,6 +75,12 @@ class Holdings:
         self.root.covered = self.root.told = EVERY_MEDIUM
         self._blocks: dict[int, Block] = {}
         self._leaves: OrderedDict[Block, None] = OrderedDict()
+        self._places: dict[bytes, int] = {}
+        """Chunk hashes that the engine gave to the keys of their blocks: each has one place in the tree."""
+        self._chunks_known = 0
+        """Chunks of all blocks, whether they count or not."""
+        self._bytes = 0
+        """What blocks hold besides themselves."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -73,6 +89,11 @@ class Holdings:
     def parked(self) -> int:
         """Blocks that wait for the one before them."""
         return self._parking.blocks
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of hashes, tokens and extras that the blocks hold."""
+        return self._bytes
 
     @property
     def state(self) -> bytes:
@@ -97,10 +118,10 @@ class Holdings:
         if event.kind not in _INDEXED:
             self.counts["other_groups"] += len(event.keys)
             return
-        bit = self._group(event.medium, event.group)
+        bit = self._known_group(event)
         if not bit:
-            self.counts["other_groups"] += len(event.keys)
-        elif not event.tokens:
+            return
+        if not event.tokens:
             self._store_known(event, bit)
         elif not self._fits(event):
             self.counts["misfits"] += len(event.keys)
@@ -135,10 +156,21 @@ class Holdings:
             else:
                 self._credit(block, bit, event.medium)
 
+    def _known_group(self, event: Stored) -> int:
+        """The bit of the event's group; 0 when it has none, which is counted."""
+        bit = self._group(event.medium, event.group)
+        if not bit and event.medium not in self._media:
+            self.counts["other_media"] += len(event.keys)
+        elif not bit:
+            self.counts["other_groups"] += len(event.keys)
+        return bit
+
     def _fits(self, event: Stored) -> bool:
         size, chunk = event.block_size, self._chunk_size
-        if self._engine_chains:
-            return size == chunk and len(event.names) == len(event.keys)
+        if size > _MAX_BLOCK_TOKENS or not event.keys:
+            return False
+        if self._engine_chains and (size != chunk or len(event.names) != len(event.keys)):
+            return False
         whole = size > 0 and (size % chunk == 0 or chunk % size == 0)
         return whole and len(event.tokens) == 4 * size * len(event.keys)
 
@@ -182,12 +214,13 @@ class Holdings:
             self.counts["unknown_blocks"] += len(event.keys) - start
             return
         blocks, index, tokens, extras = self._blocks, self._media[event.medium], event.tokens, event.extras
-        changed, mask, chunks = self.changed[event.medium], 1 << index, 0
+        changed, mask = self.changed[event.medium], 1 << index
         counts = parent.covered & mask and bit == self._need[index]  # then all of them do
         self._leaves.pop(parent, None)
         last, extra, digest = parent.last or self._origin, b"", self._digest
         is_chunk = size == self._stride and not parent.rest and not self._engine_chains
-        for i in range(start, len(event.keys)):
+        chunk_bytes = spare_bytes = 0
+        for i in range(start, self._stop(event, start)):
             key = event.keys[i]
             if key in blocks:  # see above
                 self.counts["conflicts"] += len(event.keys) - i
@@ -197,44 +230,68 @@ class Holdings:
             if is_chunk:
                 last = digest(last + tokens[i * size : (i + 1) * size] + extra)
                 block = Block(key, parent, last)
-            elif self._engine_chains:
-                block = Block(key, parent, event.names[i][:HASH_BYTES])
             else:
-                block = self._make(key, parent, last, tokens[i * size : (i + 1) * size], extra)
+                made = self._make(event, i, parent, last, extra)
+                if made is None:
+                    self.counts["repeats"] += len(event.keys) - i
+                    break
+                block = made
                 last = block.chunks[-HASH_BYTES:] or last
+                spare_bytes += block.spare_bytes
             blocks[key] = block
             parent.add_child(block)
             block.held = bit
+            chunk_bytes += len(block.chunks)
             if counts:
                 block.covered = mask
                 changed[block] = None
-                chunks += len(block.chunks)
             parent = block
-        self._leaves[parent] = None
+        if parent is not self.root and parent.is_leaf:
+            self._leaves[parent] = None
+        self._add_sizes(chunk_bytes, spare_bytes)
         if counts:
-            self.chunks[event.medium] += chunks // HASH_BYTES
+            self.chunks[event.medium] += chunk_bytes // HASH_BYTES
 
-    def _make(self, key: int, parent: Block, last: bytes, tokens: bytes, extra: bytes) -> Block:
-        """A block with the hashes of the chunks that end in it; what else it depends on goes into the first of them."""
-        stride, hashes = self._stride, list[bytes]()
+    def _stop(self, event: Stored, start: int) -> int:
+        """Where the blocks of an event end that may be held, if all else is forgotten. The others are counted."""
+        stop = min(len(event.keys), start + self._max_blocks)
+        if stop < len(event.keys):
+            self.counts["forgotten"] += len(event.keys) - stop
+        return stop
+
+    def _add_sizes(self, chunk_bytes: int, spare_bytes: int) -> None:
+        self._bytes += chunk_bytes + spare_bytes
+        self._chunks_known += chunk_bytes // HASH_BYTES
+
+    def _make(self, event: Stored, at: int, parent: Block, last: bytes, extra: bytes) -> Block | None:
+        """A block with the hashes of the chunks that end in it; what else it depends on goes into the first of them.
+
+        None for a chunk that the engine names a second time: chained hashes cover all before them, and do not repeat.
+        """
+        key = event.keys[at]
+        if self._engine_chains:
+            chunk = event.names[at][:HASH_BYTES]
+            return Block(key, parent, chunk) if self._places.setdefault(chunk, key) == key else None
+        size, stride, hashes = 4 * event.block_size, self._stride, list[bytes]()
+        tokens = event.tokens[at * size : (at + 1) * size]
         if parent.rest:
             tokens, extra = parent.rest + tokens, parent.extras + extra
-        at = 0
-        while at + stride <= len(tokens):
-            last = self._digest(last + tokens[at : at + stride] + extra)
+        begin = 0
+        while begin + stride <= len(tokens):
+            last = self._digest(last + tokens[begin : begin + stride] + extra)
             hashes.append(last)
             extra = b""
-            at += stride
-        return Block(key, parent, b"".join(hashes), tokens[at:], extra)
+            begin += stride
+        return Block(key, parent, b"".join(hashes), tokens[begin:], extra)
 
     # Who counts
 
     def _group(self, medium: str, group: int) -> int:
-        """The bit of an attention group in a medium; 0 when there are too many."""
+        """The bit of an attention group in a medium; 0 when there are too many of either."""
         bit = self._groups.get((medium, group))
         if bit is not None:
             return bit
-        if medium not in self._media and len(self._media) == EVERY_MEDIUM.bit_length():
+        if medium not in self._media and len(self._media) >= self._max_media:
             return 0
         index = self._media.setdefault(medium, len(self._media))
         if index == len(self._need):
@@ -276,7 +333,10 @@ class Holdings:
         while stack:
             block = stack.pop()
             block.covered &= ~mask
-            changed[block] = None
+            if block.told & mask:
+                changed[block] = None
+            else:  # Redis was never told of it
+                changed.pop(block, None)
             chunks += len(block.chunks)
             if not block.is_leaf:
                 stack += [child for child in block.children if child.covered & mask]
@@ -287,6 +347,9 @@ class Holdings:
         while not block.held and block.is_leaf and block.parent is not None:
             parent = block.parent
             del self._blocks[block.key]
+            self._add_sizes(-len(block.chunks), -block.spare_bytes)
+            if self._engine_chains:
+                self._places.pop(block.chunks, None)
             self._leaves.pop(block, None)
             parent.drop_child(block)
             if parent.is_leaf and parent.parent is not None:
@@ -295,7 +358,7 @@ class Holdings:
             block = parent
 
     def _shrink(self) -> None:
-        while len(self._blocks) > self._max_blocks:
+        while self._is_too_much():
             leaf, _ = self._leaves.popitem(last=False)
             leaf.held = 0
             for medium in self._media:
@@ -303,6 +366,10 @@ class Holdings:
                     self._uncover(leaf, medium)
             self.counts["forgotten"] += 1
             self._forget(leaf)
+
+    def _is_too_much(self) -> bool:
+        most = self._max_blocks
+        return len(self._blocks) > most or self._chunks_known > most or self._bytes > self._max_bytes
 
     # After a restart of the ingest
 
@@ -317,8 +384,9 @@ class Holdings:
 
     def restore(self, medium: str, blocks: Iterable[tuple[int, int | None, bytes]]) -> None:
         """Redis was told that the medium holds these blocks: key, key of the one before, chunks; parents come first."""
-        if medium not in self._media:  # the state was unreadable
-            self._group(medium, 0)
+        if medium not in self._media and not self._group(medium, 0):  # the state was unreadable
+            self.counts["other_media"] += sum(1 for _ in blocks)
+            return
         mask, groups = self.mask(medium), self._need[self._media[medium]]
         for key, before, chunks in blocks:
             parent = self.root if before is None else self._blocks.get(before)
@@ -326,7 +394,11 @@ class Holdings:
                 continue
             block = self._blocks.get(key)
             if block is None:
+                if self._engine_chains and self._places.setdefault(chunks, key) != key:
+                    self.counts["repeats"] += 1
+                    continue
                 block = self._blocks[key] = Block(key, parent, chunks, b"" if chunks else None)
+                self._add_sizes(len(chunks), 0)
                 self._leaves.pop(parent, None)
                 self._leaves[block] = None
                 parent.add_child(block)

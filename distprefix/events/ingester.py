@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +19,9 @@ from distprefix.events.engine import Connected, EngineSocket
 from distprefix.events.follower import Follower
 from distprefix.events.frames import Frame
 from distprefix.events.holdings import Holdings
+from distprefix.events.limits import EngineLimits
 from distprefix.hashing import ChunkHasher
+from distprefix.printable import printable
 from distprefix.redis.address import parse_address
 from distprefix.redis.client import Client
 from distprefix.redis.connections import connect
@@ -37,6 +39,7 @@ _log = logging.getLogger("distprefix")
 _TIMEOUT_S = 5.0
 _WAIT_S = 0.2
 _SWEEP_S = 10.0
+_MAX_STATE = 300
 _SWEEP_TIMEOUT_S = 60.0
 
 
@@ -80,6 +83,8 @@ def follower_of(
     *,
     lease_s: float,
     engine_chains: bool,
+    limits: EngineLimits | None = None,
+    ticks: Callable[[], float] = time.monotonic,
 ) -> tuple[Follower, RedisJournal]:
     """What follows this engine into the namespace that the settings name."""
     keys = Keys(config.namespace)
@@ -88,10 +93,20 @@ def follower_of(
         hasher,
         engine_chains=engine_chains,
         max_blocks=config.max_own_chunks,
+        limits=limits,
     )
     info = WorkerInfo(engine.address, engine.model)
     journal = RedisJournal(client, keys, engine.member, engine.endpoint, info, lease_s=lease_s, max_run=config.max_run)
-    follower = Follower(engine.member, holdings, journal, replays, kind=engine.kind, rank=engine.rank, clock=time.time)
+    follower = Follower(
+        engine.member,
+        holdings,
+        journal,
+        replays,
+        kind=engine.kind,
+        rank=engine.rank,
+        clock=time.time,
+        ticks=ticks,
+    )
     return follower, journal
 
 
@@ -108,6 +123,7 @@ def status_of(engine: Engine, follower: Follower, state: str, dropped: Counter[s
         "sequence": position.seq if position else None,
         "chunks": dict(holdings.chunks),
         "blocks": len(holdings),
+        "block_bytes": holdings.bytes,
         "parked": holdings.parked,
         "lag_s": round(follower.lag_s, 3),
         "counts": dict(sorted(counts.items())),
@@ -118,7 +134,8 @@ class Ingester:
     """Follows engines until it is stopped. Several may be started for one engine: one writes, the others stand by.
 
     A worker's lease lasts `lease_s` after its engine was last heard of, and so does the right to write: another
-    ingester goes on that long after this one died, from the message written last.
+    ingester goes on that long after this one died, from the message written last. `limits` bounds what each engine may
+    make it keep.
     Raises ConfigError, NamespaceError or UnavailableError when it cannot begin.
     """
 
@@ -130,6 +147,7 @@ class Ingester:
         lease_s: float = 10.0,
         engine_chains: bool = False,
         client: redis.Redis | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
         members = [engine.member for engine in engines]
         twice = [member for member, times in Counter(members).items() if times > 1]
@@ -149,7 +167,7 @@ class Ingester:
         self._sweeping = threading.Lock()
         self.attach()
         self._stop = threading.Event()
-        self.streams = [Stream(engine, self, lease_s, engine_chains=engine_chains) for engine in engines]
+        self.streams = [Stream(engine, self, lease_s, limits, engine_chains=engine_chains) for engine in engines]
         self._threads = [
             threading.Thread(target=stream.run, args=(self._stop,), daemon=True) for stream in self.streams
         ]
@@ -193,14 +211,17 @@ class Ingester:
 class Stream:
     """One engine's thread."""
 
-    def __init__(self, engine: Engine, ingester: Ingester, lease_s: float, *, engine_chains: bool) -> None:
+    def __init__(
+        self, engine: Engine, ingester: Ingester, lease_s: float, limits: EngineLimits | None, *, engine_chains: bool
+    ) -> None:
         self.engine = engine
         self.state = "starting"
         """starting, waiting for the engine, following, standby, or what went wrong."""
         self._ingester = ingester
-        self._socket = EngineSocket(engine.endpoint, engine.replay, topic=engine.topic)
+        self._socket = EngineSocket(engine.endpoint, engine.replay, topic=engine.topic, limits=limits)
         self._lease_s = lease_s
         self._engine_chains = engine_chains
+        self._limits = limits
         self._begin_anew()
         self._beat_s = lease_s / 3
         self._leads = False
@@ -226,7 +247,7 @@ class Stream:
         except FencedError:
             self._leads, self.state = False, "standby"
         except LostHistoryError as error:
-            _log.warning("%s goes on from what Redis still has: %s", self.engine.member, error)
+            self.follower.reports.warning("history_lost", "the stream goes on from what Redis still has: %s", error)
             self._leads = False
             self.follower.counts["history_lost"] += 1
             self._schedule.hasten("begin")
@@ -239,7 +260,7 @@ class Stream:
             self._trouble(str(error))
             stop.wait(1.0)
         except Exception as error:  # noqa: BLE001 - the thread must go on, whatever it met
-            _log.exception("following %s failed", self.engine.member)
+            self.follower.reports.exception("failed", "following the engine failed")
             self._trouble(f"failed: {error}")
             stop.wait(1.0)
 
@@ -255,14 +276,17 @@ class Stream:
             self._socket,
             lease_s=self._lease_s,
             engine_chains=self._engine_chains,
+            limits=self._limits,
         )
 
     def _trouble(self, state: str) -> None:
         """What is in memory may differ from what was written: go on from there."""
-        self._leads, self.state = False, state
+        self._leads = False
+        self.state = printable(state, _MAX_STATE)
         self.follower.counts["troubles"] += 1
 
     def _step(self) -> None:
+        self.follower.reports.flush()
         frames, connected = list[Frame](), False
         for arrival in self._socket.receive(_WAIT_S):
             if isinstance(arrival, Frame):
@@ -270,7 +294,7 @@ class Stream:
             elif isinstance(arrival, Connected):
                 connected = True
             else:
-                _log.warning("%s: the engine at %s is gone", self.engine.member, self.engine.endpoint)
+                self.follower.reports.warning("gone", "the engine at %s is gone", self.engine.endpoint)
                 if self._leads:
                     self.follower.suspend()
         if not self._leads:

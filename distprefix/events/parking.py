@@ -9,13 +9,23 @@ from distprefix.events.frames import Removed, Stored
 
 __all__ = ["Parking"]
 
+_EVENT_BYTES = 500
+_KEY_BYTES = 150
+"""With its entry among the places."""
+_TEXT_BYTES = 50
+
 
 class Parking:
-    """Bounded in blocks; what waits longest goes first, and is counted as `parked_dropped`."""
+    """Bounded in blocks and bytes; what waits longest is dropped first, and is counted as `parked_dropped`.
 
-    def __init__(self, max_blocks: int, counts: Counter[str]) -> None:
+    An event that is larger than all that may wait is dropped at once, and nothing for it.
+    """
+
+    def __init__(self, max_blocks: int, counts: Counter[str], max_bytes: int = 128 << 20) -> None:
         self.blocks = 0
+        self.bytes = 0
         self._max_blocks = max_blocks
+        self._max_bytes = max_bytes
         self._counts = counts
         self._waiting: OrderedDict[int, list[Stored | Removed]] = OrderedDict()
         """By the block that they wait for; longest waiting first."""
@@ -25,6 +35,9 @@ class Parking:
     def park(self, event: Stored) -> None:
         """Keep blocks whose parent is unknown."""
         if event.parent is None:
+            return
+        if len(event.keys) > self._max_blocks or _bytes_of(event) > self._max_bytes:
+            self._counts["parked_dropped"] += len(event.keys)
             return
         for key in event.keys:
             self._place.setdefault(key, event.parent)
@@ -51,13 +64,15 @@ class Parking:
     def clear(self) -> None:
         """Nothing waits any more."""
         self.blocks = 0
+        self.bytes = 0
         self._waiting.clear()
         self._place.clear()
 
     def _add(self, parent: int, event: Stored | Removed) -> None:
         self._waiting.setdefault(parent, []).append(event)
         self.blocks += len(event.keys)
-        while self.blocks > self._max_blocks:
+        self.bytes += _bytes_of(event)
+        while self.blocks > self._max_blocks or self.bytes > self._max_bytes:
             _, events = self._waiting.popitem(last=False)
             self._free(events)
             self._counts["parked_dropped"] += sum(len(dropped.keys) for dropped in events)
@@ -65,5 +80,15 @@ class Parking:
     def _free(self, events: list[Stored | Removed]) -> None:
         for event in events:
             self.blocks -= len(event.keys)
+            self.bytes -= _bytes_of(event)
             for key in event.keys:
                 self._place.pop(key, None)
+
+
+def _bytes_of(event: Stored | Removed) -> int:
+    """What it takes in memory, about."""
+    size = _EVENT_BYTES + _KEY_BYTES * len(event.keys)
+    if isinstance(event, Stored):
+        size += len(event.tokens) + sum(map(len, event.extras)) + sum(map(len, event.names))
+        size += _TEXT_BYTES * (len(event.extras) + len(event.names))
+    return size

@@ -23,6 +23,9 @@ from distprefix.replay.kv import KvBytes, Moved
 __all__ = ["Fleet", "Outcome"]
 
 _LARGEST_TABLE = 20_000_000
+_FREE_TABLE = 1_000_000
+_TABLE_PER_CHUNK = 8
+"""Ids that the table of hashes may have per chunk that was asked for: one large id does not fill memory."""
 _DEMOTE_S = 60.0
 """Others may promote as fast."""
 Job = tuple[tuple[int, int], ...] | bytes
@@ -159,6 +162,8 @@ class _Prompts:
         self._as_tokens = as_tokens
         self._bytes = 4 * block_size
         self._table = bytearray()
+        self._asked = 0
+        """Chunks of all prompts so far."""
 
     def read(self, job: Job) -> Any:
         if isinstance(job, bytes):
@@ -169,7 +174,8 @@ class _Prompts:
         return Chain.packed(b"".join(self._hashes(first, count) for first, count in job))
 
     def _hashes(self, first: int, count: int) -> bytes:
-        if first + count > _LARGEST_TABLE:
+        self._asked += count
+        if first + count > min(_LARGEST_TABLE, _FREE_TABLE + _TABLE_PER_CHUNK * self._asked):
             return b"".join(_hash(i) for i in range(first, first + count))
         known = len(self._table) // 16
         if first + count > known:

@@ -6,21 +6,20 @@ Ids are chained: an id stands for its block and all before it. Besides ``hash_id
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
-import json
-import sys
-import zlib
-from collections.abc import Generator, Sequence
-from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 from distprefix.errors import TraceError
+from distprefix.lines import parse_json, read_lines
 
 __all__ = ["Request", "ideal_hits", "read_trace"]
 
-_MOST_CHUNKS = 1 << 24
+_MAX_CHUNKS = 1 << 20
+"""In a request: 16 million tokens in the smallest blocks that engines have."""
+_MAX_LINE_BYTES = 4 << 20
+_MAX_NUMBER = 2**53
+_MAX_ID = 2**63
+_PAGE_BITS = 1024
 
 
 class Request(NamedTuple):
@@ -35,17 +34,14 @@ class Request(NamedTuple):
 
 
 def read_trace(path: str, limit: int | None = None) -> list[Request]:
-    """Every request in order of time. Raises TraceError with file, line and reason."""
-    requests: list[Request] = []
-    name = "standard input" if path == "-" else path
-    try:
-        with _open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    requests.append(_parse(line, f"{name}, line {number}"))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise TraceError(f"{name} cannot be read as a trace: {error}") from error
+    """Every request in order of time. Raises TraceError with file, line and reason.
+
+    Memory is in proportion to the file: a line has at most 4 MiB, a request 1,048,576 blocks, and a gzip file expands
+    to 100 times its size at most.
+    """
+    requests = [_parse(line.text, line.where) for line in read_lines(path, _MAX_LINE_BYTES, TraceError)]
     if not requests:
+        name = "standard input" if path == "-" else path
         raise TraceError(f"{name} has no requests: a trace has one JSON object a line, with hash_ids or hash_runs")
     requests.sort(key=lambda request: request.timestamp)  # stable: file order on ties
     return requests[:limit]
@@ -53,51 +49,90 @@ def read_trace(path: str, limit: int | None = None) -> list[Request]:
 
 def ideal_hits(requests: Sequence[Request]) -> tuple[list[int], int]:
     """Leading chunks of each request that an unlimited cache shared by all would have, and the chunks it would hold."""
-    seen: set[int] = set()
+    seen = _IdSet()
     hits: list[int] = []
     for request in requests:
-        ids = [i for first, count in request.runs for i in range(first, first + count)]
-        known = next((at for at, i in enumerate(ids) if i not in seen), len(ids))
-        seen.update(ids[known:])
-        hits.append(known)
-    return hits, len(seen)
+        hits.append(_leading(request, seen))
+        for first, count in request.runs:
+            seen.add(first, count)
+    return hits, seen.size
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Generator[io.TextIOWrapper]:
-    with contextlib.ExitStack() as stack:
-        raw: IO[bytes] = sys.stdin.buffer if path == "-" else stack.enter_context(Path(path).open("rb"))
-        peeked = io.BufferedReader(cast("io.RawIOBase", raw))
-        if peeked.peek(2)[:2] == b"\x1f\x8b":
-            yield io.TextIOWrapper(stack.enter_context(gzip.GzipFile(fileobj=peeked)), encoding="utf-8")
-        else:
-            yield io.TextIOWrapper(peeked, encoding="utf-8")
+def _leading(request: Request, seen: _IdSet) -> int:
+    """Leading chunks of a request that were seen."""
+    known = 0
+    for first, count in request.runs:
+        covered = seen.covered_from(first, count)
+        known += covered
+        if covered < count:
+            break
+    return known
+
+
+class _IdSet:
+    """A set of ids as bit masks, so that a run of ids takes a bit for each."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Ids in it."""
+        self._pages: dict[int, int] = {}
+
+    def covered_from(self, first: int, count: int) -> int:
+        """How many of `count` ids from this one on are in it without a gap."""
+        covered = 0
+        while covered < count:
+            page, bit = divmod(first + covered, _PAGE_BITS)
+            mask = self._pages.get(page, 0) >> bit
+            ones = (~mask & (mask + 1)).bit_length() - 1
+            covered += ones
+            if ones < _PAGE_BITS - bit:
+                break
+        return min(covered, count)
+
+    def add(self, first: int, count: int) -> None:
+        """Add `count` ids from this one on."""
+        end = first + count
+        while first < end:
+            page, bit = divmod(first, _PAGE_BITS)
+            width = min(end - first, _PAGE_BITS - bit)
+            before = self._pages.get(page, 0)
+            after = before | ((1 << width) - 1) << bit
+            self._pages[page] = after
+            self.size += after.bit_count() - before.bit_count()
+            first += width
 
 
 def _parse(line: str, where: str) -> Request:
     try:
-        row: Any = json.loads(line)
+        row: Any = parse_json(line)
     except ValueError as error:
         raise TraceError(f"{where}: no JSON: {error}") from error
     if not isinstance(row, dict):
         raise TraceError(f"{where}: a request is a JSON object, not {type(row).__name__}")
     fields = cast("dict[str, Any]", row)
     runs = _runs(fields, where)
-    timestamp, length = fields.get("timestamp", 0), fields.get("input_length", 0)
-    for name, value in (("timestamp", timestamp), ("input_length", length)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise TraceError(f"{where}: {name} is {value!r}, it must be a number and not negative")
+    timestamp = _number(fields, "timestamp", where)
+    length = _number(fields, "input_length", where)
     chunks = sum(count for _, count in runs)
-    if chunks > _MOST_CHUNKS:
-        raise TraceError(f"{where}: {chunks} blocks in one request, at most {_MOST_CHUNKS} are read")
-    return Request(float(timestamp), runs, chunks, int(length), str(fields.get("session_id", "")))
+    if chunks > _MAX_CHUNKS:
+        raise TraceError(f"{where}: {chunks} blocks in one request, at most {_MAX_CHUNKS} are read")
+    session = str(fields.get("session_id", "")).encode(errors="backslashreplace").decode()
+    return Request(float(timestamp), runs, chunks, int(length), session)
+
+
+def _number(fields: dict[str, Any], name: str, where: str) -> float:
+    value = fields.get(name, 0)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= _MAX_NUMBER:
+        raise TraceError(f"{where}: {name} is {repr(value)[:40]}: it must be a number between 0 and 2^53")
+    return value
 
 
 def _runs(row: dict[str, Any], where: str) -> tuple[tuple[int, int], ...]:
     pairs: Any
     if "hash_ids" in row:
         ids: Any = row["hash_ids"]
-        pairs = [[i, 1] for i in ids] if isinstance(ids, list) else None
+        pairs = ((i, 1) for i in cast("list[Any]", ids)) if isinstance(ids, list) else None
     elif "hash_runs" in row:
         pairs = row["hash_runs"]
     else:
@@ -105,12 +140,14 @@ def _runs(row: dict[str, Any], where: str) -> tuple[tuple[int, int], ...]:
     runs: list[tuple[int, int]] = []
     try:
         for first, count in pairs:
-            if type(first) is not int or type(count) is not int or first < 0 or count < 1:
+            if type(first) is not int or type(count) is not int or count < 1 or not 0 <= first < _MAX_ID:
                 raise ValueError
             if runs and runs[-1][0] + runs[-1][1] == first:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((first, count))
     except (TypeError, ValueError):
-        raise TraceError(f"{where}: block ids are whole numbers, not negative: check hash_ids or hash_runs") from None
+        raise TraceError(
+            f"{where}: block ids are whole numbers from 0 to below 2^63: check hash_ids or hash_runs"
+        ) from None
     return tuple(runs)

@@ -21,11 +21,15 @@ import zmq
 
 from distprefix.errors import ConfigError, ForkedProcessError, ReplayError
 from distprefix.events import engine as engine_module
+from distprefix.events import wire as wire_module
 from distprefix.events.engine import Arrival, Connected, Disconnected, EngineSocket
 from distprefix.events.frames import Frame
+from distprefix.events.limits import EngineLimits
 from tests.fake_engine import END, FakeEngine, until
+from tests.raw_publisher import long_part, raw_peer
 
 BEAT_S = 0.2
+_MIB = 1 << 20
 FOREIGN = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NONSENSE".ljust(52, b"\0")
 """How someone greets who speaks ZMQ, but in a way that is refused."""
 
@@ -76,7 +80,9 @@ def number(seq: int) -> bytes:
 
 
 @contextlib.contextmanager
-def peer(answer: Callable[[zmq.Socket[bytes], bytes], object]) -> Generator[EngineSocket]:
+def peer(
+    answer: Callable[[zmq.Socket[bytes], bytes], object], limits: EngineLimits | None = None
+) -> Generator[EngineSocket]:
     """A socket whose replay endpoint answers each request in a way of its own."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.setsockopt(zmq.LINGER, 0)
@@ -91,15 +97,17 @@ def peer(answer: Callable[[zmq.Socket[bytes], bytes], object]) -> Generator[Engi
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with contextlib.closing(EngineSocket("tcp://127.0.0.1:1", endpoint)) as tested:
+        with contextlib.closing(EngineSocket("tcp://127.0.0.1:1", endpoint, limits=limits)) as tested:
             yield tested
         stopped.set()
         thread.join()
 
 
-def answering(*messages: list[bytes]) -> contextlib.AbstractContextManager[EngineSocket]:
+def answering(
+    *messages: list[bytes], limits: EngineLimits | None = None
+) -> contextlib.AbstractContextManager[EngineSocket]:
     """A socket whose replay endpoint answers with these messages, whatever is asked."""
-    return peer(lambda router, who: [router.send_multipart([who, *parts]) for parts in messages])
+    return peer(lambda router, who: [router.send_multipart([who, *parts]) for parts in messages], limits)
 
 
 def free_port() -> int:
@@ -144,7 +152,7 @@ def test_no_more_than_asked_for(engine: FakeEngine) -> None:
 
 def test_one_call_takes_no_more_bytes_than_a_frame_may_have(engine: FakeEngine) -> None:
     """Or a little more: many large frames come in several calls, so memory is bounded."""
-    with subscribed(engine, max_frame_bytes=1000) as tested:
+    with subscribed(engine, limits=EngineLimits(message_bytes=1024)) as tested:
         for _ in range(10):
             engine.publish_raw(b"x" * 900)
         calls = [tested.receive(0.1) for _ in range(10)]
@@ -299,12 +307,116 @@ def test_who_only_accepts_is_no_engine() -> None:
 
 def test_an_oversize_message_is_refused(engine: FakeEngine) -> None:
     """It costs the connection, which is told; after that the stream goes on."""
-    with subscribed(engine, max_frame_bytes=1000) as tested:
-        engine.publish_raw(b"x" * 1000)
-        engine.publish_raw(b"x" * 1001)
+    with subscribed(engine, limits=EngineLimits(message_bytes=1024)) as tested:
+        engine.publish_raw(b"x" * 1024)
+        engine.publish_raw(b"x" * 1025)
         arrived = receive(tested, 3)
         assert [*kinds(arrived), *numbers(arrived)] == [Frame, Disconnected, Connected, 0]
         until(lambda: engine.publish_raw(b"next") and tested.receive(0.05))
+
+
+def test_what_finds_no_room_is_dropped_and_told(engine: FakeEngine) -> None:
+    """While nobody receives, messages wait in so many bytes; in the place of what was dropped stands a Connected."""
+    with subscribed(engine, limits=EngineLimits(queue_bytes=100_000)) as tested:
+        for _ in range(400):
+            engine.publish_raw(b"x" * 5000)
+        until(lambda: tested.dropped["queue"] > 0)
+        arrived: list[Arrival] = []
+
+        def is_all() -> bool:
+            arrived.extend(tested.receive(0.1))
+            return len(numbers(arrived)) + tested.dropped["queue"] == 400
+
+        until(is_all)
+        seen = numbers(arrived)
+        assert seen == sorted(seen)
+        first_gap = next((at for at, seq in enumerate(seen) if at != seq), len(seen))
+        assert kinds(arrived).index(Connected) <= first_gap
+
+
+def test_messages_wait_while_nobody_receives(engine: FakeEngine) -> None:
+    """More than ZMQ's own queue holds, and none is lost: it is emptied meanwhile."""
+    with subscribed(engine) as tested:
+        for _ in range(20_000):
+            engine.publish_raw(b"x" * 100)
+        time.sleep(0.3)
+        arrived: list[Arrival] = []
+        while len(arrived) < 20_000:
+            taken = tested.receive(5.0)
+            assert taken
+            arrived += taken
+        assert numbers(arrived) == list(range(20_000))
+        assert not tested.dropped
+
+
+def without_end(sent: list[int], stop_after: int) -> Callable[[socket.socket], None]:
+    """Sends parts of one message that has no end."""
+    part = long_part(_MIB, more=True)
+
+    def talk(connection: socket.socket) -> None:
+        connection.settimeout(1.0)
+        while len(sent) < stop_after:
+            connection.sendall(part)
+            sent.append(len(part))
+
+    return talk
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much a connection received")
+def test_a_message_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZMQ keeps all parts of a message until the last one came: the connection is ended before they fill memory."""
+    monkeypatch.setattr(wire_module, "INCOMPLETE_BYTES", 4 * _MIB)
+    sent: list[int] = []
+    with raw_peer("PUB", without_end(sent, 1 << 20)) as endpoint:
+        limits = EngineLimits(message_bytes=2 * _MIB)
+        with contextlib.closing(EngineSocket(endpoint, limits=limits, heartbeat_s=60)) as tested:
+            until(lambda: not any(isinstance(each, Frame) for each in tested.receive(0.05)) and tested.dropped)
+            assert tested.dropped["incomplete"] >= 1
+        del sent[:]
+        sent += [0] * (1 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much a connection received")
+def test_a_replay_without_end_in_one_message_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where the engine is asked for a replay."""
+    monkeypatch.setattr(engine_module, "INCOMPLETE_BYTES", 4 * _MIB)
+    sent: list[int] = []
+    with raw_peer("ROUTER", without_end(sent, 1 << 20)) as endpoint:
+        limits = EngineLimits(message_bytes=2 * _MIB)
+        tested = EngineSocket("tcp://127.0.0.1:1", endpoint, limits=limits)
+        with contextlib.closing(tested), pytest.raises(ReplayError, match="very many parts"):
+            list(tested.replay(0, 10))
+        sent += [0] * (1 << 20)
+
+
+def test_many_messages_of_many_parts_are_no_reason_to_cut(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was delivered is not pending: messages of any sizes, in however many parts, keep the connection."""
+    monkeypatch.setattr(wire_module, "INCOMPLETE_BYTES", 1)
+    with subscribed(engine, limits=EngineLimits(message_bytes=100_000)) as tested:
+        for i in range(300):
+            engine.send(b"kv", number(i), b"x" * (i * 50), *[b"part" * i] * (i % 7))
+            engine.publish_raw(b"x" * i)
+            if i % 20 == 0:
+                tested.receive(0.11)
+        arrived = receive(tested, 10_000, timeout_s=0.5)
+        assert Disconnected not in kinds(arrived)
+        assert not tested.dropped["incomplete"]
+
+
+def test_more_peers_than_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this side listens, so many may connect, each with a queue of its own; the engine stays connected."""
+    monkeypatch.setattr(wire_module, "_MAX_PEERS", 5)
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        tested = stack.enter_context(contextlib.closing(EngineSocket(f"tcp://*:{port}")))
+        engine = stack.enter_context(FakeEngine(connect=f"tcp://127.0.0.1:{port}"))
+        assert kinds(receive(tested, 1)) == [Connected]
+        others = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(20)]
+        until(lambda: tested.receive(0.05) == [] and tested.dropped["peers"] >= 10)
+        assert len(others) == 20
+        assert tested.connected
+        engine.publish_raw(b"still here")
+        assert receive(tested, 1) == [Frame(0, b"still here")]
 
 
 @pytest.mark.parametrize("form", ["topic", "plain"])
@@ -363,16 +475,24 @@ def test_what_is_no_replay_is_refused(message: list[bytes]) -> None:
             next(replay)
 
 
-@pytest.mark.parametrize(("frames", "size"), [(50, 1 << 30), (1 << 30, 5000)])
-def test_a_replay_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch, frames: int, size: int) -> None:
-    """At so many frames, or so many bytes."""
-    monkeypatch.setattr(engine_module, "_REPLAY_FRAMES", frames)
-    monkeypatch.setattr(engine_module, "_REPLAY_BYTES", size)
+def test_a_replay_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At so many frames."""
+    monkeypatch.setattr(engine_module, "_MAX_REPLAY_FRAMES", 50)
     with answering(*([b"", number(seq), b"x" * 100] for seq in range(100))) as tested:
         seen: list[Frame] = []
         with pytest.raises(ReplayError, match="too much"):
             seen.extend(tested.replay(0, 2))
-        assert len(seen) <= 50
+        assert len(seen) == 50
+
+
+def test_a_replay_is_bounded_in_bytes() -> None:
+    """What came up to there is given, and then the error."""
+    limits = EngineLimits(replay_bytes=5000)
+    with answering(*([b"", number(seq), b"x" * 100] for seq in range(100)), limits=limits) as tested:
+        seen: list[Frame] = []
+        with pytest.raises(ReplayError, match="too much"):
+            seen.extend(tested.replay(0, 2))
+        assert 0 < len(seen) <= 5000 // 100
 
 
 def test_a_replay_that_trickles_is_cut_off() -> None:
@@ -437,8 +557,8 @@ def test_settings_that_cannot_be() -> None:
     """Nobody asks everybody for a replay, two cannot listen at one port, and limits are positive."""
     with pytest.raises(ConfigError, match="not at '\\*'"):
         EngineSocket("tcp://127.0.0.1:5557", "tcp://*:5558")
-    with pytest.raises(ConfigError, match="max_frame_bytes is 0"):
-        EngineSocket("tcp://127.0.0.1:5557", max_frame_bytes=0)
+    with pytest.raises(ConfigError, match="message_bytes is 0"):
+        EngineLimits(message_bytes=0)
     with pytest.raises(ConfigError, match="heartbeat_s is 0"):
         EngineSocket("tcp://127.0.0.1:5557", heartbeat_s=0)
     endpoint = f"tcp://*:{free_port()}"

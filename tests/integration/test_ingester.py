@@ -17,6 +17,7 @@ import pytest
 
 from distprefix import PrefixCacheOptimizer
 from distprefix.events.ingester import Engine, Ingester
+from distprefix.events.limits import EngineLimits
 from distprefix.redis.keys import Keys
 from tests.fake_engine import Chain, FakeEngine, until
 from tests.followers import holders
@@ -343,6 +344,44 @@ def test_memory_is_bounded(cluster: Cluster, engine: FakeEngine) -> None:
         status = ingester.streams[0].status()
         assert (status["blocks"], status["counts"]["forgotten"]) == (10, 8)
         assert cluster.reader.check_integrity().problems == []
+
+
+def test_messages_that_find_no_room_are_asked_for_again(cluster: Cluster, engine: FakeEngine) -> None:
+    """What came while too much waited is dropped and counted, and then replayed: nothing is forgotten, no new epoch."""
+    limits = EngineLimits(queue_bytes=2000)
+    with Ingester(cluster.backend.config(), [cluster.named(engine)], lease_s=LEASE_S, limits=limits) as ingester:
+        (stream,) = ingester.streams
+        until(follows(ingester))
+        engine.prefill(PROMPTS[0])
+        cluster.settles(engine)
+        epoch = stream.follower.epoch
+        cluster.server.freeze()
+        engine.prefill(PROMPTS[1])
+        for i in range(60):
+            engine.prefill([5000 + i] * 8)
+        engine.evict(2)
+        until(lambda: stream.status()["counts"].get("dropped_queue", 0) > 0)
+        cluster.server.thaw()
+        cluster.settles(engine)
+        assert stream.follower.epoch == epoch
+        assert stream.status()["counts"]["replayed"] > 0
+
+
+def test_connections_that_come_and_go_make_few_epochs(
+    cluster: Cluster, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that restarts all the time, with nothing stored, costs no epoch each time, and no line in the log."""
+    with cluster.ingester(engine) as ingester:
+        (stream,) = ingester.streams
+        until(follows(ingester))
+        epoch = stream.follower.epoch
+        for _ in range(6):
+            engine.restart()
+            engine.wait_for_subscriber()
+            until(lambda: stream.state == "following")
+        assert stream.follower.epoch == epoch
+    gone = [line for line in caplog.messages if "is gone" in line]
+    assert len(gone) <= 2
 
 
 def test_a_reader_beside(cluster: Cluster, engine: FakeEngine) -> None:

@@ -162,9 +162,9 @@ def test_an_unknown_engine_is_refused() -> None:
         decode(pack([1.0, []]), engine="llama")
 
 
-@pytest.mark.parametrize("at", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("at", [math.nan, math.inf, -math.inf, None, -1.0, 1e300, 2**63])
 def test_times_that_are_none(at: Any) -> None:
-    """A time that is no number is 0."""
+    """A time that is no number, or that no clock shows, is 0."""
     assert decode(pack([at, []])).at == 0.0
 
 
