@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
-__all__ = ["Identity", "join_parts", "parts_of_text"]
+__all__ = ["Identity", "encoded", "join_parts", "parts_of_text"]
 
 _SHOWN = 80
 _SECRETS = ("salt", "request_salt")
@@ -50,12 +50,12 @@ class Identity:
     def __post_init__(self) -> None:
         for name, value in self._parts():
             if len(value) > _SHOWN:
-                object.__setattr__(self, name, "digest " + hashlib.sha256(value.encode()).hexdigest()[:32])
+                object.__setattr__(self, name, "digest " + hashlib.sha256(encoded(value)).hexdigest()[:32])
 
     @property
     def digest(self) -> bytes:
         """32 bytes that cover every part but the salts, which `salt_parts` has."""
-        parts = [text.encode() for pair in self._parts() for text in pair]
+        parts = [encoded(text) for pair in self._parts() for text in pair]
         return hashlib.blake2b(join_parts(b"distprefix identity 1", *parts), digest_size=32).digest()
 
     @property
@@ -63,12 +63,12 @@ class Identity:
         """Both salts as one secret value, unambiguously; empty without any."""
         if not self.salt and not self.request_salt:
             return b""
-        return join_parts(self.salt.encode(), self.request_salt.encode())
+        return join_parts(encoded(self.salt), encoded(self.request_salt))
 
     @property
     def tenant(self) -> str:
         """What namespaces of one salt have in common, without showing it; empty without a salt."""
-        return _tag(self.salt.encode()) if self.salt else ""
+        return _tag(encoded(self.salt)) if self.salt else ""
 
     @property
     def text(self) -> str:
@@ -89,6 +89,11 @@ class Identity:
     def _parts(self) -> list[tuple[str, str]]:
         """Names and values of the parts that are no secrets."""
         return [(spec.name, str(getattr(self, spec.name))) for spec in fields(self) if spec.name not in _SECRETS]
+
+
+def encoded(text: str) -> bytes:
+    """A text's bytes, other ones for every other text, also where it has halves of surrogate pairs."""
+    return text.encode(errors="surrogatepass")
 
 
 def parts_of_text(text: str) -> Mapping[str, str]:

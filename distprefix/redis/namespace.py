@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from distprefix.config import PrefixCacheConfig
 from distprefix.errors import NamespaceError, ScriptError
 from distprefix.hashing import ChunkHasher, derive_key
-from distprefix.identity import parts_of_text
+from distprefix.identity import encoded, parts_of_text
 from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import Keys
@@ -61,7 +61,7 @@ def attach(client: Client, keys: Keys, config: PrefixCacheConfig, deadline: floa
 def hasher_of(config: PrefixCacheConfig, secret: bytes) -> ChunkHasher:
     """What names the chunks of a namespace; `secret` is its random one, where none is configured."""
     identity = config.identity
-    secret = config.secret.encode() or secret
+    secret = encoded(config.secret) or secret
     key = derive_key(secret, config.hash_algorithm, config.namespace, identity.digest, identity.salts)
     return ChunkHasher(config.hash_algorithm, key)
 

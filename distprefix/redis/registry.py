@@ -11,7 +11,7 @@ from distprefix.errors import UnavailableError
 from distprefix.operations import SCHEMA
 from distprefix.redis.client import Client
 from distprefix.redis.keys import REGISTRY, Keys
-from distprefix.redis.replies import clock_ms
+from distprefix.redis.replies import clock_ms, count_of, text
 from distprefix.shares import Standing
 
 __all__ = ["Enrolled", "Memory", "enroll", "read_enrolled", "read_memory", "strike_out", "take_turn"]
@@ -89,7 +89,7 @@ def _pages(client: Client, deadline: float) -> Iterator[tuple[str, int]]:
             "ZRANGE", REGISTRY, start, start + _PAGE - 1, "WITHSCORES", deadline=deadline, reads=True
         )
         flat = _flat(reply)
-        names += [(_text(name), _number(score)) for name, score in zip(flat[::2], flat[1::2], strict=True)]
+        names += [(text(name), _score(score)) for name, score in zip(flat[::2], flat[1::2], strict=True)]
         if len(flat) < 2 * _PAGE:
             break
         start += _PAGE
@@ -101,16 +101,16 @@ def _read_one(client: Client, name: str, used_ms: int, deadline: float) -> Enrol
     values: dict[str, Any] = dict(zip(_META, reply if isinstance(reply, list) else [None] * len(_META), strict=True))
     is_known = values["schema"] == SCHEMA
     is_elsewhere = values["elsewhere"] == b"1"
-    held = _number(values["bytes"]) + (0 if is_elsewhere else _number(values["cold"]))
+    held = count_of(values["bytes"]) + (0 if is_elsewhere else count_of(values["cold"]))
     standing = Standing(
         name,
-        _text(values["tenant"]),
+        text(values["tenant"]),
         held if is_known else 0,
         _created_ms(values["created"]),
-        max(_number(values["used"]), 0) or used_ms,
+        max(count_of(values["used"]), 0) or used_ms,
         min(1e6, max(1e-3, _fraction(values["share"]))),
     )
-    return Enrolled(standing, _number(values["ttl_ms"]), is_elsewhere, is_known)
+    return Enrolled(standing, count_of(values["ttl_ms"]), is_elsewhere, is_known)
 
 
 def _flat(reply: Any) -> Sequence[Any]:
@@ -118,10 +118,6 @@ def _flat(reply: Any) -> Sequence[Any]:
     if isinstance(reply, list) and reply and isinstance(reply[0], list):
         return [part for pair in reply for part in pair]
     return reply if isinstance(reply, list) else []
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else ""
 
 
 def _fraction(value: Any) -> float:
@@ -132,15 +128,12 @@ def _fraction(value: Any) -> float:
     return number if number == number else 1.0  # noqa: PLR0124 - no NaN
 
 
-def _number(value: Any) -> int:
-    """A whole number of at most 18 digits, else 0."""
-    if isinstance(value, float):
-        return int(value) if 0 <= value < 1e18 else 0
-    text = _text(value)
-    whole = text.partition(".")[0]
-    return int(whole) if whole.isascii() and whole.isdigit() and len(whole) <= 18 else 0
+def _score(value: Any) -> int:
+    """A score, as RESP2 and RESP3 have it; 0 for what is no time."""
+    number = _fraction(value)
+    return int(number) if 0 <= number < 1e15 else 0
 
 
 def _created_ms(value: Any) -> int:
     """From seconds and microseconds with a dot between, as `attach` writes them."""
-    return _number(value) * 1000
+    return count_of(value.partition(b".")[0]) * 1000 if isinstance(value, bytes) else 0

@@ -98,7 +98,7 @@ class Tree:
         width = len(change.labels) // len(hashes)
         before = b""
         if change.depth:
-            # It goes on from a node's head, which is told already, of another medium perhaps: the parent is of this one.
+            # It goes on from a node's head, which is told of this medium or another; its parent is of this one.
             before, depth, _ = next(each[hashes[0]] for each in self.held.values() if hashes[0] in each)
             assert depth == change.depth
             assert before in held
