@@ -244,6 +244,7 @@ class FakeEngine:
         self._pub.setsockopt(zmq.SNDHWM, 100_000)
         self._pub.setsockopt(zmq.RECONNECT_IVL, 50)
         self._router = self._context.socket(zmq.ROUTER)
+        self._router.sndhwm = 0  # or it drops what a busy reader has not taken
         try:
             if self._connects:
                 self._pub.connect(self.endpoint)

@@ -158,12 +158,13 @@ def _settings_in(descriptor: Mapping[str, str]) -> dict[str, str]:
 
 def _meta_of(config: PrefixCacheConfig) -> dict[str, str]:
     """A new shard's counts, and what scripts have to know of the settings."""
-    counts = dict.fromkeys(("nodes", "chunks", "bytes", "warm", "log", "cold"), "0")
+    counts = dict.fromkeys(("nodes", "chunks", "bytes", "warm", "log"), "0")
     return {
         "schema": SCHEMA.decode(),
         **counts,
         "policy": config.policy,
         "elsewhere": "1" if config.cold_url else "0",
+        "cold": "0",
         "hot_hits": str(config.hot_threshold),
         "hot_ms": str(int(config.cold_timeout_s * 1000)),
         "tenant": config.identity.tenant,
