@@ -21,7 +21,7 @@
 -- @include tally
 local seen = redis.call('HMGET', KEYS[1], 'nodes', 'chunks', 'bytes', 'warm', 'cold', 'log')
 for i, expected in ipairs({ ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7] }) do
-  if (seen[i] or '0') ~= expected then
+  if (seen[i] and seen[i] ~= '' and seen[i] or '0') ~= expected then
     return answer(0)
   end
 end

@@ -51,6 +51,8 @@ def _mend(client: Client, keys: Keys, report: Report, deadline: float) -> None:
         client.command(fix.command, fix.key, *fix.args, deadline=deadline)
     for head in report.orphans:
         run(drop(head), client, keys.meta, deadline)
+        if not client.command("HGET", keys.node(head), "r", deadline=deadline):  # scripts pass over what has no run
+            client.command("UNLINK", keys.node(head), deadline=deadline)
     for last, gone in report.childless.items():
         junction = keys.junction("" if last == "root" else last)
         for head in gone:

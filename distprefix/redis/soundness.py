@@ -77,6 +77,8 @@ def check_node(key: str, head: str, node: dict[bytes, bytes], max_run: int) -> t
 def _check_coverage(head: str, node: dict[bytes, bytes], name: bytes, size: int) -> list[str]:
     """What is wrong with a holder's coverage or a column of it."""
     text = as_text(name)
+    if b"@" not in name:
+        return [f"node {head}: {text} names no holder"]
     epoch, _, chunks = node.get(b"h:" + name[2:], b"").partition(b":")
     covered = count_of(chunks, -1)
     if count_of(epoch, -1) < 0 or covered < 0:

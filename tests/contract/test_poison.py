@@ -275,6 +275,21 @@ def test_repair_removes_what_cannot_be(own: Backend, count: int, seed: int) -> N
         assert check_integrity(own.admin, own.keys).problems == [], place
 
 
+def test_repair_removes_nodes_without_a_run(own: Backend) -> None:
+    """A node that lost its run, wherever it is, is removed with what follows it."""
+    build(own)
+    own.close()
+    own.opened.clear()
+    stored = Stored(own.admin)
+    admin: Any = own.admin
+    for key in list(admin.scan_iter(match=f"{own.keys.base}n:*", count=1000)):
+        stored.restore()
+        admin.hdel(key, "r")
+        _, is_right = repair(Client(own.admin), own.keys, 256, time.monotonic() + 20)
+        assert is_right
+        assert not admin.exists(key)
+
+
 def test_all_scripts_are_tried_and_do_something(own: Backend) -> None:
     """Every script of the package is called, and on a sound tree none of these calls fails but where it must."""
     build(own)
