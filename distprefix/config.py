@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -241,9 +241,11 @@ class PrefixCacheConfig:
         return f"{self.member}@{self.medium}"
 
     @classmethod
-    def from_descriptor(cls, namespace: str, found: Mapping[str, str], **overrides: Any) -> PrefixCacheConfig:
-        """The settings that a namespace was made with, by its descriptor, over those of the environment."""
-        settings: dict[str, Any] = {"namespace": namespace}
+    def from_descriptor(
+        cls, namespace: str, found: Mapping[str, str], base: Mapping[str, Any], **overrides: Any
+    ) -> PrefixCacheConfig:
+        """The settings that a namespace was made with, by its descriptor, over those of `base`; `overrides` win."""
+        settings: dict[str, Any] = {**base, "namespace": namespace}
         for name, value in parts_of_text(found.get("identity", "")).items():
             if name in _IDENTITY:  # anybody may have written the descriptor: no url, no key is taken from it
                 settings["fingerprint" if name == "other" else name] = value
@@ -251,7 +253,7 @@ class PrefixCacheConfig:
         for name in ("chunk_size", "max_run", "shards"):
             if name in found:
                 settings[name] = _count_in(namespace, name, found[name])
-        return cls.from_env(**{**settings, **overrides})
+        return cls.from_mapping({**settings, **overrides})
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> PrefixCacheConfig:
@@ -302,13 +304,18 @@ class PrefixCacheConfig:
             raise ConfigError(f"{name} is {_shown(name, value)}: it must be {_describe(allowed)}")
 
 
-def settings_of_environment(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The settings that DISTPREFIX_* give, and no others. Raises ConfigError for a value of another kind."""
+def settings_of_environment(env: Mapping[str, str] | None = None, only: Container[str] | None = None) -> dict[str, Any]:
+    """The settings that DISTPREFIX_* give, and no others. Raises ConfigError for a value of another kind.
+
+    `only`: names of the settings that are wanted; variables for others are not looked at.
+    """
     values: dict[str, Any] = {}
     for key, text in (os.environ if env is None else env).items():
         if key.startswith(_ENV_PREFIX):
             name = key.removeprefix(_ENV_PREFIX).lower()
             secret = name.removesuffix("_file")
+            if only is not None and name not in only and secret not in only:
+                continue
             if name != secret and secret in _SECRETS:
                 values.setdefault(secret, read_secret(text, key))
             else:

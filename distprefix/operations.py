@@ -5,14 +5,13 @@ A driver runs it over a client (`redis.client.run` does over a blocking one), so
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from distprefix.chunking import HASH_BYTES
 from distprefix.damage import Progress
 from distprefix.errors import DamagedNodeError, UnavailableError
+from distprefix.node_replies import HotNode, parse_hot, parse_nodes, read_count
 from distprefix.nodes import NodeView
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "Damaged",
     "Evicted",
     "FeedPage",
-    "HotNode",
     "Published",
     "Swept",
     "Usage",
@@ -36,7 +34,6 @@ __all__ = [
     "guess",
     "hot",
     "lease",
-    "parse_nodes",
     "prewarm",
     "publish",
     "sweep",
@@ -50,7 +47,6 @@ SCHEMA = b"5"
 WINDOW = 4096
 """Chunks a call goes further by. A call carries up to one run more, to begin at a node's head."""
 _MIN_WINDOW = 64
-_MAX_DIGITS = 15
 MAX_CALLS = 1_000_000
 """Of one sweep or census: of far more nodes than a server holds."""
 TOUCHES_A_CALL = 100
@@ -184,83 +180,10 @@ class Candidate(NamedTuple):
     head: bytes
 
 
-class HotNode(NamedTuple):
-    """A node that came for pre-warming."""
-
-    parent: bytes
-    """Hash of the chunk before its head; empty above a root."""
-    run: bytes
-    view: NodeView
-
-
 def report_damage(places: int) -> Generator[Call, Any, None]:
     """Have the driver count places that were passed over; nothing where there are none."""
     if places:
         yield Damaged("", (places,))
-
-
-def parse_nodes(reply: Sequence[Any], start: int, at: int = 0) -> tuple[list[NodeView], int]:
-    """Read what `walk` tells, from element `at` on; `start` is the depth of the first node.
-
-    Returns the nodes, and how many fields make no sense: a holder that has one is left out, a number counts as 0.
-    """
-    views: list[NodeView] = []
-    damaged = 0
-    while at < len(reply):
-        size, matched, accessed, hits, created, metadata, blocks, count = reply[at : at + 8]
-        at += 8
-        stop = start + size
-        holders: dict[str, tuple[int, int]] = {}
-        try:
-            for i in range(at, at + 2 * count, 2):
-                epoch, _, covered = reply[i + 1].partition(b":")
-                end = start + int(covered)
-                if not start <= end <= stop:
-                    raise ValueError
-                holders[_name(reply[i])] = (int(epoch), end)
-            times = (_count(accessed), _count(hits), _count(created))
-        except ValueError:
-            holders, wrong = _sound_holders(reply[at : at + 2 * count], start, stop)
-            numbers = [_count_or_none(value) for value in (accessed, hits, created)]
-            times = (numbers[0] or 0, numbers[1] or 0, numbers[2] or 0)
-            damaged += wrong + numbers.count(None)
-        at += 2 * count
-        views.append(NodeView(start, size, matched, *times, metadata, blocks, holders))
-        start += matched
-    return views, damaged
-
-
-@lru_cache(4096)
-def _name(holder: bytes) -> str:
-    return sys.intern(holder.decode())
-
-
-def _count(value: bytes) -> int:
-    """A stored whole number. Raises ValueError for what is none, or more than a server counts up to."""
-    if len(value) > _MAX_DIGITS:
-        raise ValueError
-    return int(value)
-
-
-def _count_or_none(value: bytes) -> int | None:
-    try:
-        return _count(value)
-    except ValueError:
-        return None
-
-
-def _sound_holders(told: Sequence[bytes], start: int, stop: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """The holders of a node whose coverage can be, and how many there are whose cannot."""
-    holders: dict[str, tuple[int, int]] = {}
-    for name, value in zip(told[::2], told[1::2], strict=True):
-        epoch, _, covered = value.partition(b":")
-        try:
-            end = start + _count(covered)
-            if start <= end <= stop:
-                holders[_name(name)] = (_count(epoch), end)
-        except ValueError:
-            continue
-    return holders, len(told) // 2 - len(holders)
 
 
 def _made(
@@ -494,7 +417,7 @@ def feed(last: str, most: int) -> Generator[Call, Any, FeedPage]:
         for entry, flat in zip(rest[::2], rest[1::2], strict=True):
             words = [word.decode() for word in flat]
             entries.append((entry.decode(), dict(zip(words[::2], words[1::2], strict=True))))
-        return FeedPage(created.decode(errors="replace"), _count(newest), entries)
+        return FeedPage(created.decode(errors="replace"), read_count(newest), entries)
     except ValueError as error:
         raise DamagedNodeError(f"the log makes no sense: {error}") from error
 
@@ -506,7 +429,7 @@ def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int
     call, else "": what that brings precedes these nodes; and the nodes.
     """
     reply = yield Call("prewarm", (SCHEMA, chunks, *heads))
-    nodes, damaged = _parse_hot(reply, 2)
+    nodes, damaged = parse_hot(reply, 2)
     yield from report_damage(damaged)
     return reply[0], reply[1].decode(), nodes
 
@@ -514,38 +437,9 @@ def prewarm(heads: Sequence[str], chunks: int) -> Generator[Call, Any, tuple[int
 def guess(last: bytes, chunks: int) -> Generator[Call, Any, list[HotNode]]:
     """What most likely follows the node whose last chunk is `last`, for about so many chunks. One call."""
     reply = yield Call("guess", (SCHEMA, last.hex(), chunks))
-    nodes, damaged = _parse_hot(reply, 1)
+    nodes, damaged = parse_hot(reply, 1)
     yield from report_damage(damaged)
     return nodes
-
-
-def _parse_hot(reply: Sequence[Any], at: int) -> tuple[list[HotNode], int]:
-    nodes: list[HotNode] = []
-    damaged = 0
-    while at < len(reply):
-        if len(reply) < at + 11:  # what the script could not read it did not tell
-            damaged += 1
-            break
-        parent, depth, run = reply[at : at + 3]
-        count = 8 + 2 * int(reply[at + 10])
-        views, wrong = parse_nodes(reply[at + 3 : at + 3 + count], _count_or_none(depth) or 0)
-        damaged += wrong
-        at += 3 + count
-        above = _hash(parent)
-        if above is None:
-            damaged += 1
-        else:
-            nodes += [HotNode(above, run, view) for view in views]
-    return nodes, damaged
-
-
-def _hash(name: bytes) -> bytes | None:
-    """A chunk hash by its name in Redis, empty for that above the roots; None for what is neither."""
-    try:
-        packed = bytes.fromhex(name.decode())
-    except ValueError:
-        return None
-    return packed if len(packed) in (0, HASH_BYTES) else None
 
 
 def hot(limit: int, first: int = 0) -> Generator[Call, Any, list[Candidate]]:

@@ -12,8 +12,8 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.damage import Damage, Progress
 from distprefix.errors import DistPrefixError
 from distprefix.model import CacheTier, PrefixEntry
+from distprefix.node_replies import HotNode
 from distprefix.nodes import Snapshot
-from distprefix.operations import HotNode
 from distprefix.radix import PrefixTree
 from distprefix.results import entry_of
 from distprefix.state import State

@@ -22,7 +22,7 @@ from distprefix.cli.common import (
     opened,
 )
 from distprefix.cli.output import fail, note, show
-from distprefix.config import PrefixCacheConfig
+from distprefix.config import PrefixCacheConfig, settings_of_environment
 from distprefix.optimizer import PrefixCacheOptimizer
 from distprefix.redis.audit import Audit, Scope, audit_namespace
 from distprefix.redis.connections import connect
@@ -94,7 +94,7 @@ def _config(url: str, namespace: str, found: dict[str, str], cold_url: str | Non
     }
     if cold_url:
         settings["cold_url"] = cold_url
-    return PrefixCacheConfig.from_descriptor(namespace, found, **settings)
+    return PrefixCacheConfig.from_descriptor(namespace, found, settings_of_environment(), **settings)
 
 
 def _lines(value: dict[str, Any]) -> str:

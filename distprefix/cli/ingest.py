@@ -17,7 +17,7 @@ from rich.text import Text
 
 from distprefix.cli.common import EXIT_USAGE, Json, Namespace, Url, errors, opened
 from distprefix.cli.output import fail, show
-from distprefix.config import PrefixCacheConfig
+from distprefix.config import PrefixCacheConfig, settings_of_environment
 from distprefix.errors import ConfigError
 from distprefix.events.pace import Pace
 from distprefix.redis.inspect import read_descriptor
@@ -103,7 +103,7 @@ def _settings(client: redis.Redis, url: str, namespace: str, chunk_size: int | N
         if found and found.get("chunk_size") != str(chunk_size):
             raise ConfigError(f"chunk_size is {chunk_size}: the namespace {namespace!r} has {found.get('chunk_size')}")
         settings["chunk_size"] = chunk_size
-    return PrefixCacheConfig.from_descriptor(namespace, found, **settings)
+    return PrefixCacheConfig.from_descriptor(namespace, found, settings_of_environment(), **settings)
 
 
 def _report(running: Any, stop: threading.Event, every: float, *, as_json: bool) -> None:

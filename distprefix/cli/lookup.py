@@ -15,7 +15,7 @@ from rich.table import Table
 from distprefix.chunking import prompt_extras, read_prompt
 from distprefix.cli.common import EXIT_MISS, Json, Namespace, Url, describe, errors, note_empty, opened
 from distprefix.cli.output import show
-from distprefix.config import PrefixCacheConfig
+from distprefix.config import PrefixCacheConfig, settings_of_environment
 from distprefix.errors import InvalidInputError
 from distprefix.l1 import L1
 from distprefix.operations import walk
@@ -50,7 +50,10 @@ def lookup(
         with opened(url) as (client, _):
             keys = Keys(namespace)
             settings = describe(client, namespace, private=url is None)
-            config = PrefixCacheConfig.from_descriptor(namespace, settings, **({"salt": salt} if salt else {}))
+            given = settings_of_environment(only=("secret", "salt", "request_salt"))
+            if salt:
+                given["salt"] = salt
+            config = PrefixCacheConfig.from_descriptor(namespace, settings, given)
             value = _look_up(client, keys, settings, tokens, config, prompt_extras(lora_name, cache_salt))
             if not value["hit"]:
                 note_empty(client, namespace, "nothing of this prompt")

@@ -212,9 +212,9 @@ def test_a_descriptor_gives_no_address_and_no_key() -> None:
     """What anybody may write into Redis sets parts of an identity, no address and no key."""
     parts = {"model": "m", "other": "o", "url": "redis://evil", "cold_url": "redis://evil", "salt": "x", "secret": "y"}
     found = {"identity": json.dumps(parts), "chunk_size": "8"}
-    config = PrefixCacheConfig.from_descriptor("n", found, url="redis://mine")
+    config = PrefixCacheConfig.from_descriptor("n", found, {}, url="redis://mine")
     assert (config.model, config.fingerprint, config.chunk_size) == ("m", "o", 8)
     assert (config.url, config.cold_url, config.salt, config.secret) == ("redis://mine", None, "", "")
     for text in ("\u00b2", "", "-1", "9" * 5000):
         with pytest.raises(NamespaceError, match="its chunk_size is"):
-            PrefixCacheConfig.from_descriptor("n", {"chunk_size": text})
+            PrefixCacheConfig.from_descriptor("n", {"chunk_size": text}, {})
