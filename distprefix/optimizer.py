@@ -16,12 +16,11 @@ from typing import Any, NoReturn, Self
 
 import redis
 
-from distprefix import operations
 from distprefix.background import Background
 from distprefix.budget import maintain
 from distprefix.chunking import Chain, pack_block_ids, prompt_extras, read_items, read_pairs
 from distprefix.config import SHORTEST_LEASE_S, PrefixCacheConfig
-from distprefix.errors import ConfigError, InvalidInputError, NotAttachedError
+from distprefix.errors import ConfigError, InvalidInputError
 from distprefix.health import Health, health_of
 from distprefix.lookup import look_up, own_blocks, touch
 from distprefix.metrics import metrics_of
@@ -208,15 +207,8 @@ class PrefixCacheOptimizer:
 
         Raises UnavailableError when Redis fails.
         """
-        state = self._state
-        state.check_usable()
-        with contextlib.suppress(NotAttachedError):  # flushed: there is nothing left
-            state.link.administer(operations.drop())
-        with state.lock:
-            state.l1.clear()
-            state.own.clear()
-            state.unnamed.clear()
-            self._publisher.clear()
+        self._state.check_usable()
+        self._publisher.clear()
 
     # Payloads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -164,8 +165,15 @@ class Publisher:
         return removed
 
     def clear(self) -> None:
-        """Forget every name."""
-        self._names.clear()
+        """Empty the namespace, and forget everything here. Raises UnavailableError when Redis fails."""
+        state = self._state
+        with contextlib.suppress(NotAttachedError):  # flushed: there is nothing left
+            state.link.administer(operations.drop())
+        with state.lock:
+            state.l1.clear()
+            state.own.clear()
+            state.unnamed.clear()
+            self._names.clear()
 
     def _insert(self, hashes: bytes, start: int, blocks: bytes, metadata: bytes, deadline: float) -> Published:
         link, config, attempts = self._state.link, self._state.config, 0
