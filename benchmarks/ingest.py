@@ -141,7 +141,7 @@ def _ask_dynamo(path: Path, mode: str) -> dict[str, Any]:
 class _Silent:
     """An engine that cannot be asked."""
 
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:  # noqa: ARG002
+    def replay(self, start: int, timeout_s: float, **_: Any) -> Iterator[Frame]:  # noqa: ARG002
         """Nothing."""
         raise ReplayError
 

@@ -70,6 +70,9 @@ class FakeEngine:
         self.requests: list[int] = []
         """Where the replays that were asked for begin."""
         self._connects, self._parts, self._replays = connect is not None, parts, replay
+        self.room: int | None = None
+        """Parts of a replay that its queue takes, the end among them; the others are dropped, but for the last one."""
+        self._swallowed = 0
         self._dropped = self._lost = self._subscribers = 0
         self._blocks: dict[str, dict[bytes, _Block]] = {}
         self._lock = threading.RLock()
@@ -138,6 +141,10 @@ class FakeEngine:
     def drop_next(self, count: int) -> None:
         """Do not send so many of the next messages; they can be replayed."""
         self._dropped = count
+
+    def swallow_next(self, count: int) -> None:
+        """Do not send the end of so many of the next replays."""
+        self._swallowed = count
 
     def lose_next(self, count: int) -> None:
         """Do not send so many of the next messages, nor keep them: only their numbers are used up."""
@@ -271,10 +278,15 @@ class FakeEngine:
         start = int.from_bytes(request[2], "big")
         self.requests.append(start)
         head = [request[0], b"", *([self.topic.encode()] if self._replays == "topic" else [])]
-        for seq, payload in self.buffer:
-            if seq >= start:
-                self._router.send_multipart([*head, seq.to_bytes(8, "big"), payload])
-        self._router.send_multipart([*head, END, b""])
+        replies = [(seq.to_bytes(8, "big"), payload) for seq, payload in self.buffer if seq >= start]
+        if self.room is not None and len(replies) > self.room:
+            replies = [*replies[: self.room - 1], replies[-1]]
+        if self._swallowed:
+            self._swallowed -= 1
+        else:
+            replies.append((END, b""))
+        for number, payload in replies:
+            self._router.send_multipart([*head, number, payload])
 
     def _subscribed(self) -> int:
         with self._lock, contextlib.suppress(zmq.Again):

@@ -23,7 +23,7 @@ class Kept:
     def __init__(self, frames: Sequence[Frame] | None = None) -> None:
         self.frames = None if frames is None else list(frames)
 
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:
+    def replay(self, start: int, timeout_s: float, **_: Any) -> Iterator[Frame]:
         """Messages from `start` on."""
         if self.frames is None:
             raise ReplayError
@@ -35,10 +35,10 @@ def follow(
 ) -> tuple[Follower, RedisJournal]:
     """A follower of a worker's rank 0 in the backend's namespace; the rest are settings of the cache or the engine."""
     kind, chains = settings.pop("kind", "auto"), settings.pop("engine_chains", False)
-    rank = settings.pop("rank", 0)
+    rank, is_plain = settings.pop("rank", 0), settings.pop("is_plain", False)
     ticks: Callable[[], float] = settings.pop("ticks", time.monotonic)
     reader = backend.open("attaches", **settings)  # makes the namespace
-    engine = Engine(worker=worker, endpoint="tcp://nowhere:1", kind=kind, rank=rank)
+    engine = Engine(worker=worker, endpoint="tcp://nowhere:1", kind=kind, rank=rank, is_plain=is_plain)
     client = reader._state.link.admin
     hasher = reader._state.link.hasher
     return follower_of(engine, reader.config, hasher, client, kept, lease_s=lease_s, engine_chains=chains, ticks=ticks)

@@ -83,7 +83,7 @@ class Work:
     def events_file(self) -> str:
         """A file with an engine's events."""
         path = self.folder / "events.jsonl"
-        batch = [1.0, [["BlockStored", [11, 12], None, list(range(3000, 3016)), 8, None, "GPU"]], 0]
+        batch = [1.0, [["BlockStored", [11, 12], None, list(range(3000, 3016)), 8, None, "GPU", None, [None, None]]], 0]
         path.write_text(json.dumps({"seq": 0, "payload_hex": bytes(msgpack.packb(batch) or b"").hex()}) + "\n")
         return str(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,31 @@ def engines_of(
     addresses: Sequence[str],
     *,
     ranks: int,
-    kind: str,
-    model: str,
-    topic: str,
+    own_ranks: Sequence[int] = (),
+    common: Mapping[str, Any],
 ) -> list[Engine]:
-    """One for each rank of each endpoint. Raises ConfigError when the lists do not go together."""
+    """One for each rank of each endpoint, or for the one rank in `own_ranks` that an endpoint is of.
+
+    `common`: other fields of `Engine`, the same for all. Raises ConfigError when the lists do not go together.
+    """
     if not endpoints:
         raise ConfigError("nothing to follow: pass --engine tcp://host:port and --worker NAME, or --file")
-    for name, given in (("worker", workers), ("replay", replays), ("address", addresses)):
+    if own_ranks and ranks > 1:
+        raise ConfigError(
+            "--ranks counts ports up from rank 0, --rank says of which rank each port is: pass one of both"
+        )
+    lists = {"worker": workers, "replay": replays, "address": addresses, "rank": own_ranks}
+    for name, given in lists.items():
         if len(given) != len(endpoints) and (given or name == "worker"):
             raise ConfigError(f"--{name} is given {len(given)} times for {len(endpoints)} engines: one for each")
     return [
         Engine(
             worker=workers[i],
-            rank=rank,
+            rank=own_ranks[i] if own_ranks else rank,
             endpoint=_shifted(endpoint, rank),
             replay=_shifted(replays[i], rank) if replays else None,
-            kind=kind,
-            model=model,
-            topic=topic,
             address=addresses[i] if addresses else "",
+            **common,
         )
         for i, endpoint in enumerate(endpoints)
         for rank in range(ranks)
@@ -71,18 +76,17 @@ def _shifted(endpoint: str, rank: int) -> str:
 
 
 class _NothingToReplay:
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:  # noqa: ARG002 - as engines are asked
+    def replay(self, start: int, timeout_s: float, **_: Any) -> Iterator[Frame]:  # noqa: ARG002 - as engines are asked
         """A file is read once."""
         raise ReplayError
 
 
 def follow_file(
     path: Path,
-    worker: str,
+    engine: Engine,
     config: PrefixCacheConfig,
     client: redis.Redis,
     *,
-    kind: str,
     engine_chains: bool,
     limits: EngineLimits | None = None,
 ) -> dict[str, Any]:
@@ -94,7 +98,6 @@ def follow_file(
     frames = list(_messages(path))
     calls = Client(client)
     hasher = attach(calls, Keys(config.namespace), config, time.monotonic() + 5).hasher
-    engine = Engine(worker=worker, endpoint=str(path), kind=kind)
     follower, journal = follower_of(
         engine,
         config,
@@ -106,7 +109,7 @@ def follow_file(
         limits=limits,
     )
     if not follower.begin():
-        raise ConfigError(f"another ingester writes the events of {worker}")
+        raise ConfigError(f"another ingester writes the events of {engine.worker}")
     try:
         for start in range(0, len(frames), _BATCH):
             follower.take(frames[start : start + _BATCH])

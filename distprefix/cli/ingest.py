@@ -39,13 +39,23 @@ def ingest(
     ] = None,
     worker: Annotated[list[str] | None, typer.Option(help="What it is called, in the order of --engine.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks of each engine: its ports count up.")] = 1,
+    rank: Annotated[
+        list[int] | None, typer.Option(min=0, help="The one rank that each publishes, in the order of --engine.")
+    ] = None,
     url: Url = None,
     namespace: Namespace = "default",
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a chunk of a new namespace; default 16.")
     ] = None,
     kind: Annotated[str, typer.Option(help="auto, vllm or sglang.")] = "auto",
-    model: Annotated[str, typer.Option(help="What they serve, for routers and people.")] = "",
+    no_extra_keys: Annotated[
+        bool,
+        typer.Option("--no-extra-keys", help="What engines do not tell of blocks is nothing: no salts, no images."),
+    ] = False,
+    model: Annotated[str, typer.Option(help="What they serve: one model in a namespace.")] = "",
+    same_model: Annotated[
+        bool, typer.Option("--same-model", help="Other models named in the namespace are this one by another name.")
+    ] = False,
     address: Annotated[list[str] | None, typer.Option(help="Where they take requests, in order.")] = None,
     topic: Annotated[str, typer.Option(help="Only messages whose topic begins so.")] = "",
     lease: Annotated[float, typer.Option(min=3, help="Seconds a worker counts after it was last heard of.")] = 10.0,
@@ -63,7 +73,7 @@ def ingest(
     with errors():
         try:
             from distprefix.cli.following import engines_of, follow_file  # noqa: PLC0415 - optional dependency
-            from distprefix.events.ingester import Ingester  # noqa: PLC0415
+            from distprefix.events.ingester import Engine, Ingester  # noqa: PLC0415
             from distprefix.events.limits import EngineLimits  # noqa: PLC0415
         except ModuleNotFoundError as error:
             if error.name != "zmq":
@@ -76,21 +86,22 @@ def ingest(
             )
             if file is not None:
                 name = (worker or ["engine"])[0]
-                value = follow_file(file, name, config, client, kind=kind, engine_chains=engine_chains, limits=limits)
+                named = Engine(worker=name, endpoint=str(file), kind=kind, is_plain=no_extra_keys, model=model)
+                value = follow_file(file, named, config, client, engine_chains=engine_chains, limits=limits)
                 show(value, as_json=as_json, render=lambda shown: _table([shown]))
                 return
             engines = engines_of(
                 *(engine or [], replay or [], worker or [], address or []),
                 ranks=ranks,
-                kind=kind,
-                model=model,
-                topic=topic,
+                own_ranks=rank or [],
+                common={"kind": kind, "is_plain": no_extra_keys, "model": model, "topic": topic},
             )
             gc.set_threshold(100_000, 50, 100)  # blocks live long: looking through all of them often finds nothing
             stop = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: stop.set())  # pyright: ignore[reportUnknownLambdaType]
             settings: dict[str, Any] = {"lease_s": lease, "engine_chains": engine_chains, "limits": limits}
+            settings["same_model"] = same_model
             with Ingester(config, engines, client=client, **settings) as running:
                 _report(running, stop, every, as_json=as_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from distprefix.chunking import HASH_BYTES
@@ -192,9 +192,8 @@ def reject(holdings: Holdings, change: Change) -> None:
         block = block.anchor
 
 
-def blocks_of(covered: Iterable[Covered]) -> dict[str, list[tuple[int, int | None, bytes]]]:
-    """The engine's blocks by medium, as `Holdings.restore` takes them, from what Redis was told."""
-    found: dict[str, list[tuple[int, int | None, bytes]]] = {}
+def blocks_of(covered: Iterable[Covered]) -> Iterator[tuple[str, list[tuple[int, int | None, bytes]]]]:
+    """The engine's blocks, node by node with its medium, as `Holdings.restore` takes them, from what Redis was told."""
     ends: dict[tuple[str, bytes], tuple[int | None, bytes]] = {}
     for part in sorted(covered, key=lambda part: part.depth):
         end = ends.get((part.medium, part.parent)) if part.parent else (None, b"")
@@ -202,7 +201,7 @@ def blocks_of(covered: Iterable[Covered]) -> dict[str, list[tuple[int, int | Non
         if end is None or not size or len(part.labels) % (size * KEY_BYTES):
             continue  # a hole above, or another hand wrote it
         before, pending = end
-        blocks, width = found.setdefault(part.medium, []), len(part.labels) // size
+        blocks, width = list[tuple[int, int | None, bytes]](), len(part.labels) // size
         for at in range(size):
             chunk = part.chunks[at * HASH_BYTES : (at + 1) * HASH_BYTES]
             label = part.labels[at * width : (at + 1) * width]
@@ -215,4 +214,4 @@ def blocks_of(covered: Iterable[Covered]) -> dict[str, list[tuple[int, int | Non
                 before = key
             pending = b""
         ends[part.medium, part.chunks[-HASH_BYTES:]] = (before, pending)
-    return found
+        yield part.medium, blocks

@@ -6,6 +6,7 @@ import re
 import sys
 from array import array
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, cast
 
 from msgpack import packb
@@ -14,6 +15,7 @@ from distprefix.chunking import pack_extra
 from distprefix.errors import EventFormatError, InvalidInputError
 from distprefix.events.frames import Batch, Cleared, Event, Removed, Stored
 from distprefix.events.sglang import first_hash
+from distprefix.events.shapes import MalformedError, Named, has_negative, may_remove, named, text_of
 from distprefix.events.unpack import unpack_batch
 
 __all__ = ["decode"]
@@ -24,42 +26,35 @@ _INT, _BYTES = {int}, {bytes}
 _ZERO, _ONE = (number.to_bytes(4, "little") for number in (0, 1))
 _LATEST = 2**40  # seconds since 1970: what is later is no time
 _WORD = 64  # characters in a medium or kind
-_BASE = "block_hashes parent_block_hash token_ids block_size lora_id medium"
-_FIELDS = {
-    ("vllm", "BlockStored"): f"{_BASE} lora_name extra_keys group_idx kv_cache_spec_kind".split(),
-    ("vllm", "BlockRemoved"): ["block_hashes", "medium", "group_idx"],
-    ("sglang", "BlockStored"): f"{_BASE} cache_salt session_id lora_name".split(),
-    ("sglang", "BlockRemoved"): ["block_hashes", "medium"],
-}
-_SGLANG_TAIL = ("cache_salt", "lora_name")
+_PAIR = 2
 _VLLM_ONLY = ("lora_name", "extra_keys", "group_idx")
 
 
-class _MalformedError(Exception):
-    """An event that makes no sense."""
-
-
-def decode(payload: bytes, *, engine: str = "auto") -> Batch:
+def decode(payload: bytes, *, engine: str = "auto", is_plain: bool = False) -> Batch:
     """Read one message of `engine` ("vllm", "sglang", or "auto": told by its looks).
 
-    Events that make no sense are left out and counted. Raises EventFormatError when there is no batch at all.
+    `is_plain`: blocks of which the engine does not say what they depend on besides tokens depend on nothing else.
+    Events that make no sense are left out and counted; what they may have taken away is cleared.
+    Raises EventFormatError when there is no batch at all.
     """
     if engine not in ("auto", "vllm", "sglang"):
         raise InvalidInputError(f"no engine is called {engine!r}: pass 'auto', 'vllm' or 'sglang'")
     at, raw, rank = unpack_batch(payload)
     events: list[Event] = []
-    unknown = malformed = 0
+    unknown = malformed = unclear = 0
     for item in raw:
         try:
-            event = _event(item, engine)
-        except (_MalformedError, KeyError):
+            event = _event(item, engine, is_plain=is_plain)
+            unknown += event is None
+        except (MalformedError, KeyError):
             malformed += 1
-            continue
+            event = None
         if event is None:
-            unknown += 1
-        else:
+            event = _cleared_by(item)
+            unclear += event is not None
+        if event is not None:
             events.append(event)
-    return Batch(_time(at), _rank(rank), tuple(events), unknown, malformed)
+    return Batch(_time(at), _rank(rank), tuple(events), unknown, malformed, unclear)
 
 
 def _time(at: Any) -> float:
@@ -77,74 +72,59 @@ def _rank(rank: Any) -> int | None:
 # Events
 
 
-def _event(item: Any, engine: str) -> Event | None:
+def _event(item: Any, engine: str, *, is_plain: bool) -> Event | None:
     """One event; None for a kind that means nothing here."""
-    if type(item) is dict:
-        fields: dict[Any, Any] = item
-        if "type" not in fields or "block_hashes" not in fields:
-            fields = {_text(key) if type(key) is bytes else key: value for key, value in fields.items()}
-        kind, tagged = fields["type"], True
-        kind = kind if type(kind) is str else _text(kind)
-    elif type(item) is list and item:
-        kind, tagged = _text(item[0]), False
-        fields, engine = _named(kind, item, engine)
-    else:
-        raise _MalformedError
-    if kind == "BlockStored":
-        return _stored(fields, engine, tagged=tagged)
-    if kind == "BlockRemoved":
+    event = named(item, engine)
+    if event.kind == "BlockStored":
+        return _stored(event, is_plain=is_plain)
+    fields = event.fields
+    if event.kind == "BlockRemoved":
         medium, group = _medium(fields.get("medium")), _number(fields.get("group_idx"))
         return Removed(_keys(fields["block_hashes"])[0], medium, group)
-    if kind == "AllBlocksCleared":
-        return Cleared()
-    if not kind:
-        raise _MalformedError
+    if event.kind == "AllBlocksCleared":
+        return Cleared(_medium_if_told(fields.get("medium")))
+    if not event.kind:
+        raise MalformedError
     return None
 
 
-def _named(kind: str, item: list[Any], engine: str) -> tuple[dict[Any, Any], str]:
-    """The fields of a positional event by name; SGLang tells the salt by a map at the end."""
-    tail: dict[Any, Any] = {}
-    if len(item) > 1 and type(item[-1]) is dict and kind == "BlockStored":
-        tail = {name: item[-1][name] for name in _SGLANG_TAIL if name in item[-1]}
-        item, engine = item[:-1], "sglang" if engine == "auto" else engine
-    if engine == "auto" and kind == "BlockStored" and len(item) > 1 and _has_negative(item[1]):
-        engine = "sglang"
-    names = _FIELDS.get((engine if engine == "sglang" else "vllm", kind), ())
-    return dict(zip(names, item[1:], strict=False)) | tail, engine
+def _cleared_by(item: Any) -> Cleared | None:
+    """What an event that cannot be read may have taken away; None when nothing."""
+    removes, medium = may_remove(item)
+    return Cleared(_medium_if_told(medium)) if removes else None
 
 
-def _stored(fields: dict[Any, Any], engine: str, *, tagged: bool) -> Stored:
+def _medium_if_told(value: Any) -> str | None:
+    return _medium(value) if type(value) in (str, bytes) and value else None
+
+
+def _stored(event: Named, *, is_plain: bool) -> Stored:
+    fields = event.fields
     keys, names = _keys(fields["block_hashes"])
     parent = fields["parent_block_hash"]
+    is_root = parent is None or parent == 0
     if parent is not None:
         parent = parent & _MASK if type(parent) is int else _keys([parent])[0][0]
-    tokens, block_size = _tokens(fields["token_ids"]), _number(fields["block_size"])
+    tokens, hashed = _tokens(fields["token_ids"])
+    block_size = _number(fields["block_size"])
     if tokens and not block_size:
-        raise _MalformedError
-    lora, salt, lora_id = (
-        _text(fields.get("lora_name")),
-        _text(fields.get("cache_salt")),
-        _number(fields.get("lora_id")),
-    )
-    rows = fields.get("extra_keys")
-    if parent is not None and (rows is None or (type(rows) is list and not any(rows))):
+        raise MalformedError
+    lora, salt = text_of(fields.get("lora_name")), text_of(fields.get("cache_salt"))
+    lora_id, rows = _number(fields.get("lora_id")), fields.get("extra_keys")
+    if not is_root and (not rows or (type(rows) is list and not any(rows))):
         extras = []  # most events
     else:
         extras = [b""] * len(keys)
         if rows is not None:
-            salt = _read_rows(rows, extras, lora, salt, root=parent is None)
-    if parent is None and keys:
+            salt = _read_rows(rows, extras, lora, salt, root=is_root)
+    is_told = is_plain or rows is not None or not tokens or (event.engine == "envelope" and "cache_salt" in fields)
+    if is_root and keys:
         whole = pack_extra("lora", lora or str(lora_id)) if lora or lora_id else b""
         whole += pack_extra("salt", salt) if salt else b""
         extras[0] = whole + extras[0]
-        if (
-            not whole
-            and tokens
-            and _is_sglang(fields, engine, tagged=tagged)
-            and first_hash(tokens, block_size) != keys[0]
-        ):
-            extras[0] += pack_extra("unknown", keys[0])
+        if not is_told:
+            size = block_size * len(hashed) // len(tokens)
+            is_told = bool(whole and _is_sglang(event)) or first_hash(hashed, size) == keys[0]
     return Stored(
         keys,
         parent,
@@ -152,67 +132,84 @@ def _stored(fields: dict[Any, Any], engine: str, *, tagged: bool) -> Stored:
         block_size if tokens else 0,
         _medium(fields.get("medium")),
         _number(fields.get("group_idx")),
-        (_text(fields.get("kv_cache_spec_kind")) or "full_attention")[:_WORD],
+        (text_of(fields.get("kv_cache_spec_kind")) or "full_attention")[:_WORD],
         tuple(extras) if any(extras) else (),
         names,
+        is_told or (not is_root and _is_sglang(event)),
     )
 
 
-def _is_sglang(fields: dict[Any, Any], engine: str, *, tagged: bool) -> bool:
+def _is_sglang(event: Named) -> bool:
     """Whether SGLang sent this: vLLM always tells a name of a LoRA in its maps, and has no negative hashes."""
-    if engine != "auto":
-        return engine == "sglang"
-    return (tagged and not any(name in fields for name in _VLLM_ONLY)) or _has_negative(fields["block_hashes"])
-
-
-def _has_negative(hashes: Any) -> bool:
-    return type(hashes) is list and any(type(value) is int and value < 0 for value in hashes)
+    if event.engine != "auto":
+        return event.engine == "sglang"
+    fields = event.fields
+    return (event.is_map and not any(name in fields for name in _VLLM_ONLY)) or has_negative(fields["block_hashes"])
 
 
 def _keys(hashes: Any) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     """Low 64 bits of each hash, and the hashes whole if they are long enough to stand for themselves."""
     if type(hashes) is not list:
-        raise _MalformedError
+        raise MalformedError
     if len(hashes) == 1 and type(hashes[0]) is int:  # most of them
         return (hashes[0] & _MASK,), ()
     kinds = set(map(type, hashes))
     if kinds <= _INT:
         return tuple([value & _MASK for value in hashes]), ()
     if kinds - _INT - _BYTES or b"" in hashes:
-        raise _MalformedError
+        raise MalformedError
     keys = tuple(v & _MASK if type(v) is int else int.from_bytes(v[-_KEY_BYTES:], "big") for v in hashes)
     whole = kinds == _BYTES and min(map(len, hashes)) >= _NAME_BYTES
     return keys, tuple(hashes) if whole else ()
 
 
-def _tokens(ids: Any) -> bytes:
+def _tokens(ids: Any) -> tuple[bytes, bytes]:
+    """Token ids, and what SGLang hashes of them: with EAGLE it tells each token and the one that follows it."""
     if type(ids) is not list:
-        raise _MalformedError
+        raise MalformedError
+    listed = cast("list[Any]", ids)
+    if listed and type(listed[0]) is list:
+        hashed = _packed(_flat(listed))
+        return _packed([pair[0] for pair in listed]), hashed
+    tokens = _packed(listed)
+    return tokens, tokens
+
+
+def _flat(pairs: list[Any]) -> list[Any]:
+    """Raises MalformedError unless each pair begins with what the one before it ends with."""
+    if any(type(pair) is not list or len(pair) != _PAIR for pair in pairs):
+        raise MalformedError
+    if any(one[1] != other[0] for one, other in pairwise(pairs)):
+        raise MalformedError
+    return [token for pair in pairs for token in pair]
+
+
+def _packed(ids: list[Any]) -> bytes:
     try:
-        packed = array("I", cast("list[int]", ids))
+        packed = array("I", ids)
     except (OverflowError, TypeError):
-        raise _MalformedError from None
+        raise MalformedError from None
     if sys.byteorder == "big":
         packed.byteswap()
     tokens = packed.tobytes()
-    if (_ZERO in tokens or _ONE in tokens) and bool in set(map(type, cast("list[Any]", ids))):
-        raise _MalformedError  # True is no 1; the array takes nothing else that is no number
+    if (_ZERO in tokens or _ONE in tokens) and bool in set(map(type, ids)):
+        raise MalformedError  # True is no 1; the array takes nothing else that is no number
     return tokens
 
 
 def _read_rows(rows: Any, extras: list[bytes], lora: str, salt: str, *, root: bool) -> str:
     """Put into `extras` what vLLM tells of each block besides LoRA and salt; the salt, if it is there, comes back."""
     if type(rows) is not list:
-        raise _MalformedError
+        raise MalformedError
     if not any(rows):
         return salt
     if len(rows) != len(extras):
-        raise _MalformedError
+        raise MalformedError
     for i, row in enumerate(rows):
         if row is None:
             continue
         if type(row) is not list:
-            raise _MalformedError
+            raise MalformedError
         items = row[1:] if lora and row and row[0] == lora else row
         if root and i == 0:
             first = next((n for n, item in enumerate(items) if type(item) is str and (not salt or item == salt)), None)
@@ -230,7 +227,7 @@ def _item(item: Any) -> bytes:
     try:
         return pack_extra("key", cast("bytes", packb(item, unicode_errors="surrogateescape")))
     except (ValueError, TypeError, RecursionError):
-        raise _MalformedError from None
+        raise MalformedError from None
 
 
 def _number(value: Any) -> int:
@@ -238,25 +235,14 @@ def _number(value: Any) -> int:
     if value is None:
         return 0
     if type(value) is not int or value < 0:
-        raise _MalformedError
-    return value
-
-
-def _text(value: Any) -> str:
-    """A string, be it sent as bytes; nil and what is not there are empty."""
-    if value is None:
-        return ""
-    if type(value) is bytes:
-        return value.decode(errors="surrogateescape")
-    if type(value) is not str:
-        raise _MalformedError
+        raise MalformedError
     return value
 
 
 def _medium(value: Any) -> str:
     if type(value) is str and value:
         return _word(value[:_WORD])
-    return _word((_text(value) or "gpu")[:_WORD])
+    return _word((text_of(value) or "gpu")[:_WORD])
 
 
 @lru_cache(256)

@@ -7,18 +7,18 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import zmq
 
 from distprefix.errors import ConfigError, ForkedProcessError, ReplayError
+from distprefix.events.answer import Answer
 from distprefix.events.frames import Frame
 from distprefix.events.inbox import Arrival, Connected, Disconnected
 from distprefix.events.intake import Intake
 from distprefix.events.limits import EngineLimits
 from distprefix.events.wire import (
-    END,
     INCOMPLETE_BYTES,
     OPENED,
     Subscription,
@@ -34,9 +34,7 @@ __all__ = ["Arrival", "Connected", "Disconnected", "EngineSocket"]
 
 _QUEUED = 100_000  # messages; as many as an engine keeps, and a replay must fit: its ROUTER drops what finds no room
 _FIRST_ANSWER_S = 5.0
-_MAX_REPLAY_FRAMES = 1_000_000
-_FRAME_BYTES = 200
-"""What a frame takes besides its payload."""
+_QUIET_S = 1.0
 _LOOK_S = 0.1
 
 
@@ -64,6 +62,8 @@ class EngineSocket:
             raise ConfigError(f"replay is {replay!r}; replays are asked for at a host, not at '*'")
         self.dropped: Counter[str] = Counter()
         """Messages that make no sense or find no room, by cause: see docs/kv-events.md."""
+        self.counts: Counter[str] = Counter()
+        """What replays took."""
         self.connected = False
         """Whether the engine's publisher was there at the last receive()."""
         self._replay = replay
@@ -87,28 +87,30 @@ class EngineSocket:
                 self.connected = isinstance(each, Connected)
         return arrived
 
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:
+    def replay(
+        self, start: int, timeout_s: float, *, until: int | None = None, keep: Callable[[], object] | None = None
+    ) -> Iterator[Frame]:
         """Ask the engine for what it still has from `start` on, in order; it may begin later and have gaps.
 
         All of it is read before the first frame is given, up to `replay_bytes` and within `timeout_s`; the first answer
-        has to come within five seconds. Raises ReplayError, after the frames that came, when there is nobody to ask, no
-        answer in time, or what comes is not a replay.
+        has to come within five seconds. An engine's queue drops what finds no room, be it the end: what lacks inside is
+        asked for again while that brings some of it, and so is what follows when nothing came for a second. Once all
+        before `until` is there, no more is waited for. `keep` is called meanwhile, every tenth of a second.
+        Raises ReplayError, after the frames that came, when there is nobody to ask, no answer in time, or what comes is
+        not a replay.
         """
         if self._replay is None:
             raise ReplayError("No replay endpoint is configured for this engine")
-        frames: list[Frame] = []
+        answer = Answer(start, until, self._limits.replay_bytes)
         problem: ReplayError | None = None
         try:
-            with _Dealer(self._replay, self._limits.message_bytes) as dealer:
-                dealer.send_multipart([b"", start.to_bytes(8, "big")])
-                self._read_replay(dealer, start, timeout_s, frames)
+            with _Dealer(self._replay, self._limits.message_bytes, keep) as dealer:
+                self._read_replay(dealer, answer, timeout_s)
         except zmq.ZMQError as error:
             problem = ReplayError(f"{self._replay} cannot be asked: {error}")
         except ReplayError as error:
             problem = error
-        frames.reverse()
-        while frames:
-            yield frames.pop()  # each is forgotten when it is given
+        yield from answer.frames()
         if problem is not None:
             raise problem
 
@@ -116,39 +118,38 @@ class EngineSocket:
         """Disconnect; what has not been received is lost. Closing again, or in a child process, does nothing."""
         self._finalizer()
 
-    def _read_replay(self, dealer: _Dealer, start: int, timeout_s: float, into: list[Frame]) -> None:
+    def _read_replay(self, dealer: _Dealer, answer: Answer, timeout_s: float) -> None:
         """Read until the end of a replay. Raises ReplayError."""
         now = time.monotonic()
         deadline = now + timeout_s
-        first = now + min(timeout_s, _FIRST_ANSWER_S)
-        frames = size = 0
-        last = start - 1
-        while True:
-            if not dealer.wait(deadline if frames else first):
-                problem = f"did not finish within {timeout_s} s" if frames else "did not answer"
-                raise ReplayError(f"{self._replay} {problem}; {frames} frames came")
-            parts, number, payload = dealer.read()
-            frames += 1
-            size += len(payload) + _FRAME_BYTES
-            if not 2 <= parts <= 4 or len(number) != 8:
-                raise ReplayError(f"{self._replay} sent what is no replay: {parts} parts, sequence {number[:16]!r}")
-            if number == END and not payload:
-                return
-            if frames > _MAX_REPLAY_FRAMES or size > self._limits.replay_bytes:
-                raise ReplayError(f"{self._replay} sent too much: {frames} frames, {size} bytes, and no end")
-            seq = int.from_bytes(number, "big")
-            if seq < start:
-                continue
-            if seq <= last or number == END:
-                raise ReplayError(f"{self._replay} sent sequence {seq} after {last}")
-            last = seq
-            into.append(Frame(seq, payload))
+        wait_until = now + min(timeout_s, _FIRST_ANSWER_S)
+        dealer.ask(answer.wanted())
+        while not answer.is_complete:
+            if dealer.wait(min(deadline, wait_until)):
+                parts, number, payload = dealer.read()
+                try:
+                    is_end = answer.add(parts, number, payload)
+                except ReplayError as error:
+                    raise ReplayError(f"{self._replay} {error}") from None
+                wait_until = time.monotonic() + (_QUIET_S if answer.is_begun else _FIRST_ANSWER_S)
+                if not is_end:
+                    continue
+                if not answer.may_be_filled():
+                    return
+            elif not answer.has_grown or time.monotonic() >= deadline:
+                problem = f"did not finish within {timeout_s} s" if answer.is_begun else "did not answer"
+                raise ReplayError(f"{self._replay} {problem}; {len(answer)} frames came")
+            dealer.ask(answer.wanted())
+            self.counts["replays_asked_again"] += 1
+            wait_until = time.monotonic() + _FIRST_ANSWER_S
 
 
 class _Dealer:
     """The connection to a replay endpoint. Raises ZMQError for one that cannot be used."""
 
-    def __init__(self, endpoint: str, max_bytes: int) -> None:
+    def __init__(self, endpoint: str, max_bytes: int, keep: Callable[[], object] | None) -> None:
+        self._keep = keep
+        self._keep_at = 0.0
         self._endpoint = endpoint
         self._max_bytes = max_bytes
         self._intake = Intake(port_of(endpoint))
@@ -165,16 +166,20 @@ class _Dealer:
         self._socket.close(0)
         self._monitor.close(0)
 
-    def send_multipart(self, parts: list[bytes]) -> None:
-        """Send a message, once there is a connection."""
-        self._socket.send_multipart(parts, zmq.NOBLOCK)
+    def ask(self, start: int) -> None:
+        """Ask for messages from there on, once there is a connection."""
+        self._socket.send_multipart([b"", start.to_bytes(8, "big")], zmq.NOBLOCK)
 
     def wait(self, deadline: float) -> bool:
         """Whether a message is there before the deadline. Raises ReplayError for one that does not end."""
         while True:
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            left = deadline - now
             if left <= 0:
                 return False
+            if self._keep is not None and now >= self._keep_at:
+                self._keep_at = now + _LOOK_S
+                self._keep()
             if self._socket.poll(math.ceil(1000 * min(left, _LOOK_S))):
                 return True
             while (change := next_change(self._monitor)) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import xxhash
@@ -16,7 +16,7 @@ import xxhash
 from distprefix.errors import EventFormatError, FencedError, ReplayError, StaleEpochError
 from distprefix.events.changes import Change, blocks_of, changes, confirm, confirm_part, reject
 from distprefix.events.decode import decode
-from distprefix.events.frames import Cleared, Frame, Removed, Stored
+from distprefix.events.frames import Cleared, Event, Frame, Removed, Stored
 from distprefix.events.holdings import Holdings
 from distprefix.events.journal import Fate, Journal, Outcome, Position
 from distprefix.events.pace import Pace
@@ -43,8 +43,13 @@ _POSITIONS = (100, 10.0)
 class Replays(Protocol):
     """An engine that may be asked for what it sent."""
 
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:
-        """Messages from `start` on, as far as it still has them. Raises ReplayError."""
+    def replay(
+        self, start: int, timeout_s: float, *, until: int | None = None, keep: Callable[[], object] | None = None
+    ) -> Iterator[Frame]:
+        """Messages from `start` on, as far as it still has them; none behind `until` is needed. Raises ReplayError.
+
+        `keep` is called at least every second while the engine is waited for.
+        """
         ...
 
 
@@ -59,8 +64,10 @@ class Follower:
         engine: Replays,
         *,
         kind: str = "auto",
+        is_plain: bool = False,
         rank: int = 0,
         replay_timeout_s: float = 30.0,
+        beat_s: float = 3.0,
         clock: Callable[[], float],
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,9 +84,13 @@ class Follower:
         self._journal = journal
         self._engine = engine
         self._kind = kind
+        self._is_plain = is_plain
         self._rank = rank
         self._replay_timeout_s = replay_timeout_s
         self._clock = clock
+        self._ticks = ticks
+        self._beat_s = beat_s
+        self._beat_at = ticks() + beat_s
         self._last: Position | None = None
         """The last message applied."""
         self._written: Position | None = None
@@ -119,8 +130,11 @@ class Follower:
             return True
         self._remember(lead.position)
         self.holdings.restore_state(lead.state)
-        for medium, blocks in blocks_of(self._journal.covered(lead.epoch)).items():
+        for medium, blocks in blocks_of(self._journal.covered(lead.epoch)):
             self.holdings.restore(medium, blocks)
+            self._journal.keep()
+        if self.holdings.has_tails:
+            self._learn_tails(lead.position)
         self.resume()
         return True
 
@@ -220,12 +234,13 @@ class Follower:
     def _fill(self, frame: Frame) -> None:
         """Messages are missing before this one."""
         self.counts["gaps"] += 1
+        before = self._last
         try:
             same = self._continue(frame.seq)
         except ReplayError as error:
             self.reports.warning("replays_failed", "%s", error)
             self.counts["replays_failed"] += 1
-            same = False
+            same = self._last != before  # what came is whole as far as it goes
         if same and self._last is not None and self._last.seq + 1 >= frame.seq:
             if self._last.seq + 1 == frame.seq:
                 self._apply(frame, _digest(frame))
@@ -248,20 +263,54 @@ class Follower:
         if last is None:
             return False
         self.answered = False
-        frames = self._ask(last.seq)
+        frames = self._ask(last.seq, until)
         first = next(frames, None)
         if first is None or first.seq != last.seq or _digest(first) != last.digest:
             return False
         for frame in frames:
             if self._last is None or frame.seq != self._last.seq + 1:
                 return until is not None and self._last is not None and self._last.seq + 1 >= until
-            self._apply(frame, _digest(frame))
-            self.counts["replayed"] += 1
-            if self._is_much():
-                self.write()
+            self._catch_up(frame)
         self.answered = True
         self.write()
         return True
+
+    def _catch_up(self, frame: Frame) -> None:
+        """Apply a message that the engine sent again, and say meanwhile that both still live."""
+        self._apply(frame, _digest(frame))
+        self.counts["replayed"] += 1
+        if self._is_much():
+            self.write()
+        self._journal.keep()
+        if self._is_beat_due():
+            self._is_current()  # a worker that was given up meanwhile is seen at the next heartbeat
+
+    def _learn_tails(self, until: Position) -> None:
+        """Hear again what was written: Redis knows nothing of blocks behind the last full chunk, nor their tokens.
+
+        What is restored already is not changed by it: the last that the engine said of each block is what was written.
+        Nothing happens where the engine does not have these messages any more.
+        """
+        try:
+            frames = [frame for frame in self._ask(0) if frame.seq <= until.seq]
+        except ReplayError as error:
+            self.reports.info("replay", "%s", error)
+            return
+        if not frames or frames[-1].seq != until.seq or _digest(frames[-1]) != until.digest:
+            return
+        counts = self.holdings.counts.copy()
+        for frame in frames[_start_of_knowledge(frames, self._events_of) :]:
+            self._apply_events(self._events_of(frame) or ())
+        self.holdings.counts.clear()
+        self.holdings.counts.update(counts)
+
+    def _events_of(self, frame: Frame) -> Sequence[Event] | None:
+        """What a message tells of this rank; None when it cannot be read."""
+        try:
+            batch = decode(frame.payload, engine=self._kind, is_plain=self._is_plain)
+        except EventFormatError:
+            return None
+        return batch.events if batch.rank is None or batch.rank == self._rank else ()
 
     def _start_over(self, reason: str, frame: Frame | None = None) -> None:
         """Nothing that was published counts any more; begin with what the engine still has, or with this message."""
@@ -292,10 +341,7 @@ class Follower:
                     self._void()  # what went before may have been dropped in between
                 elif last is None and each.seq:
                     self.counts["joined_late"] += 1
-                self._apply(each, _digest(each))
-                self.counts["replayed"] += 1
-                if self._is_much():
-                    self.write()
+                self._catch_up(each)
             self.answered = True
         except ReplayError as error:
             self.reports.info("replay", "%s", error)
@@ -312,11 +358,18 @@ class Follower:
             self._void()
         self._apply(frame, _digest(frame))
 
-    def _ask(self, start: int) -> Iterator[Frame]:
+    def _is_beat_due(self) -> bool:
+        now = self._ticks()
+        if now < self._beat_at:
+            return False
+        self._beat_at = now + self._beat_s
+        return True
+
+    def _ask(self, start: int, until: int | None = None) -> Iterator[Frame]:
         """The engine's replay. Raises ReplayError when it was asked too often lately."""
         if not self._replays.take():
             raise ReplayError("The engine was asked for replays too often: it is not asked again for a moment")
-        return self._engine.replay(start, self._replay_timeout_s)
+        return self._engine.replay(start, self._replay_timeout_s, until=until, keep=self._journal.keep)
 
     def _clear(self) -> None:
         """The engine holds nothing, or nobody knows what it holds."""
@@ -339,7 +392,7 @@ class Follower:
     def _apply(self, frame: Frame, digest: str) -> None:
         at = self._last.at if self._last else 0.0
         try:
-            batch = decode(frame.payload, engine=self._kind)
+            batch = decode(frame.payload, engine=self._kind, is_plain=self._is_plain)
         except EventFormatError as error:
             self.counts["messages_unreadable"] += 1
             self.reports.warning("messages_unreadable", "message %d: %s", frame.seq, error)
@@ -349,6 +402,7 @@ class Follower:
             self.counts["events"] += len(batch.events)
             self.counts["events_unknown"] += batch.unknown
             self.counts["events_malformed"] += batch.malformed
+            self.counts["events_unclear"] += batch.unclear
             if batch.rank is not None and batch.rank != self._rank:
                 self.counts["events_of_other_ranks"] += len(batch.events)
             else:
@@ -365,8 +419,10 @@ class Follower:
                 self.holdings.store(event)
             elif isinstance(event, Removed):
                 self.holdings.remove(event)
-            else:
+            elif event.medium is None:
                 self._clear()
+            else:
+                self.holdings.void(event.medium)
 
     def _remember(self, position: Position) -> None:
         self._digests[position.seq] = position.digest
@@ -375,6 +431,18 @@ class Follower:
 
     def _is_much(self) -> bool:
         return sum(map(len, self.holdings.changed.values())) > _TOGETHER
+
+
+def _start_of_knowledge(frames: Sequence[Frame], events_of: Callable[[Frame], Sequence[Event] | None]) -> int:
+    """The first message behind which nothing is missing, unreadable or cleared as a whole."""
+    start = 0
+    for i, frame in enumerate(frames):
+        events = events_of(frame)
+        if events is None or any(isinstance(event, Cleared) and event.medium is None for event in events):
+            start = i + 1
+        elif i and frame.seq != frames[i - 1].seq + 1:
+            start = i
+    return start
 
 
 def _digest(frame: Frame) -> str:

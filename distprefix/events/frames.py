@@ -33,6 +33,8 @@ class Stored(NamedTuple):
     """What else each block's content depends on, packed; empty when nothing does for any block."""
     names: tuple[bytes, ...]
     """The engine's hashes whole, where it sends at least 16 bytes; else empty."""
+    is_told: bool = True
+    """Whether the event says what its blocks' content depends on besides tokens: salts, images, LoRAs."""
 
 
 class Removed(NamedTuple):
@@ -44,7 +46,10 @@ class Removed(NamedTuple):
 
 
 class Cleared(NamedTuple):
-    """The engine has dropped everything."""
+    """The engine has dropped everything, or nobody knows what of it."""
+
+    medium: str | None = None
+    """What is concerned; None for all media."""
 
 
 Event = Stored | Removed | Cleared
@@ -62,3 +67,5 @@ class Batch(NamedTuple):
     """Events of kinds that mean nothing here."""
     malformed: int
     """Events that make no sense, and were left out."""
+    unclear: int = 0
+    """Of these two, events that may have told of a removal: a Cleared of what they could concern stands for each."""

@@ -16,6 +16,7 @@ from distprefix.chunking import HASH_BYTES
 from distprefix.events.blocks import EVERY_MEDIUM, Block
 from distprefix.events.frames import Removed, Stored
 from distprefix.events.limits import EngineLimits
+from distprefix.events.nameless import Nameless
 from distprefix.events.parking import Parking
 from distprefix.hashing import ChunkHasher
 
@@ -68,6 +69,11 @@ class Holdings:
         """By medium: the groups that have to hold a block."""
         self._groups: dict[tuple[str, int], int] = {}
         """Medium and the engine's number of a group to its bit."""
+        self._sizes: dict[int, int] = {}
+        """By bit of a group: tokens in its blocks, the most that it named so far."""
+        self._nameless = Nameless(max_parked)
+        self._has_zero = False
+        """Whether a block is called 0: then a parent of 0 is that block, and no beginning of a prompt."""
         self._restart()
 
     def _restart(self) -> None:
@@ -98,7 +104,13 @@ class Holdings:
     @property
     def state(self) -> bytes:
         """What has to be known besides the tree in Redis to go on from there."""
-        return cast("bytes", msgpack.packb([[medium, group] for medium, group in self._groups]))
+        groups = [[*name, self._sizes.get(bit, 0)] for name, bit in self._groups.items()]
+        return cast("bytes", msgpack.packb(groups))
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether blocks are smaller than chunks: of those behind the last full chunk Redis knows nothing."""
+        return any(size < self._chunk_size for size in self._sizes.values())
 
     def mask(self, medium: str) -> int:
         """The bit of a medium."""
@@ -108,6 +120,7 @@ class Holdings:
         """The engine holds nothing."""
         self._restart()
         self._parking.clear()
+        self._nameless.clear()
         self.changed = {medium: {} for medium in self.changed}
         self.chunks.clear()
 
@@ -125,8 +138,29 @@ class Holdings:
             self._store_known(event, bit)
         elif not self._fits(event):
             self.counts["misfits"] += len(event.keys)
-        else:
+        elif not self._is_full_size(event, bit):
+            self.counts["other_sizes"] += len(event.keys)
+        elif event.is_told or self._engine_chains:  # an engine's own hash covers all that a block depends on
             self._store_all(event)
+        else:
+            self._store_untold(event, bit)
+
+    def void(self, medium: str) -> None:
+        """Nobody knows what the engine holds in this medium: nothing, until it says so."""
+        index = self._media.get(medium)
+        if index is None:
+            return
+        mask = 1 << index
+        bits = ((1 << _GROUPS) - 1) << (_GROUPS * index)
+        for child in self.root.children:
+            if child.covered & mask:
+                self._uncover(child, medium)
+        for block in self._blocks.values():
+            block.held &= ~bits
+        for leaf in list(self._leaves):
+            self._forget(leaf)
+        self._nameless.void(bits)
+        self._parking.void(medium)
 
     def remove(self, event: Removed) -> None:
         """The engine no longer has these blocks."""
@@ -138,7 +172,7 @@ class Holdings:
         for key in event.keys:
             block = self._blocks.get(key)
             if block is None:
-                if not self._parking.remove(key, event):
+                if not self._nameless.remove(key, bit) and not self._parking.remove(key, event):
                     self.counts["unknown_removals"] += 1
                 continue
             block.held &= ~bit
@@ -155,6 +189,28 @@ class Holdings:
                 self.counts["unknown_blocks"] += 1
             else:
                 self._credit(block, bit, event.medium)
+
+    def _store_untold(self, event: Stored, bit: int) -> None:
+        """What the blocks depend on besides tokens is not told: those known by their hash are held, others nobody's."""
+        for key in event.keys:
+            block = self._blocks.get(key)
+            if block is None:
+                self.counts["untold"] += 1
+                self._nameless.add(key, bit)
+            else:
+                self._credit(block, bit, event.medium)
+
+    def _is_full_size(self, event: Stored, bit: int) -> bool:
+        """Whether the group's blocks are as large as these: smaller ones are tails, or of another cache beside it.
+
+        The first larger one shows that what the group told until then was such: it counts no more.
+        """
+        size = self._sizes.setdefault(bit, event.block_size)
+        if event.block_size <= size:
+            return event.block_size == size
+        self._sizes[bit] = event.block_size
+        self.void(event.medium)
+        return True
 
     def _known_group(self, event: Stored) -> int:
         """The bit of the event's group; 0 when it has none, which is counted."""
@@ -175,7 +231,9 @@ class Holdings:
         return whole and len(event.tokens) == 4 * size * len(event.keys)
 
     def _store_all(self, event: Stored) -> None:
-        parent = self.root if event.parent is None else self._blocks.get(event.parent)
+        if 0 in event.keys:
+            self._has_zero = True
+        parent = self._parent_of(event)
         if parent is not None and not self._parking.blocks:  # nearly always
             self._append(event, parent)
             self._shrink()
@@ -186,7 +244,10 @@ class Holdings:
             if isinstance(event_now, Removed):
                 self.remove(event_now)
                 continue
-            parent = self.root if event_now.parent is None else self._blocks.get(event_now.parent)
+            parent = self._parent_of(event_now)
+            if parent is None and event_now.parent in self._nameless:
+                self._store_untold(event_now, self._group(event_now.medium, event_now.group))
+                continue
             if parent is None:
                 self._parking.park(event_now)
                 continue
@@ -195,18 +256,28 @@ class Holdings:
                 waiting.extend(self._parking.take(event_now.keys))
         self._shrink()
 
+    def _parent_of(self, event: Stored) -> Block | None:
+        """The block that the event goes on from; None when it is not known."""
+        if event.parent is None or (event.parent == 0 and not self._has_zero):
+            return self.root
+        return self._blocks.get(event.parent)
+
     def _append(self, event: Stored, parent: Block) -> None:
         blocks, bit, size = self._blocks, self._group(event.medium, event.group), 4 * event.block_size
         for i, key in enumerate(event.keys):
             block = blocks.get(key)
             if block is None:
                 self._append_new(event, i, parent, bit, size)
-                return
+                break
             if block.parent is not parent:  # the engine's hash names two contents: neither can be relied on
                 self.counts["conflicts"] += len(event.keys) - i
                 return
+            if block.rest is None and parent.rest is not None and event.is_told and not self._engine_chains:
+                self._add_rest(block, parent, event, i)
             self._credit(block, bit, event.medium)
             parent = block
+        if self._nameless:
+            self._name(event.keys)
 
     def _append_new(self, event: Stored, start: int, parent: Block, bit: int, size: int) -> None:
         """Make the blocks from `start` on, each a leaf behind the one before: most of what an ingest does."""
@@ -252,6 +323,16 @@ class Holdings:
         if counts:
             self.chunks[event.medium] += chunk_bytes // HASH_BYTES
 
+    def _name(self, keys: Iterable[int]) -> None:
+        """Blocks that were nobody's have been told of: they are held where they were said to be."""
+        for key in keys:
+            bits, block = self._nameless.take(key), self._blocks.get(key)
+            if not bits or block is None:
+                continue
+            for (medium, _), bit in self._groups.items():
+                if bits & bit:
+                    self._credit(block, bit, medium)
+
     def _stop(self, event: Stored, start: int) -> int:
         """Where the blocks of an event end that may be held, if all else is forgotten. The others are counted."""
         stop = min(len(event.keys), start + self._max_blocks)
@@ -283,6 +364,13 @@ class Holdings:
             extra = b""
             begin += stride
         return Block(key, parent, b"".join(hashes), tokens[begin:], extra)
+
+    def _add_rest(self, block: Block, parent: Block, event: Stored, at: int) -> None:
+        """A block that ends inside a chunk, and was restored, is told of again: its tokens are known now."""
+        size = 4 * event.block_size
+        block.rest = (parent.rest or b"") + event.tokens[at * size : (at + 1) * size]
+        block.extras = parent.extras + (event.extras[at] if event.extras else b"")
+        self._add_sizes(0, block.spare_bytes)
 
     # Who counts
 
@@ -377,8 +465,10 @@ class Holdings:
         """Know the groups that were known. What another hand wrote is passed over."""
         try:
             known: Any = msgpack.unpackb(state) if state else []
-            for medium, group in known:
-                self._group(str(medium), int(group))
+            for medium, group, size in known:
+                bit = self._group(str(medium), int(group))
+                if bit and size:
+                    self._sizes[bit] = int(size)
         except (ValueError, TypeError):
             self.counts["state_unreadable"] += 1
 

@@ -30,7 +30,7 @@ from distprefix.redis.journal import RedisJournal
 from distprefix.redis.keys import Keys
 from distprefix.redis.namespace import attach
 from distprefix.redis.proof import prove
-from distprefix.redis.roster import WorkerInfo
+from distprefix.redis.roster import WorkerInfo, read_members
 from distprefix.sweep import sweep
 
 __all__ = ["Engine", "Ingester", "follower_of", "status_of"]
@@ -41,6 +41,10 @@ _WAIT_S = 0.2
 _SWEEP_S = 10.0
 _MAX_STATE = 300
 _SWEEP_TIMEOUT_S = 60.0
+_TWO_MODELS = (
+    "the model here is {0!r}, and {1} serves {2!r}: give each model a namespace, "
+    "or pass --same-model when both names mean one model"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,9 @@ class Engine:
     rank: int = 0
     kind: str = "auto"
     """vllm, sglang, or auto."""
+    is_plain: bool = False
+    """Where the engine does not say what a block depends on besides tokens, it depends on nothing: no salts, no images.
+    Otherwise such blocks are credited to nobody."""
     topic: str = ""
     model: str = ""
     address: str = ""
@@ -103,17 +110,19 @@ def follower_of(
         journal,
         replays,
         kind=engine.kind,
+        is_plain=engine.is_plain,
         rank=engine.rank,
+        beat_s=(lease_s or SHORTEST_LEASE_S) / 3,
         clock=time.time,
         ticks=ticks,
     )
     return follower, journal
 
 
-def status_of(engine: Engine, follower: Follower, state: str, dropped: Counter[str]) -> dict[str, Any]:
-    """How following goes; `dropped`: messages that made no sense before they got there."""
+def status_of(engine: Engine, follower: Follower, state: str, before: Counter[str]) -> dict[str, Any]:
+    """How following goes; `before`: what was counted of messages before they got there."""
     holdings, position = follower.holdings, follower.position
-    counts = {**follower.counts, **holdings.counts, **{f"dropped_{name}": n for name, n in dropped.items()}}
+    counts = {**follower.counts, **holdings.counts, **before}
     return {
         "worker": engine.worker,
         "rank": engine.rank,
@@ -135,7 +144,8 @@ class Ingester:
 
     A worker's lease lasts `lease_s` after its engine was last heard of, and so does the right to write: another
     ingester goes on that long after this one died, from the message written last. `limits` bounds what each engine may
-    make it keep.
+    make it keep. An engine whose model is not the one that live workers of the namespace name is not followed, unless
+    `same_model` says that the names mean one: what its blocks hold is of no use to the others.
     Raises ConfigError, NamespaceError or UnavailableError when it cannot begin.
     """
 
@@ -146,6 +156,7 @@ class Ingester:
         *,
         lease_s: float = 10.0,
         engine_chains: bool = False,
+        same_model: bool = False,
         client: redis.Redis | None = None,
         limits: EngineLimits | None = None,
     ) -> None:
@@ -153,6 +164,10 @@ class Ingester:
         twice = [member for member, times in Counter(members).items() if times > 1]
         if twice or not engines:
             raise ConfigError(f"{twice[0]} is named twice: every engine needs a name" if twice else "name an engine")
+        self._same_model = same_model
+        models = sorted({engine.model for engine in engines if engine.model})
+        if len(models) > 1 and not same_model:
+            raise ConfigError(_TWO_MODELS.format(models[0], "another engine here", models[1]))
         if lease_s < SHORTEST_LEASE_S:
             raise ConfigError(f"lease_s is {lease_s}: at least {SHORTEST_LEASE_S:g} seconds are needed")
         self.config = config
@@ -200,6 +215,16 @@ class Ingester:
         self.hasher = attached.hasher
         """What names the namespace's chunks."""
 
+    def check_model(self, engine: Engine) -> None:
+        """Raise ConfigError when another worker that lives here serves another model."""
+        if self._same_model or not engine.model:
+            return
+        for member in read_members(self.client, self._keys, time.monotonic() + _TIMEOUT_S):
+            other = member.info.model
+            lives = member.lease_left_s is not None and member.lease_left_s > 0
+            if lives and other not in ("", engine.model):
+                raise ConfigError(_TWO_MODELS.format(engine.model, member.name, other))
+
     def sweep(self) -> None:
         """Take away what no longer counts, of anybody, now and then: one of the streams does it for all."""
         with self._sweeping:
@@ -229,7 +254,8 @@ class Stream:
 
     def status(self) -> dict[str, Any]:
         """How it goes, for people and JSON."""
-        return status_of(self.engine, self.follower, self.state, self._socket.dropped)
+        dropped = Counter({f"dropped_{name}": count for name, count in self._socket.dropped.items()})
+        return status_of(self.engine, self.follower, self.state, dropped + self._socket.counts)
 
     def run(self, stop: threading.Event) -> None:
         """Follow the engine until `stop` is set."""
@@ -312,6 +338,7 @@ class Stream:
         if not self._socket.connected:
             self.state = "waiting for the engine"
         elif self._schedule.is_due("begin", 1.0):
+            self._ingester.check_model(self.engine)
             self._leads = self.follower.begin()
             self.state = "following" if self._leads else "standby"
             if self._leads:

@@ -67,6 +67,13 @@ class Journal(Protocol):
         """
         ...
 
+    def keep(self) -> None:
+        """Keep the right to write, when a third of its time has passed: for whoever works long between two writes.
+
+        Raises FencedError when another ingester has it now, and as `lead` does.
+        """
+        ...
+
     def resign(self) -> None:
         """Let another ingester go on at once."""
         ...

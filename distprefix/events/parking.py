@@ -61,6 +61,21 @@ class Parking:
                 taken += events
         return taken
 
+    def void(self, medium: str) -> None:
+        """What waits to be held there does not wait any more; it is counted."""
+        for parent, events in list(self._waiting.items()):
+            dropped = [event for event in events if event.medium == medium]
+            if not dropped:
+                continue
+            self._free(events)
+            self._counts["parked_dropped"] += sum(len(event.keys) for event in dropped)
+            del self._waiting[parent]
+            for event in events:
+                if event.medium != medium:
+                    for key in event.keys:
+                        self._place.setdefault(key, parent)
+                    self._add(parent, event)
+
     def clear(self) -> None:
         """Nothing waits any more."""
         self.blocks = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from msgpack import Unpacker, UnpackException, unpackb
 
@@ -22,6 +22,16 @@ _AT_ONCE = 1 << 20  # up to here a message is unpacked as a whole: at worst 80 t
 _EVENT_LIMIT = 8 << 20  # an event in a longer message: two million tokens
 _BYTES_PER_CONTAINER = 8  # in a longer message; real events have 14 and more
 _EVENTS = 1 << 18  # in a message: engines send hundreds, a hostile one must not take minutes
+_NO_BATCH = "a batch is an array of a time, an array of events and a rank, or a map of ts, events and a rank"
+_EVENTS_PLACE = 1
+_PLACES = {
+    key: place
+    for place, names in enumerate((("ts",), ("events",), ("data_parallel_rank", "attn_dp_rank", "dp_rank")))
+    for name in names
+    for key in (name, name.encode())
+}
+_LONGEST_NAME = 24
+_FIXMAP = 0x80
 
 
 def unpack_batch(payload: bytes) -> tuple[Any, Iterable[Any], Any]:
@@ -76,27 +86,49 @@ def _whole(payload: bytes) -> tuple[Any, Iterable[Any], Any] | None:
         batch = _build(payload)
     except (ValueError, TypeError):
         return None  # some part cannot be built; the others may
+    if type(batch) is dict:
+        batch = _listed(cast("dict[Any, Any]", batch))
     if type(batch) is not list or len(batch) < 2 or type(batch[1]) is not list:
-        raise EventFormatError("a batch is an array of a time, an array of events and a rank")
+        raise EventFormatError(_NO_BATCH)
     _check_count(len(batch[1]))
     return batch[0], batch[1], batch[2] if len(batch) > 2 else None
 
 
+def _listed(fields: dict[Any, Any]) -> list[Any]:
+    """A batch that came as a map, as the array that it stands for."""
+    found: list[Any] = [None, None, None]
+    for name, value in fields.items():
+        place = _PLACES.get(name)
+        if place is not None and found[place] is None:
+            found[place] = value
+    return found
+
+
 def _one_by_one(payload: bytes) -> tuple[Any, Iterable[Any], Any]:
     reader, whole = _reader(payload), memoryview(payload)
-    length = reader.read_array_header()
-    if length < 2:
-        raise EventFormatError("a batch is an array of a time, an array of events and a rank")
-    at = _scalar(_next(reader, whole))
-    claimed: int = reader.read_array_header()
-    _check_count(claimed)
-    start = reader.tell()
-    rank: Any = None
-    if length > 2:
+    is_map = _is_map(payload)
+    length: int = reader.read_map_header() if is_map else reader.read_array_header()
+    scalars: dict[int, Any] = {}
+    start = claimed = -1
+    for i in range(length):
+        place = _PLACES.get(_scalar(_next(reader, whole), _LONGEST_NAME)) if is_map else i
+        if place != _EVENTS_PLACE or start >= 0:
+            part = _next(reader, whole)
+            if place is not None:
+                scalars.setdefault(place, _scalar(part))
+            continue
+        claimed = reader.read_array_header()
+        _check_count(claimed)
+        start = reader.tell()
         for _ in range(claimed):
             reader.skip()
-        rank = _scalar(_next(reader, whole))
-    return at, _parts(_reader(payload), whole, start, claimed), rank
+    if start < 0 or (not is_map and length < 2):
+        raise EventFormatError(_NO_BATCH)
+    return scalars.get(0), _parts(_reader(payload), whole, start, claimed), scalars.get(2)
+
+
+def _is_map(payload: bytes) -> bool:
+    return payload[:1] in (b"\xde", b"\xdf") or payload[0] & 0xF0 == _FIXMAP
 
 
 def _check_count(claimed: int) -> None:
@@ -121,8 +153,9 @@ def _next(reader: Any, whole: memoryview) -> memoryview:
     return whole[start : reader.tell()]
 
 
-def _scalar(part: memoryview) -> Any:
-    return _build(part) if len(part) <= 9 else _EXTENSION
+def _scalar(part: memoryview, longest: int = 9) -> Any:
+    value = _build(part) if len(part) <= longest else _EXTENSION
+    return _EXTENSION if type(value) in (list, dict) else value
 
 
 def _counter(left: int) -> Callable[[Any], Any]:

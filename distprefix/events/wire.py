@@ -19,13 +19,13 @@ from contextlib import suppress
 import zmq
 
 from distprefix.errors import ConfigError
+from distprefix.events.answer import END
 from distprefix.events.frames import Frame
 from distprefix.events.inbox import Arrival, Connected, Disconnected, Inbox
 from distprefix.events.intake import Intake
 from distprefix.events.limits import EngineLimits
 
 __all__ = [
-    "END",
     "INCOMPLETE_BYTES",
     "OPENED",
     "Subscription",
@@ -37,7 +37,6 @@ __all__ = [
     "zmq_socket",
 ]
 
-END = b"\xff" * 8
 OPENED = zmq.Event.CONNECTED | zmq.Event.ACCEPTED
 INCOMPLETE_BYTES = 64 << 20
 """Of a message that is not complete, besides its longest part."""

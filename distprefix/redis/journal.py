@@ -51,6 +51,8 @@ class RedisJournal:
         """How often the stream was written, as the server acknowledged."""
         self._generation = b""
         self._epoch = 0
+        self._keep_at = 0.0
+        """When the right to write is asked for again."""
         self._resume: dict[tuple[str, bytes], bytes] = {}
         """Of withdrawals that were done in part, by medium and chain: where the script resumes."""
 
@@ -60,6 +62,7 @@ class RedisJournal:
         Raises FencedError, once, when another one had it since it was asked for last, and LostHistoryError, once, when
         the server no longer has all that it acknowledged since then.
         """
+        self._keep_at = time.monotonic() + self._ttl_ms / 3000
         reply, generation = self._stream(self._ttl_ms)
         held, _, number, _, seq, digest, at, epoch, state, written = reply
         # What fails so far leaves all as it was.
@@ -79,6 +82,14 @@ class RedisJournal:
         current = count_of(found)
         self._epoch = max(self._epoch, current, count_of(epoch))  # a new one must be above, whatever was lost
         return Lead(position, count_of(epoch), current, state)
+
+    def keep(self) -> None:
+        """Keep the right to write, when a third of its time has passed. No call before that.
+
+        Raises FencedError when another ingester has it, and as `lead` does.
+        """
+        if time.monotonic() >= self._keep_at and self.lead() is None:
+            raise FencedError("another ingester took the stream over: begin again")
 
     def resign(self) -> None:
         """Let another ingester go on at once."""
@@ -107,12 +118,23 @@ class RedisJournal:
         deadline = time.monotonic() + _READ_TIMEOUT_S
         named = read_holders(self._client, self._keys, deadline, self._member)
         found: list[Covered] = []
-        nodes = run(census(named), self._client, self._keys.meta, deadline) if named else []
+        nodes = run(self._kept(census(named)), self._client, self._keys.meta, deadline) if named else []
         for parent, depth, holders in nodes:
             for holder, (held_epoch, chunks, keys) in holders.items():
                 if held_epoch == epoch:
                     found.append(Covered(holder.rpartition("@")[2], parent, depth, chunks, keys))
         return found
+
+    def _kept(self, calls: Generator[Call, Any, list[Node]]) -> Generator[Call, Any, list[Node]]:
+        """The same calls; between them the right to write is kept."""
+        reply: Any = None
+        while True:
+            try:
+                call = calls.send(reply)
+            except StopIteration as end:
+                return end.value
+            reply = yield call
+            self.keep()
 
     def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
         """Write changes, and the position with them once all of them are written."""

@@ -195,16 +195,26 @@ def test_lists_that_do_not_go_together(reason: str, engines: int, replays: int, 
     """One of each for every engine, or none where that is allowed; the option is named."""
     lists = [[f"tcp://127.0.0.1:{i + 1}" for i in range(count)] for count in (engines, replays, workers, addresses)]
     with pytest.raises(ConfigError, match=reason):
-        engines_of(*lists, ranks=1, kind="auto", model="", topic="")
+        engines_of(*lists, ranks=1, common={})
 
 
 def test_ranks_count_ports_up() -> None:
     """Each data-parallel rank has the ports after those of the one before, and the worker's name and address."""
-    found = engines_of(["tcp://a:5"], ["tcp://a:9"], ["w"], ["x"], ranks=2, kind="vllm", model="m", topic="t")
+    found = engines_of(["tcp://a:5"], ["tcp://a:9"], ["w"], ["x"], ranks=2, common={"kind": "vllm", "model": "m"})
     assert [(each.member, each.endpoint, each.replay, each.address) for each in found] == [
         ("w/0", "tcp://a:5", "tcp://a:9", "x"),
         ("w/1", "tcp://a:6", "tcp://a:10", "x"),
     ]
+
+
+def test_a_pod_may_serve_one_rank_of_many() -> None:
+    """With `--rank` each endpoint is of the rank that its batches name, and no port is counted up."""
+    found = engines_of(["tcp://a:8", "tcp://b:9"], [], ["w", "w"], [], ranks=1, own_ranks=[3, 4], common={})
+    assert [(each.member, each.endpoint) for each in found] == [("w/3", "tcp://a:8"), ("w/4", "tcp://b:9")]
+    with pytest.raises(ConfigError, match="one of both"):
+        engines_of(["tcp://a:8"], [], ["w"], [], ranks=2, own_ranks=[3], common={})
+    with pytest.raises(ConfigError, match="--rank is given 1 times for 2 engines"):
+        engines_of(["tcp://a:8", "tcp://b:9"], [], ["w", "v"], [], ranks=1, own_ranks=[3], common={})
 
 
 def test_options_that_do_not_go_together(real_server: Backend) -> None:

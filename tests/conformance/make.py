@@ -96,11 +96,13 @@ def sglang(ids: list[int], seed: bytes = b"", **more: Any) -> dict[str, Any]:
     } | more
 
 
-def sglang_hashes(ids: list[int], seed: bytes = b"") -> list[int]:
-    """First 8 bytes of chained SHA-256, as signed integers."""
+def sglang_hashes(ids: Sequence[int | list[int]], seed: bytes = b"") -> list[int]:
+    """First 8 bytes of chained SHA-256, as signed integers; of tokens, or of EAGLE's pairs."""
     hashes: list[int] = []
     for start in range(0, len(ids), _SIZE):
-        seed = hashlib.sha256(seed + struct.pack(f"<{_SIZE}I", *ids[start : start + _SIZE])).digest()
+        block = [each if isinstance(each, list) else [each] for each in ids[start : start + _SIZE]]
+        words = [word for each in block for word in each]
+        seed = hashlib.sha256(seed + struct.pack(f"<{len(words)}I", *words)).digest()
         hashes.append(int.from_bytes(seed[:8], "big", signed=True))
     return hashes
 
@@ -122,11 +124,14 @@ def case(
     queries: list[dict[str, Any]],
     engine: str = "vllm",
     chunk_size: int = _SIZE,
+    *,
+    is_plain: bool = False,
     replay: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """One file; frames that are only lists of events are numbered from 0."""
     made = [frame(i, *item) if isinstance(item, list) else item for i, item in enumerate(frames)]
-    case = {"name": name, "why": why, "engine": {"format": engine}, "chunk_size": chunk_size, "frames": made}
+    sender = {"format": engine} | ({"plain": True} if is_plain else {})
+    case = {"name": name, "why": why, "engine": sender, "chunk_size": chunk_size, "frames": made}
     return case | ({"replay": replay} if replay is not None else {}) | {"queries": queries}
 
 
@@ -153,6 +158,7 @@ def shapes() -> Iterator[dict[str, Any]]:
             [array(removed(n), n - 5) for n in (6, 7, 8)],
         ],
         [ask(ids, gpu=5), ask(B)],
+        is_plain=True,
     )
     yield case(
         "two-element-batch",
@@ -173,12 +179,34 @@ def shapes() -> Iterator[dict[str, Any]]:
         "A map may lack every field that has a default.",
         [[{name: first[name] for name in ("type", *_FIELDS[:4])}], [{"type": "BlockRemoved", "block_hashes": [2]}]],
         [ask(A, gpu=1)],
+        is_plain=True,
     )
     yield case(
         "malformed-events",
         "An event that makes no sense is left out; the others of its batch count.",
         [[stored([9], B[:16], "parent"), stored([True], B[:16]), stored([8], [-1] * 16), first, "BlockStored", []]],
         [ask(A, gpu=2), ask(B)],
+    )
+
+    by_name = {"ts": _TIME, "events": [first], "data_parallel_rank": 0}
+    yield case(
+        "batch-as-map",
+        "A batch may be a map of its parts.",
+        [{"seq": 0, "payload_hex": cast("bytes", msgpack.packb(by_name)).hex()}, [second]],
+        [ask(A, gpu=3)],
+    )
+    envelope = {"event_id": 1, "event_type": "stored", "model_name": "m", "block_size": _SIZE, "tenant_id": "default"}
+    envelope |= {"backend_id": "w", "medium": "gpu", "dp_rank": 0, "additional_salt": None, "base_block_idx": 0}
+    gone = {"event_type": "removed", "medium": "gpu", "seq_hashes": [3]}
+    yield case(
+        "rfc-1527-envelope",
+        "Mooncake's envelope has other names for the same things, and a salt or nil in each event.",
+        [
+            [envelope | {"seq_hashes": [1, 2, 3], "parent_hash": None, "token_ids": A[:48]}],
+            [envelope | {"seq_hashes": [11], "parent_hash": None, "token_ids": B[:16], "additional_salt": "s"}],
+            [gone],
+        ],
+        [ask(A, gpu=2), ask(B, salt="s", gpu=1), ask(B)],
     )
 
 
@@ -256,12 +284,55 @@ def contents() -> Iterator[dict[str, Any]]:
         [ask(A, salt="tenant-1", gpu=4), ask(A, gpu=1)],
         "sglang",
     )
+    pairs = [[token, token + 1] for token in A]
+    names = sglang_hashes(pairs)
+    yield case(
+        "sglang-eagle",
+        "With EAGLE SGLang tells each token with the one that follows it, and hashes both.",
+        [[sglang(A) | {"block_hashes": names, "token_ids": pairs}, sglang(B) | {"block_hashes": [*names[:3], 9]}]],
+        [ask(A, gpu=4), ask(B)],
+        "sglang",
+    )
     yield case(
         "sglang-hash-of-something-else",
-        "A first block whose hash is not that of its tokens is of a LoRA that is not told: no plain prompt has it.",
+        "A first block whose hash is not that of its tokens is of a LoRA that is not told: nobody is said to have it.",
         [[sglang(A, b"namespace"), sglang(B)]],
         [ask(A), ask(B, gpu=4)],
         "sglang",
+    )
+
+    unsaid = {name: value for name, value in stored([51, 52], C[:32]).items() if name != "extra_keys"}
+    yield case(
+        "untold",
+        "What an event does not say of its blocks may be a salt or an image: nobody has them, nor what follows.",
+        [[array(stored([1, 2], A[:32]), 7), stored([3], A[32:48], 2), unsaid], [removed(52)]],
+        [ask(A), ask(C)],
+    )
+    yield case(
+        "untold-of-a-plain-fleet",
+        "An operator may say that what is not told is nothing.",
+        [[array(stored([1, 2], A[:32]), 7), stored([3], A[32:48], 2), unsaid], [removed(52)]],
+        [ask(A, gpu=3), ask(C, gpu=1)],
+        is_plain=True,
+    )
+    moved = [name for name in unsaid if name not in ("block_hashes", "token_ids", "medium")]
+    offloaded = {name: unsaid[name] for name in moved} | {"medium": "CPU"}
+    yield case(
+        "untold-of-another-medium",
+        "Blocks offloaded with bare tokens are those that the GPU tells of by the same hashes, before or after.",
+        [
+            [salted, offloaded | {"block_hashes": [11, 12], "token_ids": A[:32]}],
+            [offloaded | {"block_hashes": [61, 62], "token_ids": B[:32]}],
+            [stored([61, 62], B[:32], extra_keys=[["tenant-2"], None])],
+            [offloaded | {"block_hashes": [71], "token_ids": C[:16]}],
+        ],
+        [
+            ask(A),
+            ask(A, salt="tenant-1", gpu=2, cpu=2),
+            ask(B),
+            ask(B, salt="tenant-2", gpu=2, cpu=2),
+            ask(C),
+        ],
     )
 
 
@@ -278,6 +349,26 @@ def media() -> Iterator[dict[str, Any]]:
         "Offloading names blocks without tokens: they are those told before.",
         [[stored([1, 2, 3], A[:48])], [placeholder(1), placeholder(2)], [removed(3), removed(2), removed(1)]],
         [ask(A, cpu=2)],
+    )
+
+    both = [stored([1, 2], A[:32]), stored([1, 2], A[:32], medium="CPU")]
+    yield case(
+        "clear-of-one-medium",
+        "A clear that names a medium leaves the others, be it of a kind that nobody knows.",
+        [both, [{"type": "TierBlocksCleared", "medium": "GPU"}], [stored([11], B[:16])]],
+        [ask(A, cpu=2), ask(B, gpu=1)],
+    )
+    yield case(
+        "removal-that-cannot-be-read",
+        "Of a removal that makes no sense nobody knows what it took: the medium that it names holds nothing.",
+        [both, [removed(7) | {"group_idx": -1}, stored([11], B[:16])]],
+        [ask(A, cpu=2), ask(B, gpu=1)],
+    )
+    yield case(
+        "removal-without-a-medium",
+        "A removal that cannot be read and names no medium may have concerned all.",
+        [both, [{"type": "BlockRemoved", "block_hashes": ["8"], "medium": 0}]],
+        [ask(A)],
     )
 
 
@@ -366,6 +457,12 @@ def orders() -> Iterator[dict[str, Any]]:
         [ask(A, gpu=3)],
     )
     yield case(
+        "parent-of-zero",
+        "A parent of 0 that is no block is none: some publishers begin a prompt so.",
+        [[stored([1, 2], A[:32], 0)], [stored([0], B[:16])], [stored([5], B[16:32], 0)]],
+        [ask(A, gpu=2), ask(B, gpu=2), ask(B[16:])],
+    )
+    yield case(
         "branches",
         "Two prompts go on from one block, and a removal in one leaves the other.",
         [[one], [two, stored([13, 14], B[32:], 2)], [removed(3)]],
@@ -395,6 +492,20 @@ def sizes() -> Iterator[dict[str, Any]]:
             [stored([11, 12, 13, 14], B[:32], block_size=8), removed(14)],
         ],
         [ask(A, gpu=2), ask(B, gpu=1)],
+    )
+
+    small = stored([11, 12, 13, 14], A[:32], block_size=8)
+    yield case(
+        "two-sizes",
+        "Blocks smaller than the largest of a group are of another cache, or tails: they say nothing of the others.",
+        [[stored([1, 2], A[:32]), small], [removed(14, 13, 12, 11)], [small, removed(2)]],
+        [ask(A, gpu=1)],
+    )
+    yield case(
+        "smaller-blocks-first",
+        "The first larger block shows that what a group told until then was not its blocks.",
+        [[small], [stored([21, 22], B[:32])]],
+        [ask(A), ask(B, gpu=2)],
     )
 
 

@@ -24,8 +24,10 @@ class _Block(NamedTuple):
 class Model:
     """One rank of one worker: which blocks there are, and in which medium and group each is held."""
 
-    def __init__(self, engine: str = "auto") -> None:
+    def __init__(self, engine: str = "auto", *, is_plain: bool = False) -> None:
         self.engine = engine
+        self.is_plain = is_plain
+        self.sizes: dict[tuple[str, int], int] = {}
         self.blocks: dict[int, _Block] = {}
         self.held: defaultdict[str, defaultdict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
 
@@ -36,12 +38,14 @@ class Model:
 
     def apply(self, payload: bytes) -> None:
         """What one message tells."""
-        for event in decode(payload, engine=self.engine).events:
+        for event in decode(payload, engine=self.engine, is_plain=self.is_plain).events:
             match event:
                 case Stored():
                     self._store(event)
                 case Removed():
                     self.held[event.medium].get(event.group, set()).difference_update(event.keys)
+                case Cleared(str(medium)):
+                    self.held.pop(medium, None)
                 case Cleared():
                     self.forget()
 
@@ -52,12 +56,20 @@ class Model:
         if event.tokens:
             if len(event.tokens) != size * len(event.keys):
                 return
-            parent = event.parent
+            largest = self.sizes.setdefault((event.medium, event.group), size)
+            if size < largest:
+                return
+            if size > largest:
+                self.sizes[event.medium, event.group] = size
+                self.held.pop(event.medium, None)
+        if event.tokens and event.is_told:
+            parent = event.parent if event.parent in self.blocks else event.parent or None
             for i, key in enumerate(event.keys):
                 extra = event.extras[i] if event.extras else b""
                 self.blocks[key] = _Block(parent, event.tokens[i * size : (i + 1) * size], extra)
                 parent = key
-        self.held[event.medium][event.group].update(key for key in event.keys if key in self.blocks)
+        known = event.keys if event.tokens else [key for key in event.keys if key in self.blocks]
+        self.held[event.medium][event.group].update(known)
 
     def find(self, query: dict[str, Any], chunk_size: int) -> dict[str, int]:
         """Leading full chunks of a query by medium, where there are any."""
@@ -74,7 +86,7 @@ class Model:
     def _ends(self, keys: set[int], parent: int | None, tokens: bytes, start: int, extra: bytes) -> Iterator[int]:
         """Where the runs of blocks that agree with the tokens end; the last one may do so in part."""
         yield start
-        for key in keys:
+        for key in keys & self.blocks.keys():
             block = self.blocks[key]
             if block.parent == parent and block.extra == extra:
                 pairs = zip(block.tokens, tokens[start:], strict=False)
@@ -86,7 +98,7 @@ class Model:
 
 def run(case: dict[str, Any]) -> list[dict[str, int]]:
     """The answers to the queries of a case."""
-    model = Model(case["engine"]["format"])
+    model = Model(case["engine"]["format"], is_plain=case["engine"].get("plain", False))
     replay = {frame["seq"]: frame for frame in case.get("replay") or ()}
     following, last = 0, None
     for frame in case["frames"]:

@@ -28,6 +28,7 @@ def test_the_tree_answers_what_the_case_says(path: Path, any_server: Backend) ->
     """After the messages of a case, each of its queries is answered as it says, also by a follower that took over."""
     case = json.loads(path.read_text())
     settings = {"chunk_size": case["chunk_size"], "kind": case["engine"]["format"]}
+    settings["is_plain"] = case["engine"].get("plain", False)
     kept = Kept(_frames(case["replay"]) if "replay" in case else None)
     follower, journal = follow(any_server, kept, **settings)
     assert follower.begin()

@@ -20,6 +20,7 @@ import pytest
 import zmq
 
 from distprefix.errors import ConfigError, ForkedProcessError, ReplayError
+from distprefix.events import answer as answer_module
 from distprefix.events import engine as engine_module
 from distprefix.events import wire as wire_module
 from distprefix.events.engine import Arrival, Connected, Disconnected, EngineSocket
@@ -443,7 +444,53 @@ def test_what_the_network_dropped_is_replayed(engine: FakeEngine) -> None:
             engine.publish_raw(b"")
         assert numbers(receive(tested, 3)) == [2, 3, 5]
         assert [frame.seq for frame in tested.replay(0, 2)] == [0, 1, 2, 3, 5]
-        assert engine.requests == [0]
+        assert engine.requests == [0, 4]  # once more, as the queue of the engine may have dropped it
+
+
+def test_an_end_that_was_dropped_is_asked_for_again(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second without a message, and what follows the last one is asked for: the end comes then, or it is an error."""
+    for _ in range(4):
+        engine.publish_raw(b"")
+    with contextlib.closing(opened(engine)) as tested:
+        engine.swallow_next(1)
+        assert [frame.seq for frame in tested.replay(1, 10)] == [1, 2, 3]
+        assert (engine.requests, tested.counts["replays_asked_again"]) == ([1, 4], 1)
+        monkeypatch.setattr(engine_module, "_FIRST_ANSWER_S", 0.5)
+        engine.swallow_next(2)
+        replay = tested.replay(0, 10)
+        assert [next(replay).seq for _ in range(4)] == [0, 1, 2, 3]
+        with pytest.raises(ReplayError, match="did not finish"):
+            next(replay)
+
+
+def test_what_a_full_queue_dropped_of_a_replay_is_asked_for_again(engine: FakeEngine) -> None:
+    """All that lacks between two messages, as long as an answer brings some of it."""
+    for _ in range(40):
+        engine.publish_raw(b"")
+    with contextlib.closing(opened(engine)) as tested:
+        engine.room = 10
+        assert [frame.seq for frame in tested.replay(0, 10)] == list(range(40))
+        assert engine.requests == [0, 9, 18, 27, 36]
+
+
+def test_no_more_is_waited_for_than_is_needed(engine: FakeEngine) -> None:
+    """Who asks for what lacks before a message has it when that is there, without an end."""
+    for _ in range(4):
+        engine.publish_raw(b"")
+    with contextlib.closing(opened(engine)) as tested:
+        engine.swallow_next(1)
+        assert [frame.seq for frame in tested.replay(1, 10, until=4)] == [1, 2, 3]
+        assert engine.requests == [1]
+
+
+def test_the_right_to_write_is_kept_while_an_engine_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tenth of a second, until the engine answers or the time is over."""
+    calls: list[float] = []
+    monkeypatch.setattr(engine_module, "_FIRST_ANSWER_S", 0.5)
+    tested = EngineSocket("tcp://127.0.0.1:1", "tcp://127.0.0.1:1")
+    with contextlib.closing(tested), pytest.raises(ReplayError, match="did not answer"):
+        list(tested.replay(0, 10, keep=lambda: calls.append(time.monotonic())))
+    assert 2 <= len(calls) <= 6
 
 
 def test_a_whole_buffer_is_replayed_at_once(engine: FakeEngine) -> None:
@@ -477,7 +524,7 @@ def test_what_is_no_replay_is_refused(message: list[bytes]) -> None:
 
 def test_a_replay_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """At so many frames."""
-    monkeypatch.setattr(engine_module, "_MAX_REPLAY_FRAMES", 50)
+    monkeypatch.setattr(answer_module, "_MAX_FRAMES", 50)
     with answering(*([b"", number(seq), b"x" * 100] for seq in range(100))) as tested:
         seen: list[Frame] = []
         with pytest.raises(ReplayError, match="too much"):

@@ -66,7 +66,13 @@ class Clear(NamedTuple):
     """Everything is gone."""
 
 
-Said = Store | Remove | Clear
+class Void(NamedTuple):
+    """Something nobody can read is gone from a medium."""
+
+    medium: str
+
+
+Said = Store | Remove | Clear | Void
 
 
 class Message(NamedTuple):
@@ -115,6 +121,12 @@ class Known:
             case Remove(medium, blocks):
                 for block in blocks:
                     self._remove(medium, block)
+            case Void(medium):
+                self.held[medium].clear()
+                waiting = {
+                    path: [each for each in events if each.medium != medium] for path, events in self.waiting.items()
+                }
+                self.waiting = {path: events for path, events in waiting.items() if events}
         self.blurred &= self.blocks
 
     def _store(self, medium: str, blocks: tuple[Path, ...]) -> None:
@@ -125,6 +137,8 @@ class Known:
         for block in blocks:
             if block not in self.blocks and block[:-1] in self.blurred:
                 return
+            if block[:-1] not in self.blurred:
+                self.blurred.discard(block)
             self.held[medium].add(block)
         for block in blocks:
             for event in self.waiting.pop(block, []):
@@ -303,6 +317,8 @@ class Histories(RuleBasedStateMachine):
         match said:
             case Clear():
                 return {"type": "AllBlocksCleared"}
+            case Void(medium):
+                return {"type": "BlockRemoved", "block_hashes": ["what?"], "medium": medium}
             case Remove(medium, blocks):
                 return {"type": "BlockRemoved", "block_hashes": list(map(key, blocks)), "medium": medium}
             case Store(medium, blocks):
@@ -316,6 +332,7 @@ class Histories(RuleBasedStateMachine):
                     "lora_id": None,
                     "medium": medium,
                     "lora_name": None,
+                    "extra_keys": [None] * len(blocks),
                 }
 
     # The follower, and what the oracle makes of what it gets
@@ -372,12 +389,24 @@ class Histories(RuleBasedStateMachine):
             return
         side.known.reread()
         if not side.mute and side.last in side.messages:
+            if self.halves:
+                self.learn(side, side.last)
             rest = [seq for seq in sorted(side.messages) if seq > side.last]
             if rest == list(range(side.last + 1, side.last + 1 + len(rest))):
                 for seq in rest:
                     self.apply(side, side.messages[seq])
                 return
         self.anew(side)
+
+    def learn(self, side: Side, until: int) -> None:
+        """What the engine still has up to there, without a gap, is heard again from after the last clear on."""
+        seqs = [until]
+        while seqs[0] - 1 in side.messages:
+            seqs.insert(0, seqs[0] - 1)
+        said = [each for seq in seqs for each in side.messages[seq].said]
+        clears = [i for i, each in enumerate(said) if isinstance(each, Clear)]
+        for each in said[clears[-1] + 1 if clears else 0 :]:
+            side.known.hear(each)
 
     # What engines do
 
@@ -452,6 +481,14 @@ class Histories(RuleBasedStateMachine):
         side = self.sides[who]
         self.say(side, Clear())
         self.deliver(side)
+
+    @rule(who=WHO, medium=MEDIUM, came=st.booleans())
+    def drop_unreadably(self, who: int, medium: str, came: bool) -> None:
+        """An engine drops something of a medium, and nobody can read what."""
+        side = self.sides[who]
+        self.say(side, Void(medium))
+        if came:
+            self.deliver(side)
 
     # What happens to messages
 
@@ -537,10 +574,14 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: any(side.old for side in self.sides))
     @rule(who=WHO, which=st.integers(0, 7))
     def straggle(self, who: int, which: int) -> None:
-        """A message of an engine that is no more comes late, when its successor can be asked: nothing of it counts."""
+        """A message of an engine that is no more comes late, when its successor can be asked: nothing of it counts.
+
+        One that has just the next number cannot be told from the successor's own.
+        """
         side = self.sides[who]
-        if side.old and not side.mute and side.messages and side.last is not None:
-            self.give(side, [side.old[which % len(side.old)]])
+        late = [frame for frame in side.old if frame.seq != (-1 if side.last is None else side.last) + 1]
+        if late and not side.mute and side.messages and side.last is not None:
+            self.give(side, [late[which % len(late)]])
             self.renewed(side)
 
     # What happens to followers
@@ -729,8 +770,9 @@ class Histories(RuleBasedStateMachine):
                 assert all(side.known.counted(medium) <= side.truth.held[medium] for medium in MEDIA)
             if not side.void:
                 follower, journal = self.followers[side.member]
-                found = blocks_of(journal.covered(follower.epoch))
-                told = {medium: {each[0] for each in found.get(medium, [])} for medium in MEDIA}
+                told: dict[str, set[int]] = {medium: set() for medium in MEDIA}
+                for medium, blocks in blocks_of(journal.covered(follower.epoch)):
+                    told[medium] |= {each[0] for each in blocks}
                 assert told == {medium: set(map(key, side.known.written(medium))) for medium in MEDIA}
         assert self.reader.check_integrity().problems == []
 
@@ -780,7 +822,8 @@ def stores(blocks: Sequence[int], letters: Sequence[int]) -> dict[str, Any]:
     """A prompt of one block for each letter."""
     tokens = [letter for letter in letters for _ in range(CHUNK)]
     event = {"type": "BlockStored", "block_hashes": list(blocks), "parent_block_hash": None, "token_ids": tokens}
-    return event | {"block_size": CHUNK, "lora_id": None, "medium": "gpu", "lora_name": None}
+    more = {"block_size": CHUNK, "lora_id": None, "medium": "gpu", "lora_name": None}
+    return event | more | {"extra_keys": [None] * len(blocks)}
 
 
 def test_what_is_stored_again_while_its_removal_goes_on_stays(real_server: Backend) -> None:
@@ -835,7 +878,7 @@ def test_a_take_over_misses_nothing_beside_other_workers(real_server: Backend) -
 
     client.call = call
     try:
-        found = blocks_of(journal.covered(follower.epoch))["gpu"]
+        found = {each[0] for _, blocks in blocks_of(journal.covered(follower.epoch)) for each in blocks}
     finally:
         del client.call
-    assert {each[0] for each in found} == set(range(1, 4 * count + 1))
+    assert found == set(range(1, 4 * count + 1))

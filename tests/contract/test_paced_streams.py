@@ -29,7 +29,7 @@ def message(seq: int, *events: Any, at: float | None = None) -> Frame:
 def stored(key: int, tokens: list[int], parent: int | None = None, size: int = 4) -> list[Any]:
     """Blocks of a prompt, named from `key` on."""
     count = len(tokens) // size
-    return ["BlockStored", list(range(key, key + count)), parent, tokens, size, None, "GPU"]
+    return ["BlockStored", list(range(key, key + count)), parent, tokens, size, None, "GPU", None, [None] * count]
 
 
 CLEARED = ["AllBlocksCleared"]
@@ -146,7 +146,7 @@ class Asked(Kept):
 
     count = 0
 
-    def replay(self, start: int, timeout_s: float) -> Iterator[Frame]:
+    def replay(self, start: int, timeout_s: float, **_: Any) -> Iterator[Frame]:
         """Nothing."""
         self.count += 1
         raise ReplayError
@@ -168,7 +168,7 @@ def test_gaps_in_quick_succession_ask_for_few_replays(real_server: Backend, capl
 def test_a_rank_that_names_many_media_has_few_holders(real_server: Backend) -> None:
     """Each medium would be a field of every node: beyond eight they are left out and counted."""
     follower = begun(real_server)
-    events = [[*stored(1, PROMPT)[:6], f"medium-{i}\x1b[2J"] for i in range(300)]
+    events = [[*stored(1, PROMPT)[:6], f"medium-{i}\x1b[2J", *stored(1, PROMPT)[7:]] for i in range(300)]
     follower.take([message(0, *events)])
     reader = real_server.open("reader", chunk_size=4)
     found = holders(reader, PROMPT)
@@ -183,7 +183,7 @@ def test_a_repeated_chunk_is_never_written(real_server: Backend, at: int) -> Non
     follower = begun(real_server, engine_chains=True)
     hashes = [bytes([i % 256, i // 256]) * 16 for i in range(1, 601)]
     hashes[at] = hashes[0][:16] + b"another tail"
-    follower.take([message(0, ["BlockStored", hashes, None, [1] * 2400, 4, None, "GPU"])])
+    follower.take([message(0, ["BlockStored", hashes, None, [1] * 2400, 4, None, "GPU", None, [None] * len(hashes)])])
     assert follower.holdings.counts["repeats"] == 600 - at
     assert follower.holdings.chunks["gpu"] == at
     reader = real_server.open("reader", chunk_size=4)

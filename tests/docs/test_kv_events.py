@@ -39,6 +39,7 @@ EXPECTED = {
     "--cache-salt": r"(?s)│ matched │ 32 of 90 tokens.*vllm-0/0@gpu: first 32 tokens",
     "--worker vllm-1": r"(?s)│ vllm-0/0 +│ following .*│ vllm-1/0 +│ following ",
     "--ranks": r"(?s)│ vllm-dp/0 +│ following +│ 0 +│ 1 gpu .*│ vllm-dp/1 +│ following +│ 0 +│ 2 gpu ",
+    "--rank 3": r"│ vllm-pod/3 +│ following +│ 0 +│ 2 gpu ",
     "--drop": r"\Adropped vllm-0: 1 ranks\n\Z",
 }
 NOT_RUN = ("vllm serve", "python -m sglang.launch_server", "pip install")
@@ -142,9 +143,12 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         second.prefill(list(range(32)))
         ranks[0].prefill(list(range(16)))
         ranks[1].prefill(list(range(100, 132)))
+        pod = stack.enter_context(FakeEngine(block_size=16, rank=3))
+        pod.prefill(list(range(200, 232)))
         addresses = {"redis://localhost:6379": server.url, "http://vllm-0:8000": f"http://127.0.0.1:{web.server_port}"}
         for name, engine in (("vllm-0", first), ("vllm-1", second), ("vllm-dp", ranks[0])):
             addresses |= {f"tcp://{name}:5557": engine.endpoint, f"tcp://{name}:5657": engine.replay_endpoint or ""}
+        addresses |= {"tcp://vllm-pod:5560": pod.endpoint, "tcp://vllm-pod:5660": pod.replay_endpoint or ""}
         page = Page(tmp_path_factory.mktemp("page"), addresses)
         return _run_all(page)
 
@@ -177,7 +181,7 @@ def _run_all(page: Page) -> dict[str, str]:
             pass
         for part in ("distprefix workers\n", "/tokenize", "lookup prompt.json\n", "--lora-name", "--cache-salt"):
             printed[part] = page.run(part)
-    for part in ("--worker vllm-1", "--ranks"):
+    for part in ("--worker vllm-1", "--ranks", "--rank 3"):
         with page.started(part, EXPECTED[part]):
             pass
     printed["--drop"] = page.run("--drop")

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distprefix import PrefixCacheOptimizer
+from distprefix.errors import ConfigError
+from distprefix.events.holdings import Holdings
 from distprefix.events.ingester import Engine, Ingester
 from distprefix.events.limits import EngineLimits
 from distprefix.redis.keys import Keys
@@ -252,6 +255,81 @@ def test_one_that_slept_goes_on_from_what_another_wrote(cluster: Cluster, engine
     engine.prefill(PROMPTS[2])
     os.kill(process.pid, signal.SIGCONT)
     cluster.settles(engine)
+
+
+def test_a_second_model_is_not_followed_into_a_namespace(cluster: Cluster, engine: FakeEngine) -> None:
+    """Its stream says which worker serves which other model, until it is said that both names mean one."""
+    with FakeEngine() as other:
+        named = [replace(cluster.named(engine), model="one"), replace(cluster.named(other, "w1"), model="two")]
+        with pytest.raises(ConfigError, match="--same-model"):
+            Ingester(cluster.backend.config(), named, lease_s=LEASE_S)
+        with (
+            Ingester(cluster.backend.config(), named[:1], lease_s=LEASE_S) as first,
+            Ingester(cluster.backend.config(), named[1:], lease_s=LEASE_S) as second,
+        ):
+            until(follows(first))
+            until(lambda: "the model here is" in second.streams[0].state)
+            assert "w0/0 serves 'one'" in second.streams[0].state
+            other.prefill(PROMPTS[0])
+            assert cluster.told("w1") == [0, 0, 0]
+        with Ingester(cluster.backend.config(), named, lease_s=LEASE_S, same_model=True) as both:
+            until(lambda: all(stream.state == "following" for stream in both.streams))
+            cluster.settles(other, "w1")
+
+
+def test_what_is_not_told_is_credited_only_in_a_plain_fleet(cluster: Cluster) -> None:
+    """An engine of before 2026 tells no extra keys: its blocks are nobody's, and are counted, unless it is declared."""
+    with FakeEngine(format="array-7") as old:
+        with Ingester(cluster.backend.config(), [cluster.named(old)], lease_s=LEASE_S) as running:
+            until(follows(running))
+            old.prefill(PROMPTS[0])
+            until(lambda: running.streams[0].status()["counts"].get("untold") == 6)
+            assert cluster.told() == [0, 0, 0]
+        plain = replace(cluster.named(old), is_plain=True)
+        with Ingester(cluster.backend.config(), [plain], lease_s=LEASE_S) as running:
+            until(follows(running))
+            old.prefill(PROMPTS[1])
+            until(lambda: cluster.told() == [0, 6, 0])
+
+
+def test_pages_smaller_than_a_chunk_go_on_after_a_take_over(cluster: Cluster) -> None:
+    """What a prompt ends with inside a chunk is in no tree: it is heard again, and the next turn goes on from it."""
+    with FakeEngine(block_size=1) as paged:
+        prompt = list(range(500, 523))
+        with Ingester(cluster.backend.config(), [cluster.named(paged)], lease_s=LEASE_S) as running:
+            until(follows(running))
+            paged.prefill(prompt[:11])
+            until(lambda: cluster.told(prompts=[prompt]) == [2])
+        with Ingester(cluster.backend.config(), [cluster.named(paged)], lease_s=LEASE_S) as running:
+            until(follows(running))
+            paged.prefill(prompt)
+            until(lambda: cluster.told(prompts=[prompt]) == [5])
+            assert running.streams[0].status()["parked"] == 0
+
+
+def test_the_right_to_write_is_kept_while_the_tree_is_read_back(
+    cluster: Cluster, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading back may take longer than the right lasts: another ingester stands by all the same."""
+    with cluster.ingester(engine) as first:
+        until(follows(first))
+        for start in range(0, 4000, 100):
+            engine.prefill(list(range(start, start + 24)))
+        cluster.settles(engine)
+    restore = Holdings.restore
+
+    def slow(self: Holdings, medium: str, blocks: Any) -> None:
+        time.sleep(0.15)
+        restore(self, medium, blocks)
+
+    monkeypatch.setattr(Holdings, "restore", slow)
+    with cluster.ingester(engine) as second, cluster.ingester(engine) as third:
+        streams = [second.streams[0], third.streams[0]]
+        until(lambda: any(stream.state == "following" for stream in streams), 20.0)
+        assert sorted(stream.state for stream in streams) == ["following", "standby"]
+        cluster.settles(engine)
+        epochs = {stream.status()["epoch"] for stream in streams} - {0}
+        assert len(epochs) == 1
 
 
 def test_two_ingesters_never_both_write(cluster: Cluster, engine: FakeEngine) -> None:

@@ -68,10 +68,12 @@ def bare(**fields: Any) -> dict[str, Any]:
     return {k: v for k, v in _STORED.items() if k not in ("lora_name", "extra_keys", "group_idx")} | fields
 
 
-def refused(*events: Any) -> bool:
-    """Whether each of the events, and nothing else, counts as malformed."""
+def refused(*events: Any, clears: str | None = "") -> bool:
+    """Whether each of the events, and nothing else, counts as malformed, and as having cleared `clears` where given."""
     batch = read(*events, _REMOVED)
-    return batch.malformed == len(events) and batch.events == (Removed((1,), "gpu", 0),) and batch.unknown == 0
+    left = () if clears == "" else (Cleared(clears),) * len(events)
+    counts = (batch.malformed, batch.unclear, batch.unknown)
+    return counts == (len(events), len(left), 0) and batch.events == (*left, Removed((1,), "gpu", 0))
 
 
 def words(*ids: int) -> bytes:
@@ -110,7 +112,8 @@ def test_arrays_of_any_length_are_read(engine: str, length: int) -> None:
 
 def test_arrays_that_are_too_short_are_malformed() -> None:
     """Without hashes, parent, tokens and block size there is no stored block."""
-    assert refused(*[["BlockStored", [1], None, [1], 1][:n] for n in range(1, 5)], ["BlockRemoved"], [], [[]])
+    assert refused(*[["BlockStored", [1], None, [1], 1][:n] for n in range(1, 5)], [])
+    assert refused(["BlockRemoved"], [[]], clears=None)
 
 
 def test_batches_of_two_and_more_elements() -> None:
@@ -183,7 +186,7 @@ def test_bad_hashes_are_malformed() -> None:
     """What is neither a number nor a string of bytes names no block."""
     bad: list[Any] = [True, 1.0, "1", None, [1], {}, b"", msgpack.ExtType(5, b"1")]
     assert refused(*[_STORED | {"block_hashes": [1, value]} for value in bad])
-    assert refused(*[_REMOVED | {"block_hashes": [value]} for value in bad])
+    assert refused(*[_REMOVED | {"block_hashes": [value]} for value in bad], clears="gpu")
     assert refused(*[_STORED | {"parent_block_hash": value} for value in bad if value is not None])
     assert refused(*[_STORED | {"block_hashes": value} for value in (None, 1, "a", {}, b"ab")])
 
@@ -203,9 +206,11 @@ def test_bad_fields_are_malformed() -> None:
     names = ("medium", "kv_cache_spec_kind", "lora_name", "cache_salt")
     assert refused(*[_STORED | {name: value} for name in names for value in (1, True, [], {})])
     assert refused(*[_STORED | {"extra_keys": value} for value in (1, "ab", [["a"]], ["a", None], [{"a": 1}, None])])
-    assert refused(None, 1, "BlockStored", b"", {}, {"type": None}, {"type": 1}, {"type": ""}, {1: 2})
+    assert refused(None, 1, "BlockStored", b"", {}, {"type": None}, {"type": ""}, {1: 2})
+    assert refused({"type": 1}, {"type": []}, [5, "x"], clears=None)
     assert refused(*[{k: v for k, v in _STORED.items() if k != name} for name in list(_STORED)[1:5]])
-    assert refused(_REMOVED | {"medium": 1}, _REMOVED | {"group_idx": True})
+    assert refused(_REMOVED | {"medium": 1}, clears=None)
+    assert refused(_REMOVED | {"group_idx": True}, _REMOVED | {"block_hashes": 7}, clears="gpu")
 
 
 def test_unknown_kinds_and_fields() -> None:
@@ -256,7 +261,8 @@ def test_defaults() -> None:
     event = stored(group_idx=None, kv_cache_spec_kind=None, medium=None)
     assert (event.group, event.kind, event.medium) == (0, "full_attention", "gpu")
     short = {name: _STORED[name] for name in list(_STORED)[:5]}
-    assert read(short, engine="vllm").events == (event,)
+    assert read(short, engine="vllm").events == (event._replace(is_told=False),)
+    assert decode(pack([1.5, [short], 0]), is_plain=True).events == (event,)
 
 
 def test_extras_are_packed_the_same_everywhere() -> None:
@@ -312,38 +318,106 @@ def test_extras_that_cannot_be_packed_are_malformed() -> None:
     assert batch.malformed + sum(len(event.extras) == 2 for event in batch.events if isinstance(event, Stored)) == 1
 
 
-def test_sglang_blocks_of_something_else_are_marked() -> None:
-    """A first block of SGLang whose hash is not that of its tokens is never a plain prompt's."""
-    ids = _STORED["token_ids"]
-    mark, salted = (pack_extra("unknown", 1), b""), (pack_extra("salt", "t"), b"")
-    right = first_hash(words(*ids), 2)
-    assert right == int.from_bytes(hashlib.sha256(words(10, 11)).digest()[:8], "big")
-    for engine, event, extras in [
-        ("sglang", bare(), mark),
-        ("auto", bare(), mark),
-        ("vllm", bare(), ()),
-        ("auto", _STORED, ()),
-        ("sglang", _STORED, mark),
-        ("sglang", bare(block_hashes=[right, 2]), ()),
-        ("auto", bare(block_hashes=[right - _TOP if right >= 2**63 else right, 2]), ()),
-        ("sglang", bare(parent_block_hash=9), ()),
-        ("sglang", bare(cache_salt="t"), salted),
-        ("sglang", bare(lora_name="a"), (pack_extra("lora", "a"), b"")),
-        ("sglang", bare(token_ids=[], block_size=0), ()),
-        ("auto", _STORED | {"block_hashes": [1, -2]}, mark),
-        ("auto", ["BlockStored", [1, -2], None, ids, 2, None, "GPU"], mark),
-        ("auto", ["BlockStored", [1, 2], None, ids, 2, None, "GPU"], ()),
-        ("sglang", ["BlockStored", [1, 2], None, ids, 2], mark),
-        ("sglang", ["BlockStored", [1, 2], None, ids, 2, None, "GPU", "t"], salted),
-        (
-            "auto",
-            ["BlockStored", [1, 2], None, ids, 2, None, "GPU", {"cache_salt": "t"}],
-            salted,
-        ),
-    ]:
-        (made,) = read(event, engine=engine).events
-        assert isinstance(made, Stored)
-        assert made.extras == extras, (engine, event)
+_IDS = _STORED["token_ids"]
+_RIGHT = int.from_bytes(hashlib.sha256(words(10, 11)).digest()[:8], "big")
+_SALTED = (pack_extra("salt", "t"), b"")
+
+
+@pytest.mark.parametrize(
+    ("engine", "event", "extras", "is_told"),
+    [
+        ("sglang", bare(), (), False),
+        ("auto", bare(), (), False),
+        ("vllm", bare(), (), False),
+        ("auto", _STORED, (), True),
+        ("auto", _STORED | {"extra_keys": None}, (), False),
+        ("auto", _STORED | {"extra_keys": None, "parent_block_hash": 9}, (), False),
+        ("sglang", bare(block_hashes=[_RIGHT, 2]), (), True),
+        ("auto", bare(block_hashes=[_RIGHT - _TOP if _RIGHT >= 2**63 else _RIGHT, 2]), (), True),
+        ("sglang", bare(parent_block_hash=9), (), True),
+        ("vllm", bare(parent_block_hash=9), (), False),
+        ("sglang", bare(cache_salt="t"), _SALTED, True),
+        ("sglang", bare(lora_name="a"), (pack_extra("lora", "a"), b""), True),
+        ("sglang", bare(token_ids=[], block_size=0), (), True),
+        ("auto", ["BlockStored", [1, -2], None, _IDS, 2, None, "GPU"], (), False),
+        ("auto", ["BlockStored", [1, 2], None, _IDS, 2, None, "GPU"], (), False),
+        ("auto", ["BlockStored", [_RIGHT, 2], None, _IDS, 2, None, "GPU"], (), True),
+        ("sglang", ["BlockStored", [1, 2], None, _IDS, 2], (), False),
+        ("sglang", ["BlockStored", [1, 2], None, _IDS, 2, None, "GPU", "t"], _SALTED, True),
+        ("auto", ["BlockStored", [1, 2], None, _IDS, 2, None, "GPU", {"cache_salt": "t"}], _SALTED, True),
+        ("auto", ["BlockStored", [1, 2], None, _IDS, 2, None, "GPU", None, [None, None]], (), True),
+    ],
+)
+def test_an_event_tells_what_its_blocks_depend_on_or_does_not(
+    engine: str, event: Any, extras: tuple[bytes, ...], *, is_told: bool
+) -> None:
+    """Extra keys tell it, and of SGLang a field or the hash of a first block; else it is told of a plain fleet only."""
+    (made,) = read(event, engine=engine).events
+    assert isinstance(made, Stored)
+    assert (made.extras, made.is_told) == (extras, is_told)
+    (plain,) = decode(pack([1.5, [event], 0]), engine=engine, is_plain=True).events
+    assert plain == made._replace(is_told=True)
+
+
+def test_pairs_of_eagle_are_tokens() -> None:
+    """SGLang with EAGLE tells each token with the one that follows it, and hashes both of each."""
+    pairs = [[10, 11], [11, 12], [12, 13], [13, 14]]
+    hashed = int.from_bytes(hashlib.sha256(words(10, 11, 11, 12)).digest()[:8], "big")
+    made = stored("sglang", token_ids=pairs, block_hashes=[hashed, 2], extra_keys=None)
+    assert (made.tokens, made.block_size, made.is_told) == (words(10, 11, 12, 13), 2, True)
+    assert not stored("sglang", token_ids=pairs, extra_keys=None).is_told
+    bad: list[Any] = [[10], [10, 11, 12], 10, [11, 11], [10, -1], [10, True], None]
+    assert refused(*[_STORED | {"token_ids": [value, [12, 13]]} for value in bad])
+
+
+def test_a_batch_may_be_a_map() -> None:
+    """A batch whose parts have names is the same batch, however large it is and whatever else it has."""
+    for filler in (b"", b"a" * (2 * _MIB)):
+        for rank in ("data_parallel_rank", "attn_dp_rank"):
+            made = {"more": filler, "ts": 1.5, "events": [_STORED, _REMOVED], rank: 3}
+            assert decode(pack(made)) == read(_STORED, _REMOVED)._replace(rank=3)
+        assert decode(pack({b"events": [_REMOVED], "more": filler})) == Batch(0.0, None, read(_REMOVED).events, 0, 0)
+        for wrong in ({"ts": 1.5, "more": filler}, {"events": {}, "more": filler}, {"events": 1, "more": filler}):
+            with pytest.raises(EventFormatError, match=r"\w"):
+                decode(pack(wrong))
+
+
+def test_the_envelope_of_rfc_1527_is_read() -> None:
+    """Mooncake's events say by a salt, or nil for none, what their blocks depend on."""
+    envelope = {"event_id": 1, "event_type": "stored", "block_size": 2, "tenant_id": "default", "medium": "gpu"}
+    envelope |= {"seq_hashes": [1, 2], "parent_hash": None, "token_ids": _IDS, "base_block_idx": 0}
+    (plain,) = read(_STORED).events
+    assert isinstance(plain, Stored)
+    assert read(envelope | {"additional_salt": None}).events == (plain,)
+    assert read(envelope | {"additional_salt": "t"}).events == (plain._replace(extras=_SALTED),)
+    assert read(envelope).events == (plain._replace(is_told=False),)
+    (named,) = read(envelope | {"token_ids": None}).events
+    assert named == plain._replace(tokens=b"", block_size=0)
+    assert read({"event_type": "removed", "seq_hashes": [1], "medium": "cpu"}, {"event_type": "cleared"}).events == (
+        Removed((1,), "cpu", 0),
+        Cleared(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("event", "medium"),
+    [
+        ({"type": "TierBlocksCleared", "medium": "CPU"}, "cpu"),
+        ({"type": "BlocksEvicted"}, None),
+        ({"type": "ResetPrefixCache", "medium": 3}, None),
+        (["BlocksDropped", "CPU"], None),
+        ({"event_type": "expired", "medium": b"DISK"}, "disk"),
+    ],
+)
+def test_an_unknown_kind_that_takes_away_clears_what_it_names(event: Any, medium: str | None) -> None:
+    """Of a removal that nobody understands, all that it could concern is no longer relied on."""
+    assert read(event) == Batch(1.5, 0, (Cleared(medium),), 1, 0, 1)
+
+
+def test_a_clear_may_name_a_medium() -> None:
+    """A clear without a medium concerns all of them."""
+    assert read({"type": "AllBlocksCleared", "medium": "CPU"}).events == (Cleared("cpu"),)
+    assert read({"type": "AllBlocksCleared", "medium": None}).events == (Cleared(),)
 
 
 def test_sglang_hashes_agree_with_the_corpus() -> None:
@@ -504,7 +578,7 @@ def test_arbitrary_fields(name: str, value: Any) -> None:
     for event in (_STORED, _REMOVED, bare()):
         payload = pack([1.0, [event | {name: value}, _STORED], 0])
         batch = decode(payload)
-        assert batch.unknown + batch.malformed + len(batch.events) == 2
+        assert batch.unknown + batch.malformed + len(batch.events) - batch.unclear == 2
         sound(payload)
 
 
@@ -552,7 +626,9 @@ def test_captured_frames(path: Path, engine: str) -> None:
                     said["block_size"],
                     said.get("kv_cache_spec_kind", "full_attention"),
                 )
-                assert event.extras == extras_of(path.stem, said, event)
+                assert event.extras == extras_of(said, event)
+                is_hidden = path.stem == "sglang-0.5.23-dynamo" and said["token_ids"] == [7] * 16
+                assert event.is_told != (is_hidden and not said.get("cache_salt"))
                 assert bool(event.names) == ("bytes" in path.stem)
 
 
@@ -561,12 +637,10 @@ def key_of(said: Any) -> int:
     return int(said["hex"][-16:], 16) if isinstance(said, dict) else said % _TOP
 
 
-def extras_of(name: str, said: dict[str, Any], event: Stored) -> tuple[bytes, ...]:
-    """What the captures are known to hold: one salt for vLLM; for SGLang a salt, and a LoRA that only dynamo shows."""
+def extras_of(said: dict[str, Any], event: Stored) -> tuple[bytes, ...]:
+    """What the captures are known to hold: one salt each; SGLang's LoRA, which only dynamo shows, is not told."""
     rest = (b"",) * (len(event.keys) - 1)
     salt = said.get("cache_salt") or ((said.get("extra_keys") or [None])[0] or [None])[0]
     if salt:
         return (pack_extra("salt", "tenant-1"), *rest)
-    if name == "sglang-0.5.23-dynamo" and said["token_ids"] == [7] * 16:
-        return (pack_extra("unknown", event.keys[0]), *rest)
     return ()

@@ -292,7 +292,7 @@ def test_events_without_keys_are_never_kept(parent: int | None) -> None:
 def test_media_are_bounded_after_a_restart_too() -> None:
     """More media in Redis than are allowed now are passed over and counted."""
     tested = holdings(media=2)
-    tested.restore_state(b"\x93\x92\xa1a\x00\x92\xa1b\x00\x92\xa1c\x00")
+    tested.restore_state(b"\x93\x93\xa1a\x00\x10\x93\xa1b\x00\x10\x93\xa1c\x00\x10")
     tested.restore("c", [(1, None, b"x" * 16)])
     tested.store(stored([5], medium="d"))
     assert (len(tested), tested.counts["other_media"]) == (0, 2)
