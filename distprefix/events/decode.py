@@ -15,7 +15,7 @@ from distprefix.chunking import pack_extra
 from distprefix.errors import EventFormatError, InvalidInputError
 from distprefix.events.frames import Batch, Cleared, Event, Removed, Stored
 from distprefix.events.sglang import first_hash
-from distprefix.events.shapes import MalformedError, Named, has_negative, may_remove, named, text_of
+from distprefix.events.shapes import MalformedError, has_negative, may_remove, named, text_of
 from distprefix.events.unpack import unpack_batch
 
 __all__ = ["decode"]
@@ -74,16 +74,18 @@ def _rank(rank: Any) -> int | None:
 
 def _event(item: Any, engine: str, *, is_plain: bool) -> Event | None:
     """One event; None for a kind that means nothing here."""
-    event = named(item, engine)
-    if event.kind == "BlockStored":
-        return _stored(event, is_plain=is_plain)
-    fields = event.fields
-    if event.kind == "BlockRemoved":
+    if type(item) is dict and type(item.get("type")) is str and "block_hashes" in item:  # nearly always
+        kind, fields, is_map = item["type"], item, True
+    else:
+        kind, fields, engine, is_map = named(item, engine)
+    if kind == "BlockStored":
+        return _stored(fields, engine, is_map=is_map, is_plain=is_plain)
+    if kind == "BlockRemoved":
         medium, group = _medium(fields.get("medium")), _number(fields.get("group_idx"))
         return Removed(_keys(fields["block_hashes"])[0], medium, group)
-    if event.kind == "AllBlocksCleared":
+    if kind == "AllBlocksCleared":
         return Cleared(_medium_if_told(fields.get("medium")))
-    if not event.kind:
+    if not kind:
         raise MalformedError
     return None
 
@@ -98,8 +100,7 @@ def _medium_if_told(value: Any) -> str | None:
     return _medium(value) if type(value) in (str, bytes) and value else None
 
 
-def _stored(event: Named, *, is_plain: bool) -> Stored:
-    fields = event.fields
+def _stored(fields: dict[Any, Any], engine: str, *, is_map: bool, is_plain: bool) -> Stored:
     keys, names = _keys(fields["block_hashes"])
     parent = fields["parent_block_hash"]
     is_root = parent is None or parent == 0
@@ -111,20 +112,20 @@ def _stored(event: Named, *, is_plain: bool) -> Stored:
         raise MalformedError
     lora, salt = text_of(fields.get("lora_name")), text_of(fields.get("cache_salt"))
     lora_id, rows = _number(fields.get("lora_id")), fields.get("extra_keys")
-    if not is_root and (not rows or (type(rows) is list and not any(rows))):
+    if not is_root and (rows is None or (type(rows) is list and not any(rows))):
         extras = []  # most events
     else:
         extras = [b""] * len(keys)
         if rows is not None:
             salt = _read_rows(rows, extras, lora, salt, root=is_root)
-    is_told = is_plain or rows is not None or not tokens or (event.engine == "envelope" and "cache_salt" in fields)
+    is_told = is_plain or rows is not None or not tokens or (engine == "envelope" and "cache_salt" in fields)
     if is_root and keys:
         whole = pack_extra("lora", lora or str(lora_id)) if lora or lora_id else b""
         whole += pack_extra("salt", salt) if salt else b""
         extras[0] = whole + extras[0]
         if not is_told:
             size = block_size * len(hashed) // len(tokens)
-            is_told = bool(whole and _is_sglang(event)) or first_hash(hashed, size) == keys[0]
+            is_told = bool(whole and _is_sglang(fields, engine, is_map=is_map)) or first_hash(hashed, size) == keys[0]
     return Stored(
         keys,
         parent,
@@ -135,16 +136,15 @@ def _stored(event: Named, *, is_plain: bool) -> Stored:
         (text_of(fields.get("kv_cache_spec_kind")) or "full_attention")[:_WORD],
         tuple(extras) if any(extras) else (),
         names,
-        is_told or (not is_root and _is_sglang(event)),
+        is_told or (not is_root and _is_sglang(fields, engine, is_map=is_map)),
     )
 
 
-def _is_sglang(event: Named) -> bool:
+def _is_sglang(fields: dict[Any, Any], engine: str, *, is_map: bool) -> bool:
     """Whether SGLang sent this: vLLM always tells a name of a LoRA in its maps, and has no negative hashes."""
-    if event.engine != "auto":
-        return event.engine == "sglang"
-    fields = event.fields
-    return (event.is_map and not any(name in fields for name in _VLLM_ONLY)) or has_negative(fields["block_hashes"])
+    if engine != "auto":
+        return engine == "sglang"
+    return (is_map and not any(name in fields for name in _VLLM_ONLY)) or has_negative(fields["block_hashes"])
 
 
 def _keys(hashes: Any) -> tuple[tuple[int, ...], tuple[bytes, ...]]:

@@ -72,8 +72,8 @@ class Holdings:
         self._sizes: dict[int, int] = {}
         """By bit of a group: tokens in its blocks, the most that it named so far."""
         self._nameless = Nameless(max_parked)
-        self._has_zero = False
-        """Whether a block is called 0: then a parent of 0 is that block, and no beginning of a prompt."""
+        self._had_zero = False
+        """Whether a block was called 0: then a parent of 0 is that block, and no beginning of a prompt."""
         self._restart()
 
     def _restart(self) -> None:
@@ -118,6 +118,7 @@ class Holdings:
 
     def clear(self) -> None:
         """The engine holds nothing."""
+        self._had_zero = self._had_zero or 0 in self._blocks
         self._restart()
         self._parking.clear()
         self._nameless.clear()
@@ -138,7 +139,7 @@ class Holdings:
             self._store_known(event, bit)
         elif not self._fits(event):
             self.counts["misfits"] += len(event.keys)
-        elif not self._is_full_size(event, bit):
+        elif self._sizes.get(bit) != event.block_size and not self._is_full_size(event, bit):
             self.counts["other_sizes"] += len(event.keys)
         elif event.is_told or self._engine_chains:  # an engine's own hash covers all that a block depends on
             self._store_all(event)
@@ -231,9 +232,7 @@ class Holdings:
         return whole and len(event.tokens) == 4 * size * len(event.keys)
 
     def _store_all(self, event: Stored) -> None:
-        if 0 in event.keys:
-            self._has_zero = True
-        parent = self._parent_of(event)
+        parent = self.root if event.parent is None else self._blocks.get(event.parent)
         if parent is not None and not self._parking.blocks:  # nearly always
             self._append(event, parent)
             self._shrink()
@@ -245,7 +244,7 @@ class Holdings:
                 self.remove(event_now)
                 continue
             parent = self._parent_of(event_now)
-            if parent is None and event_now.parent in self._nameless:
+            if parent is None and event_now.parent in self._nameless.held:
                 self._store_untold(event_now, self._group(event_now.medium, event_now.group))
                 continue
             if parent is None:
@@ -258,7 +257,7 @@ class Holdings:
 
     def _parent_of(self, event: Stored) -> Block | None:
         """The block that the event goes on from; None when it is not known."""
-        if event.parent is None or (event.parent == 0 and not self._has_zero):
+        if event.parent is None or (event.parent == 0 and 0 not in self._blocks and not self._had_zero):
             return self.root
         return self._blocks.get(event.parent)
 
@@ -276,7 +275,7 @@ class Holdings:
                 self._add_rest(block, parent, event, i)
             self._credit(block, bit, event.medium)
             parent = block
-        if self._nameless:
+        if self._nameless.held:
             self._name(event.keys)
 
     def _append_new(self, event: Stored, start: int, parent: Block, bit: int, size: int) -> None:
@@ -434,6 +433,8 @@ class Holdings:
         """Forget what is held nowhere and has nothing behind it."""
         while not block.held and block.is_leaf and block.parent is not None:
             parent = block.parent
+            if not block.key:
+                self._had_zero = True
             del self._blocks[block.key]
             self._add_sizes(-len(block.chunks), -block.spare_bytes)
             if self._engine_chains:

@@ -22,7 +22,9 @@ _ENVELOPE_FIELDS = {
     "additional_salt": "cache_salt",
 }
 """The envelope of Mooncake's RFC #1527, whose events carry a salt in a field of its own, or nil."""
-_TAKES_AWAY = re.compile("remov|evict|clear|reset|drop|flush|delete|deletion|invalid|free|expir|purge|discard", re.IGNORECASE)
+_TAKES_AWAY = re.compile(
+    "remov|evict|clear|reset|drop|flush|delete|deletion|invalid|free|expir|purge|discard", re.IGNORECASE
+)
 
 
 class MalformedError(Exception):

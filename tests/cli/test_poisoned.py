@@ -133,7 +133,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 def _populate(server: Server, admin: redis.Redis, folder: Path) -> None:
     settings: dict[str, Any] = {"chunk_size": 4, "touch_interval_s": 0, "feed_interval_s": 0, "cold_codec": "raw"}
     settings |= {"lookup_timeout_s": 10.0, "publish_timeout_s": 10.0, "prewarm_threshold": 1}
-    events = [time.time(), [["BlockStored", [11, 12], None, list(range(900, 908)), 4, None, "GPU"]], 0]
+    events = [
+        time.time(),
+        [["BlockStored", [11, 12], None, list(range(900, 908)), 4, None, "GPU", None, [None, None]]],
+        0,
+    ]
     stream = folder / "events.jsonl"
     stream.write_text(json.dumps({"seq": 0, "payload_hex": _packed(events).hex()}) + "\n")
     config = PrefixCacheConfig(url=server.url, worker_id="w", **settings)
@@ -300,7 +304,7 @@ def test_commands_that_write(scene: Scene, tmp_path: Path) -> None:
     scene.poison(keys.descriptor.encode(), b"fingerprint", NAMES)
     trace = tmp_path / "trace.jsonl"
     trace.write_text(json.dumps({"timestamp": 0, "input_length": 4, "output_length": 1, "hash_ids": [0]}) + "\n")
-    events = [time.time(), [["BlockStored", [13], 12, list(range(908, 912)), 4, None, "GPU"]], 0]
+    events = [time.time(), [["BlockStored", [13], 12, list(range(908, 912)), 4, None, "GPU", None, [None]]], 0]
     stream = tmp_path / "events.jsonl"
     stream.write_text(json.dumps({"seq": 1, "payload_hex": _packed(events).hex()}) + "\n")
     where = scene.commands["stats"][0]

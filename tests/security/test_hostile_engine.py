@@ -29,7 +29,7 @@ def message(seq: int, *events: Any) -> Frame:
 
 def stored(keys: list[int], tokens: list[int], parent: Any = None, medium: Any = "GPU") -> list[Any]:
     """Blocks of a prompt."""
-    return ["BlockStored", keys, parent, tokens, SIZE, None, medium]
+    return ["BlockStored", keys, parent, tokens, SIZE, None, medium, None, [None] * len(keys)]
 
 
 def begun(backend: Backend, worker: str, **settings: Any) -> Follower:

@@ -93,7 +93,7 @@ def commands(backend: Backend, folder: Path) -> list[str]:
     """What commands print."""
     prompt = folder / "prompt.json"
     prompt.write_text(json.dumps(TOKENS))
-    event = ["BlockStored", [1, 2], None, EVENT_TOKENS, 16, None, "GPU"]
+    event = ["BlockStored", [1, 2], None, EVENT_TOKENS, 16, None, "GPU", None, [None, None]]
     events = folder / "events.jsonl"
     events.write_text(json.dumps({"seq": 0, "payload_hex": msgpack.packb([time.time(), [event], 0]).hex()}) + "\n")  # pyright: ignore[reportOptionalMemberAccess]
     env = {"DISTPREFIX_SECRET": SECRET, "DISTPREFIX_SALT": SALT, "DISTPREFIX_REQUEST_SALT": REQUEST_SALT}
