@@ -48,6 +48,8 @@ def in_redis(backend: Backend) -> bytes:
             "hash": lambda name=name: [part for pair in admin.hgetall(name).items() for part in pair],
             "zset": lambda name=name: admin.zrange(name, 0, -1),
             "set": lambda name=name: list(admin.smembers(name)),
+            "list": lambda name=name: admin.lrange(name, 0, -1),
+            "none": list,  # it expired meanwhile
             "stream": lambda name=name: [
                 part for _, fields in admin.xrange(name) for pair in fields.items() for part in pair
             ],
