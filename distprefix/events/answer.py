@@ -21,8 +21,6 @@ class Answer:
     """Messages from `start` on, of which none behind `until` is needed; at most `max_bytes`."""
 
     def __init__(self, start: int, until: int | None, max_bytes: int) -> None:
-        self.is_begun = False
-        """Whether anything came."""
         self._start = start
         self._until = until
         self._max_bytes = max_bytes
@@ -36,6 +34,11 @@ class Answer:
 
     def __len__(self) -> int:
         return len(self._frames)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything came."""
+        return self._seen > 0
 
     @property
     def is_complete(self) -> bool:
@@ -57,14 +60,13 @@ class Answer:
         self._seen += 1
         if parts not in _PARTS or len(number) != _NUMBER_BYTES:
             raise ReplayError(f"sent what is no replay: {parts} parts, sequence {number[:16]!r}")
-        self.is_begun = True
         if number == END and not payload:
             return True
-        if int.from_bytes(number, "big") not in self._frames:
+        seq = int.from_bytes(number, "big")
+        if seq not in self._frames:
             self._size += len(payload) + _FRAME_BYTES
         if self._seen > _MAX_FRAMES or self._size > self._max_bytes:
             raise ReplayError(f"sent too much: {self._seen} frames, {self._size} bytes, and no end")
-        seq = int.from_bytes(number, "big")
         if number == END or (seq <= self._last and self._grown == 0 and seq >= self._start):
             raise ReplayError(f"sent sequence {seq} after {self._last}")
         if seq >= self._start:

@@ -74,10 +74,7 @@ def _rank(rank: Any) -> int | None:
 
 def _event(item: Any, engine: str, *, is_plain: bool) -> Event | None:
     """One event; None for a kind that means nothing here."""
-    if type(item) is dict and type(item.get("type")) is str and "block_hashes" in item:  # nearly always
-        kind, fields, is_map = item["type"], item, True
-    else:
-        kind, fields, engine, is_map = named(item, engine)
+    kind, fields, engine, is_map = named(item, engine)
     if kind == "BlockStored":
         return _stored(fields, engine, is_map=is_map, is_plain=is_plain)
     if kind == "BlockRemoved":

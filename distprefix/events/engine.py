@@ -95,7 +95,7 @@ class EngineSocket:
         All of it is read before the first frame is given, up to `replay_bytes` and within `timeout_s`; the first answer
         has to come within five seconds. An engine's queue drops what finds no room, be it the end: what lacks inside is
         asked for again while that brings some of it, and so is what follows when nothing came for a second. Once all
-        before `until` is there, no more is waited for. `keep` is called meanwhile, every tenth of a second.
+        before `until` is there, no more is waited for. `keep` is called meanwhile, at least every tenth of a second.
         Raises ReplayError, after the frames that came, when there is nobody to ask, no answer in time, or what comes is
         not a replay.
         """
@@ -131,7 +131,7 @@ class EngineSocket:
                     is_end = answer.add(parts, number, payload)
                 except ReplayError as error:
                     raise ReplayError(f"{self._replay} {error}") from None
-                wait_until = time.monotonic() + (_QUIET_S if answer.is_begun else _FIRST_ANSWER_S)
+                wait_until = time.monotonic() + _QUIET_S
                 if not is_end:
                     continue
                 if not answer.may_be_filled():
@@ -149,7 +149,6 @@ class _Dealer:
 
     def __init__(self, endpoint: str, max_bytes: int, keep: Callable[[], object] | None) -> None:
         self._keep = keep
-        self._keep_at = 0.0
         self._endpoint = endpoint
         self._max_bytes = max_bytes
         self._intake = Intake(port_of(endpoint))
@@ -173,12 +172,10 @@ class _Dealer:
     def wait(self, deadline: float) -> bool:
         """Whether a message is there before the deadline. Raises ReplayError for one that does not end."""
         while True:
-            now = time.monotonic()
-            left = deadline - now
+            left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            if self._keep is not None and now >= self._keep_at:
-                self._keep_at = now + _LOOK_S
+            if self._keep is not None:
                 self._keep()
             if self._socket.poll(math.ceil(1000 * min(left, _LOOK_S))):
                 return True

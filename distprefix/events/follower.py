@@ -88,9 +88,7 @@ class Follower:
         self._rank = rank
         self._replay_timeout_s = replay_timeout_s
         self._clock = clock
-        self._ticks = ticks
-        self._beat_s = beat_s
-        self._beat_at = ticks() + beat_s
+        self._beats_of_replays = Pace(1, 1 / beat_s, ticks)
         self._last: Position | None = None
         """The last message applied."""
         self._written: Position | None = None
@@ -282,7 +280,7 @@ class Follower:
         if self._is_much():
             self.write()
         self._journal.keep()
-        if self._is_beat_due():
+        if self._beats_of_replays.take():
             self._is_current()  # a worker that was given up meanwhile is seen at the next heartbeat
 
     def _learn_tails(self, until: Position) -> None:
@@ -357,13 +355,6 @@ class Follower:
             self.counts["messages_lost"] += max(0, frame.seq - last.seq - 1)
             self._void()
         self._apply(frame, _digest(frame))
-
-    def _is_beat_due(self) -> bool:
-        now = self._ticks()
-        if now < self._beat_at:
-            return False
-        self._beat_at = now + self._beat_s
-        return True
 
     def _ask(self, start: int, until: int | None = None) -> Iterator[Frame]:
         """The engine's replay. Raises ReplayError when it was asked too often lately."""

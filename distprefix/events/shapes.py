@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-__all__ = ["MalformedError", "Named", "has_negative", "may_remove", "named", "text_of"]
+__all__ = ["MalformedError", "has_negative", "may_remove", "named", "text_of"]
 
 _BASE = "block_hashes parent_block_hash token_ids block_size lora_id medium"
 _FIELDS = {
@@ -31,18 +31,12 @@ class MalformedError(Exception):
     """An event that makes no sense."""
 
 
-class Named(NamedTuple):
-    """An event whose fields have names."""
+def named(item: Any, engine: str) -> tuple[str, dict[Any, Any], str, bool]:
+    """Kind, fields by name, engine, and whether the event came as a map.
 
-    kind: str
-    fields: dict[Any, Any]
-    engine: str
-    """vllm, sglang, envelope, or auto where the shape leaves it open."""
-    is_map: bool
-
-
-def named(item: Any, engine: str) -> Named:
-    """Read the shape of an event. Raises MalformedError for what is none, and KeyError for one without a kind."""
+    The engine is vllm, sglang, envelope, or auto where the shape leaves it open. Raises MalformedError for what is no
+    event, and KeyError for one without a kind.
+    """
     if type(item) is dict:
         fields: dict[Any, Any] = item
         if "type" not in fields or "block_hashes" not in fields:
@@ -50,30 +44,31 @@ def named(item: Any, engine: str) -> Named:
         if "type" not in fields and "event_type" in fields:
             return _of_envelope(fields)
         kind = fields["type"]
-        return Named(kind if type(kind) is str else text_of(kind), fields, engine, is_map=True)
+        return kind if type(kind) is str else text_of(kind), fields, engine, True
     if type(item) is not list or not item:
         raise MalformedError
     return _of_array(text_of(item[0]), item, engine)
 
 
-def _of_envelope(fields: dict[Any, Any]) -> Named:
+def _of_envelope(fields: dict[Any, Any]) -> tuple[str, dict[Any, Any], str, bool]:
     kind = text_of(fields["event_type"])
     fields = {_ENVELOPE_FIELDS.get(name, name): value for name, value in fields.items()}
     if fields.get("token_ids", ()) is None:  # blocks that are only named
         fields |= {"token_ids": [], "block_size": 0}
-    return Named(_ENVELOPE_KINDS.get(kind, kind), fields, "envelope", is_map=True)
+    return _ENVELOPE_KINDS.get(kind, kind), fields, "envelope", True
 
 
-def _of_array(kind: str, item: list[Any], engine: str) -> Named:
+def _of_array(kind: str, item: list[Any], engine: str) -> tuple[str, dict[Any, Any], str, bool]:
     """SGLang tells the salt by a map at the end."""
     tail: dict[Any, Any] = {}
     if len(item) > 1 and type(item[-1]) is dict and kind == "BlockStored":
         tail = {name: item[-1][name] for name in _SGLANG_TAIL if name in item[-1]}
-        item, engine = item[:-1], "sglang" if engine == "auto" else engine
+        item = item[:-1]
+        engine = "sglang" if engine == "auto" else engine
     if engine == "auto" and kind == "BlockStored" and len(item) > 1 and has_negative(item[1]):
         engine = "sglang"
     names = _FIELDS.get((engine if engine == "sglang" else "vllm", kind), ())
-    return Named(kind, dict(zip(names, item[1:], strict=False)) | tail, engine, is_map=False)
+    return kind, dict(zip(names, item[1:], strict=False)) | tail, engine, False
 
 
 def may_remove(item: Any) -> tuple[bool, Any]:
