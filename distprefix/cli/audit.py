@@ -1,4 +1,4 @@
-"""`distprefix audit`: whether somebody has lied in a namespace."""
+"""`distprefix audit`: find forged data in a namespace."""
 
 from __future__ import annotations
 

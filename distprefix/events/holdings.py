@@ -284,7 +284,8 @@ class Holdings:
             self.counts["unknown_blocks"] += len(event.keys) - start
             return
         blocks, index, tokens, extras = self._blocks, self._media[event.medium], event.tokens, event.extras
-        changed, mask = self.changed[event.medium], 1 << index
+        changed = self.changed[event.medium]
+        mask = 1 << index
         counts = parent.covered & mask and bit == self._need[index]  # then all of them do
         self._leaves.pop(parent, None)
         last, extra, digest = parent.last or self._origin, b"", self._digest

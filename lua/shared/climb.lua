@@ -21,7 +21,8 @@ local function climb(head, top, visit, next_child, scans)
       end
       child = owner or top
       if child ~= top and child ~= 'root' and depth_of(child) >= count_of(depth) then
-        child, damaged = top, damaged + 1 -- not upwards: it may be a circle
+        child = top -- not upwards: it may be a circle
+        damaged = damaged + 1
       end
     end
     head = child or head

@@ -31,7 +31,8 @@ local function descend(top, resume, visit)
     if last and last ~= '' and not scan.is_owned and visit.wanted(last) > 0 then
       scan.is_owned = redis.pcall('HGET', junction_key(last), 'o') == head
       if not scan.is_owned then
-        last, damaged = nil, damaged + 1 -- whose children these are is not known
+        last = nil -- whose children these are is not known
+        damaged = damaged + 1
       end
     end
     while last and visit.wanted(last) > 0 do

@@ -11,7 +11,8 @@ local function tally(parent, holder, change)
   local key = counts_key(parent)
   local count = redis.pcall('HINCRBY', key, holder, change)
   if type(count) ~= 'number' then -- what was stored is no number: what is right, repair knows
-    count, damaged = change, damaged + 1
+    count = change
+    damaged = damaged + 1
     redis.pcall('HSET', key, holder, count)
   end
   if count <= 0 then

@@ -3,7 +3,8 @@
 local function tell(...)
   local number = redis.pcall('HINCRBY', KEYS[1], 'log', 1)
   if type(number) ~= 'number' then
-    number, damaged = 1, damaged + 1
+    number = 1
+    damaged = damaged + 1
     redis.call('HSET', KEYS[1], 'log', number)
   end
   if type(redis.pcall('XADD', base .. 'log', 'MAXLEN', '~', 10000, '*', 'n', number, ...)) == 'table' then

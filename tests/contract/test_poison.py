@@ -232,6 +232,16 @@ def poison(backend: Backend, stored: Stored, change: Change) -> None:
     backend.opened.remove(cache)
 
 
+def sample_of_changes(own: Backend, count: int, seed: int) -> tuple[Stored, list[Change]]:
+    """A tree as it is stored, without workers, and some of the changes that its keys may suffer."""
+    build(own)
+    own.close()
+    own.opened.clear()
+    stored = Stored(own.admin)
+    possible = list(changes(own))
+    return stored, random.Random(seed).sample(possible, min(count, len(possible)))
+
+
 @pytest.mark.parametrize(
     ("count", "seed"),
     [(400, 1), *(pytest.param(1500, seed, marks=[pytest.mark.long, pytest.mark.timeout(900)]) for seed in (2, 3))],
@@ -239,12 +249,8 @@ def poison(backend: Backend, stored: Stored, change: Change) -> None:
 @pytest.mark.timeout(240)
 def test_no_value_traps_a_script_or_a_reader(own: Backend, count: int, seed: int) -> None:
     """Any change of any key: scripts end within bounds, the server answers, and calls raise nothing but our errors."""
-    build(own)
-    own.close()
-    own.opened.clear()
-    stored = Stored(own.admin)
-    possible = list(changes(own))
-    for change in random.Random(seed).sample(possible, min(count, len(possible))):
+    stored, sampled = sample_of_changes(own, count, seed)
+    for change in sampled:
         poison(own, stored, change)
 
 
@@ -255,12 +261,8 @@ def test_no_value_traps_a_script_or_a_reader(own: Backend, count: int, seed: int
 @pytest.mark.timeout(240)
 def test_repair_removes_what_cannot_be(own: Backend, count: int, seed: int) -> None:
     """After any change of any key repair has the shard right, and another look finds nothing wrong."""
-    build(own)
-    own.close()
-    own.opened.clear()
-    stored = Stored(own.admin)
-    possible = list(changes(own))
-    for change in random.Random(seed).sample(possible, min(count, len(possible))):
+    stored, sampled = sample_of_changes(own, count, seed)
+    for change in sampled:
         stored.restore()
         with contextlib.suppress(redis.ResponseError):
             change.apply(own.admin)
