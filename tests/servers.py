@@ -147,6 +147,16 @@ class Server:
         return self.start()
 
 
+@contextlib.contextmanager
+def limited_server(memory: str) -> Generator[Server]:
+    """A server of its own that refuses writes beyond so much memory, as ``24mb``."""
+    server = Server(
+        find_server("valkey-9.1"), "--maxmemory", memory, "--maxmemory-policy", "noeviction", tcp=True
+    ).start()
+    yield server
+    server.stop()
+
+
 def users_acl(*namespaces: str) -> str:
     """An ACL file as `distprefix provision` makes it, of users whose passwords are their names.
 

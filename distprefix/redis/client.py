@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeVar, cast
 
 import redis
@@ -130,8 +130,12 @@ def run(
     deadline: float,
     sent: list[str] | None = None,
     caller: Caller | None = None,
+    between: Callable[[], object] | None = None,
 ) -> T:
-    """Drive an operation over a blocking client until `deadline` (time.monotonic); `sent` gets the scripts called."""
+    """Drive an operation over a blocking client until `deadline` (time.monotonic); `sent` gets the scripts called.
+
+    `between` is called after each reply: a long operation may have something to keep alive.
+    """
     reply: Any = None
     failed: errors.UnavailableError | None = None
     while True:
@@ -163,6 +167,8 @@ def run(
             continue
         if caller is not None:
             caller.after_call(before, generation, had, has)
+        if between is not None:
+            between()
 
 
 class Client:

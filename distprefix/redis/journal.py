@@ -118,23 +118,12 @@ class RedisJournal:
         deadline = time.monotonic() + _READ_TIMEOUT_S
         named = read_holders(self._client, self._keys, deadline, self._member)
         found: list[Covered] = []
-        nodes = run(self._kept(census(named)), self._client, self._keys.meta, deadline) if named else []
+        nodes = run(census(named), self._client, self._keys.meta, deadline, between=self.keep) if named else []
         for parent, depth, holders in nodes:
             for holder, (held_epoch, chunks, keys) in holders.items():
                 if held_epoch == epoch:
                     found.append(Covered(holder.rpartition("@")[2], parent, depth, chunks, keys))
         return found
-
-    def _kept(self, calls: Generator[Call, Any, list[Node]]) -> Generator[Call, Any, list[Node]]:
-        """The same calls; between them the right to write is kept."""
-        reply: Any = None
-        while True:
-            try:
-                call = calls.send(reply)
-            except StopIteration as end:
-                return end.value
-            reply = yield call
-            self.keep()
 
     def commit(self, epoch: int, changes: Sequence[Change], position: Position | None, state: bytes) -> list[Outcome]:
         """Write changes, and the position with them once all of them are written."""

@@ -12,16 +12,14 @@ import pytest
 from distprefix import PrefixCacheConfig, PrefixCacheOptimizer
 from distprefix.redis.keys import REGISTRY, Keys
 from tests.commands import run_cli
-from tests.servers import Server, find_server
+from tests.servers import Server, limited_server
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A server of its own: these commands look after all of it."""
-    options = ("--maxmemory", "64mb", "--maxmemory-policy", "noeviction")
-    server = Server(find_server("valkey-9.1"), *options, tcp=True).start()
-    yield server
-    server.stop()
+    with limited_server("64mb") as server:
+        yield server
 
 
 def publish(server: Server, namespace: str) -> None:

@@ -19,7 +19,7 @@ from distprefix.redis.keys import REGISTRY, RELIEVING, Keys
 from distprefix.redis.purge import purge, purge_cold, remove_namespace
 from distprefix.redis.registry import read_enrolled
 from distprefix.relief import relieve, remove_unused
-from tests.servers import Backend, Server, find_server
+from tests.servers import Backend, Server, limited_server
 
 MIB = 1 << 20
 PAYLOAD = 100_000
@@ -28,10 +28,8 @@ PAYLOAD = 100_000
 @pytest.fixture
 def small() -> Iterator[Server]:
     """A server with room for 24 MiB."""
-    options = ("--maxmemory", "24mb", "--maxmemory-policy", "noeviction")
-    server = Server(find_server("valkey-9.1"), *options, tcp=True).start()
-    yield server
-    server.stop()
+    with limited_server("24mb") as server:
+        yield server
 
 
 def config(server: Server, namespace: str, **settings: Any) -> PrefixCacheConfig:

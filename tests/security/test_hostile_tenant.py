@@ -21,7 +21,7 @@ from distprefix.engines.store import EngineStore, config_for
 from distprefix.errors import DistPrefixError
 from distprefix.hashing import HASH_ALGORITHMS, ChunkHasher, derive_key
 from distprefix.redis.keys import Keys
-from tests.servers import Backend, Server, find_server
+from tests.servers import Backend, Server, limited_server
 
 SYSTEM = list(range(1000, 1016))
 SECRET_PROMPT = [*SYSTEM, *range(7000, 7048)]
@@ -175,10 +175,8 @@ def test_redis_has_no_engine_hash(real_server: Backend) -> None:
 @pytest.fixture
 def small() -> Iterator[Server]:
     """A server with room for 24 MiB."""
-    options = ("--maxmemory", "24mb", "--maxmemory-policy", "noeviction")
-    server = Server(find_server("valkey-9.1"), *options, tcp=True).start()
-    yield server
-    server.stop()
+    with limited_server("24mb") as server:
+        yield server
 
 
 def test_a_flood_of_prompts_takes_no_more_than_a_share(small: Server) -> None:
